@@ -1,0 +1,37 @@
+# Two commands do everything: `make demo` (sets up, then runs the main job) and `make test`.
+# A virtual environment that is active is used; otherwise one is made in .venv.
+VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+
+.PHONY: help setup demo test test-fast check proto bench clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## install everything into the virtual environment (quick the second time)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) tools/setup_env.py
+
+demo: setup ## quantize the demo model, serve it, talk to it; KEEP=1 leaves the server up
+	@$(PY) demo/run.py $(if $(KEEP),--keep)
+
+test: setup check ## every test, with the real engine (minutes)
+	@$(PY) -m pytest
+
+test-fast: setup ## unit, integration and rule tests, without an engine (seconds)
+	@$(PY) -m pytest tests/unit tests/integration tests/rules
+
+check: setup ## lint, formatting and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+proto: ## generate gRPC code (arrives with the gRPC server)
+	@echo "There is no gRPC server yet; see the README's status table."
+
+bench: setup ## benchmarks; results go to bench/results
+	@$(PY) bench/quality.py
+
+clean: ## remove the virtual environment and outputs
+	rm -rf $(VENV) out

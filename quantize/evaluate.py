@@ -1,0 +1,199 @@
+"""What a checkpoint knows, as figures: exact match on questions, perplexity on held-out text.
+
+Works on any causal language model of transformers; knows nothing of quantization. Called by
+`report.py` before and after, and by the demo's `score.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantize.errors import BadInput
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of an evaluation file: what is asked (chat messages), the one right answer, and its
+    domain.
+    """
+
+    messages: list[Message]
+    answer: str
+    domain: str
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of all, by domain."""
+
+    right: dict[str, int]
+    total: dict[str, int]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right.values()) / sum(self.total.values())
+
+    def as_json(self) -> dict[str, Any]:
+        by_domain = {
+            name: round(self.right.get(name, 0) / count, 4)
+            for name, count in sorted(self.total.items())
+        }
+        return {
+            "exact_match": round(self.accuracy, 4),
+            "questions": sum(self.total.values()),
+            "by_domain": by_domain,
+        }
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file.")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}, line {number}: not JSON ({error.msg}).") from error
+            if not isinstance(row, dict):
+                raise BadInput(
+                    f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}."
+                )
+            yield number, row
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions from JSON lines `{"prompt", "answer", "domain"}`; `history` and `tools` are
+    optional.
+
+    Raises BadInput with the file, the line and what is missing.
+    """
+    questions = []
+    for number, row in _lines(path):
+        if missing := [name for name in ("prompt", "answer") if not isinstance(row.get(name), str)]:
+            raise BadInput(
+                f"{path}, line {number}: {' and '.join(missing)} must be there, as text."
+            )
+        messages = [*row.get("history", []), {"role": "user", "content": row["prompt"]}]
+        questions.append(
+            Question(messages, row["answer"], row.get("domain", "all"), row.get("tools", []))
+        )
+    if not questions:
+        raise BadInput(f"{path}: holds no questions.")
+    return questions
+
+
+def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of JSON lines `{"messages": [...]}` (rendered with the chat template) or `{"text":
+    "..."}`.
+    """
+    texts: list[list[int]] = []
+    for number, row in _lines(path):
+        if "messages" in row:
+            ids = tokenizer.apply_chat_template(
+                row["messages"], tools=row.get("tools"), return_dict=False
+            )
+            texts.append(list(ids))
+        elif isinstance(row.get("text"), str):
+            texts.append(list(tokenizer.encode(row["text"])))
+        else:
+            raise BadInput(f"{path}, line {number}: needs `messages` or `text`.")
+    if not texts:
+        raise BadInput(f"{path}: holds no text.")
+    return texts
+
+
+def visible(text: str) -> str:
+    """The answer as a reader sees it: without a leading `<think>` part."""
+    return text.rpartition("</think>")[2].strip()
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Question],
+    *,
+    max_new_tokens: int = 96,
+    batch_size: int = 64,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """What the model answers with temperature 0, in the order of the questions. `advance` is told
+    of each batch.
+    """
+    prompts = [
+        tokenizer.apply_chat_template(
+            question.messages,
+            tools=question.tools or None,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for question in questions
+    ]
+    # Prompts of like length share a batch, so that padding costs little.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(prompts[index]) for index in batch)
+        ids = torch.tensor(
+            [[pad] * (width - len(prompts[index])) + list(prompts[index]) for index in batch]
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in batch]
+        )
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+        )
+        for index, row in zip(batch, output, strict=True):
+            answers[index] = visible(tokenizer.decode(row[width:], skip_special_tokens=True))
+        advance(len(batch))
+    return answers
+
+
+def score(questions: list[Question], answers: list[str]) -> Score:
+    """Exact match by domain."""
+    right = Counter(
+        q.domain for q, answer in zip(questions, answers, strict=True) if answer == q.answer
+    )
+    return Score(dict(right), dict(Counter(q.domain for q in questions)))
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    texts: list[list[int]],
+    *,
+    max_length: int = 2048,
+    advance: Callable[[int], None] = lambda count: None,
+) -> float:
+    """exp of the mean negative log-likelihood over all tokens but the first of each text, cut at
+    max_length.
+    """
+    total, count = 0.0, 0
+    for ids in texts:
+        row = torch.tensor([ids[:max_length]])
+        if row.shape[1] > 1:
+            logits = model(row, use_cache=False).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum")
+            total, count = total + loss.item(), count + row.shape[1] - 1
+        advance(1)
+    if not count:
+        raise BadInput("The held-out text has no two tokens in a row; perplexity needs some.")
+    return math.exp(total / count)

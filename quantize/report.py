@@ -1,0 +1,154 @@
+"""The quality report: what a checkpoint knew before and knows after, as JSON and as a table for
+people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedModel
+
+from quantize import simulate
+from quantize.checkpoint import sha256_of
+from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
+
+# (what is being measured, how many steps) -> a function to call with each finished step count
+Progress = Callable[[str, int], Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What quality is measured with. A file that is not there is not measured, and the report says
+    so.
+    """
+
+    eval_file: Path | None = None
+    text_file: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Names and digests of the files, to know whether two reports used the same."""
+        files = {"eval": self.eval_file, "text": self.text_file}
+        return {
+            kind: {"file": path.name, "sha256": sha256_of([path])}
+            for kind, path in files.items()
+            if path
+        }
+
+
+def measure(folder: Path, yardstick: Yardstick, stage: str, progress: Progress) -> dict[str, Any]:
+    """Score and perplexity of the checkpoint in `folder`, as far as the yardstick goes; `stage`
+    labels the progress.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: PreTrainedModel = simulate.load(folder)
+    figures: dict[str, Any] = {}
+    if yardstick.text_file:
+        texts = read_texts(yardstick.text_file, tokenizer)
+        figures["perplexity"] = round(
+            perplexity(model, texts, advance=progress(f"perplexity {stage}", len(texts))), 4
+        )
+    if yardstick.eval_file:
+        questions = read_questions(yardstick.eval_file)
+        answers = greedy_answers(
+            model, tokenizer, questions, advance=progress(f"score {stage}", len(questions))
+        )
+        figures["score"] = score(questions, answers).as_json()
+    return figures
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantized linear layer; relative_error is of its weights, squared."""
+
+    name: str
+    bits: int
+    relative_error: float
+
+
+@dataclass
+class Report:
+    """All that `quantize_report.json` holds; filled in as the run goes."""
+
+    source: str
+    method: str
+    format: str
+    bits: int
+    group_size: int | None
+    bytes_before: int
+    bytes_after: int = 0
+    seconds: float = 0.0
+    weights_sha256: str = ""
+    quality_before: dict[str, Any] = field(default_factory=dict)
+    quality_after: dict[str, Any] = field(default_factory=dict)
+    yardstick: dict[str, Any] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "method": self.method,
+            "format": self.format,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "bytes": {
+                "before": self.bytes_before,
+                "after": self.bytes_after,
+                "ratio": round(self.bytes_after / self.bytes_before, 4),
+            },
+            "seconds": round(self.seconds, 2),
+            "weights_sha256": self.weights_sha256,
+            "quality": {
+                "how": "simulated with transformers, greedy, from the files on disk",
+                "measured_with": self.yardstick,
+                "before": self.quality_before,
+                "after": self.quality_after,
+            },
+            "layers": [
+                {
+                    "name": layer.name,
+                    "bits": layer.bits,
+                    "relative_error": float(f"{layer.relative_error:.3e}"),
+                }
+                for layer in self.layers
+            ],
+            "notes": self.notes,
+            "versions": self.versions,
+        }
+
+    def as_table(self) -> Table:
+        """Before and after, side by side."""
+        table = Table(
+            title=f"{self.method}: {Path(self.source).name}, {self.seconds:.0f} s",
+            title_justify="left",
+        )
+        table.add_column("")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        table.add_row(
+            "size", f"{self.bytes_before / 1e6:.1f} MB", f"{self.bytes_after / 1e6:.1f} MB"
+        )
+        before, after = self.quality_before, self.quality_after
+        if "perplexity" in before:
+            table.add_row(
+                "perplexity (lower is better)",
+                f"{before['perplexity']:.3f}",
+                f"{after['perplexity']:.3f}",
+            )
+        if "score" in before:
+            table.add_section()
+            shown = [score["exact_match"] for score in (before["score"], after["score"])]
+            table.add_row(
+                f"right answers of {before['score']['questions']}",
+                *(f"{value:.1%}" for value in shown),
+            )
+            for domain, value in before["score"]["by_domain"].items():
+                table.add_row(
+                    f"  {domain}", f"{value:.1%}", f"{after['score']['by_domain'][domain]:.1%}"
+                )
+        return table

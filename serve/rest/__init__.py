@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP. Knows the service and the leaves; the only folder that imports fastapi."""

@@ -1,0 +1,199 @@
+"""The whole product on two screens: route, render, start the engine, hand back a stream.
+
+Every protocol calls `Service.start` and iterates the Stream it returns. All that can still be
+refused is refused in `start`, because a streaming response sends its status before its first item.
+Counts, metrics and the one log line a request are kept here, so that they are the same for every
+protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from serve import metrics
+from serve.engines.base import Engine
+from serve.errors import ErrorKind, Internal, ServeError, Unavailable, UnknownModel
+from serve.messages import Chunk, GenerateRequest, Route, Usage
+
+logger = logging.getLogger("packhorse.request")
+
+
+class Stream:
+    """A request that has its first chunk. Iterate it to its end, then read `usage`; or `close()` it
+    to abort.
+    """
+
+    def __init__(
+        self, service: Service, request: GenerateRequest, route: Route, arrived_s: float
+    ) -> None:
+        self.request = request
+        self.route = route
+        self.usage = Usage(0, 0)
+        self._service = service
+        self._arrived_s = arrived_s
+        self._first_s = 0.0
+        self._chunks: AsyncGenerator[Chunk, None] | None = None
+        self._first: Chunk | None = None
+        self._outcome: str | None = None
+
+    async def open(self) -> None:
+        """Render, start the engine and wait for the first chunk. Raises ServeError."""
+        prompt = await self._service.engine.render(self.request, self.route)
+        self.usage = Usage(len(prompt.token_ids), 0)
+        self._chunks = self._service.engine.generate(prompt, self.request, self.route)
+        self._first = await anext(self._chunks)
+        self._first_s = time.monotonic() - self._arrived_s
+        metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """The chunks. Raises ServeError when the engine fails on the way; closes itself in every
+        case.
+        """
+        assert self._chunks is not None
+        assert self._first is not None
+        try:
+            chunk: Chunk | None = self._first
+            while chunk is not None:
+                self._count(chunk)
+                yield chunk
+                chunk = None if chunk.finish_reason else await anext(self._chunks, None)
+            if self._outcome is None:
+                raise Internal("The engine ended a stream without a reason.")
+        except (GeneratorExit, asyncio.CancelledError):
+            self.end(ErrorKind.CANCELLED)
+            raise
+        except ServeError as error:
+            self.end(error.kind)
+            raise
+        except Exception as error:
+            self._service.log_unexpected(self.request.request_id)
+            self.end(ErrorKind.INTERNAL)
+            raise Internal(
+                "The server failed while it answered; the request id leads to its log."
+            ) from error
+        finally:
+            await self._chunks.aclose()
+
+    def _count(self, chunk: Chunk) -> None:
+        usage = self.usage
+        self.usage = Usage(
+            usage.prompt_tokens,
+            usage.completion_tokens + chunk.num_tokens,
+            max(usage.cached_tokens, chunk.cached_tokens),
+        )
+        if chunk.finish_reason is not None:
+            self.end("ok")
+
+    async def close(self) -> None:
+        """Abort what is still running. Safe to call twice, and after the end."""
+        if self._chunks is not None:
+            await self._chunks.aclose()
+        self.end(ErrorKind.CANCELLED)
+
+    def end(self, outcome: str) -> None:
+        """Count and log the request, once."""
+        if self._outcome is not None:
+            return
+        self._outcome = str(outcome)
+        self._service.ended()
+        total_s = time.monotonic() - self._arrived_s
+        metrics.REQUESTS.labels(self._outcome).inc()
+        metrics.REQUEST_SECONDS.observe(total_s)
+        metrics.TOKENS.labels("prompt").inc(self.usage.prompt_tokens)
+        metrics.TOKENS.labels("completion").inc(self.usage.completion_tokens)
+        logger.info(
+            "request_id=%s model=%s adapter=%s outcome=%s prompt_tokens=%d completion_tokens=%d "
+            "cached_tokens=%d first_token_s=%.3f total_s=%.3f",
+            self.request.request_id, self.route.model, self.route.adapter or "-", self._outcome,
+            self.usage.prompt_tokens, self.usage.completion_tokens, self.usage.cached_tokens,
+            self._first_s, total_s,
+        )  # fmt: skip
+
+
+class Service:
+    """One engine behind one model name."""
+
+    def __init__(self, engine: Engine, model: str) -> None:
+        self.engine = engine
+        self.model = model
+        self.created_s = int(time.time())
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        metrics.READY.set(1)
+
+    async def start(self, request: GenerateRequest) -> Stream:
+        """Do everything that can still be refused; return once the first chunk is in hand. Raises
+        ServeError.
+        """
+        arrived_s = time.monotonic()
+        if self._draining:
+            metrics.REQUESTS.labels(ErrorKind.UNAVAILABLE).inc()
+            raise Unavailable(
+                "The server is shutting down; send the request to another one.", retry_after_s=5
+            )
+        stream = Stream(self, request, self._route(request), arrived_s)
+        self._in_flight += 1
+        self._idle.clear()
+        metrics.IN_FLIGHT.set(self._in_flight)
+        try:
+            await stream.open()
+        except asyncio.CancelledError:
+            await stream.close()
+            raise
+        except ServeError as error:
+            stream.end(error.kind)
+            raise
+        except Exception as error:
+            self.log_unexpected(request.request_id)
+            stream.end(ErrorKind.INTERNAL)
+            raise Internal(
+                "The server failed on this request; the request id leads to its log."
+            ) from error
+        return stream
+
+    def _route(self, request: GenerateRequest) -> Route:
+        if request.model != self.model:
+            metrics.REQUESTS.labels(ErrorKind.UNKNOWN_MODEL).inc()
+            raise UnknownModel(
+                f"There is no model {request.model!r} here; this server has {self.model!r}.",
+                param="model",
+            )
+        return Route(self.model)
+
+    def ended(self) -> None:
+        """One request less (called by its Stream)."""
+        self._in_flight -= 1
+        metrics.IN_FLIGHT.set(self._in_flight)
+        if not self._in_flight:
+            self._idle.set()
+
+    def log_unexpected(self, request_id: str) -> None:
+        """The one log entry of a bug, with its traceback; call it while the exception is being
+        handled.
+        """
+        logger.exception("request_id=%s failed unexpectedly", request_id)
+
+    async def check_ready(self) -> None:
+        """Raises Unavailable while draining or without a working engine."""
+        if self._draining:
+            raise Unavailable("The server is shutting down.")
+        await self.engine.check()
+
+    def stop_admitting(self) -> None:
+        """From now on every new request is refused; those in flight go on."""
+        self._draining = True
+        metrics.READY.set(0)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight. False when the time ran out first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,108 @@
+"""Install Packhorse and all it needs into the Python that runs this file; called by `make setup`.
+
+    python tools/setup_env.py
+
+Chooses the CPU or the CUDA build of vLLM by looking for an NVIDIA driver (PACKHORSE_BUILD=cpu|cuda
+overrides), tries plain pip first and uv with PyTorch's CPU index where pip knows no CPU torch,
+removes the torchvision family, and proves the result by importing it. A stamp of pyproject.toml
+makes the second run quick. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAMP = Path(sys.prefix) / ".packhorse-setup"
+# Pulled in by vLLM's wheel as CUDA-linked builds; beside a CPU torch they break `import
+# transformers`.
+# Serving text needs none of them.
+HARMFUL = ["torchvision", "torchaudio", "torchcodec"]
+PROOF = (
+    "import torch, transformers, vllm; "
+    "from transformers import LlamaConfig; from vllm import AsyncEngineArgs"
+)
+
+
+def build() -> str:
+    """`cuda` where an NVIDIA driver answers, else `cpu`."""
+    chosen = os.environ.get("PACKHORSE_BUILD", "")
+    if chosen:
+        if chosen not in {"cpu", "cuda"}:
+            sys.exit(
+                f"PACKHORSE_BUILD={chosen} is neither cpu nor cuda; set one of them or unset it."
+            )
+        return chosen
+    smi = shutil.which("nvidia-smi")
+    return (
+        "cuda"
+        if smi and subprocess.run([smi, "-L"], capture_output=True, check=False).returncode == 0
+        else "cpu"
+    )
+
+
+def stamp(extra: str) -> str:
+    """What the installation depends on: change it and set-up runs again."""
+    text = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
+    return hashlib.sha256(text + extra.encode() + sys.version.encode()).hexdigest()
+
+
+def run(*command: str) -> bool:
+    print("+", " ".join(command), flush=True)
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def install(extra: str) -> bool:
+    target = f"{ROOT}[{extra},dev]"
+    pip = [sys.executable, "-m", "pip"]
+    if run(*pip, "install", "--quiet", "--editable", target):
+        return True
+    print(
+        "pip found no set of packages that fits (PyPI has no CPU build of torch); "
+        "trying uv with PyTorch's own index."
+    )
+    return run(*pip, "install", "--quiet", "uv") and run(
+        sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend",
+        "cpu" if extra == "cpu" else "auto", "--editable", target,
+    )  # fmt: skip
+
+
+def main() -> None:
+    if sys.prefix == sys.base_prefix:
+        sys.exit("This Python is not a virtual environment; run `make setup`, which makes one.")
+    if sys.version_info < (3, 11):
+        sys.exit(
+            f"Python {sys.version.split()[0]} is too old: Packhorse needs 3.11 or newer "
+            "(make setup PYTHON=python3.12)."
+        )
+    extra = build()
+    if STAMP.exists() and STAMP.read_text() == stamp(extra):
+        return
+    print(
+        f"Setting up the {extra} build in {sys.prefix}; "
+        "the first time takes some minutes and about 4 GB.",
+        flush=True,
+    )
+    if not install(extra):
+        sys.exit("The installation failed; the reason is above.")
+    if extra == "cpu":
+        run(sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *HARMFUL)
+    # Not from the checkout, so that what is proved is what was installed.
+    proof = subprocess.run(
+        [sys.executable, "-c", PROOF], cwd=sys.prefix, capture_output=True, text=True, check=False
+    )
+    if proof.returncode:
+        sys.exit(
+            f"transformers or vllm does not import after the installation:\n{proof.stderr[-2000:]}"
+        )
+    STAMP.write_text(stamp(extra))
+    print("Set up.")
+
+
+if __name__ == "__main__":
+    main()
