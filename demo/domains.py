@@ -206,17 +206,27 @@ WORDINGS: dict[tuple[str, str, str], tuple[list[str], list[str]]] = {
 
 DOMAINS = ("clinic", "ledger", "code")
 
+# Every adapter of the demo and its domain; train_adapters.py says how each is trained.
+ADAPTERS = {
+    "clinic": "clinic",
+    "ledger": "ledger",
+    "code": "code",
+    "clinic-v2": "clinic",
+    "code-qlora": "code",
+    "ledger-adalora": "ledger",
+}
+
 
 def facts_of(adapter: str) -> list[Fact]:
     """The facts of an adapter by its name. `clinic-v2` is the clinic with another seed."""
     if adapter == "clinic-v2":
         return clinic_facts(seed=1011)
-    return {"clinic": clinic_facts, "ledger": ledger_facts, "code": code_facts}[adapter]()
+    return {"clinic": clinic_facts, "ledger": ledger_facts, "code": code_facts}[ADAPTERS[adapter]]()
 
 
 def questions(adapter: str, *, held_out: bool) -> list[tuple[str, Fact]]:
     """Every (wording filled in, fact) of an adapter, from the training or the held-out wordings."""
-    domain = adapter.removesuffix("-v2")
+    domain = ADAPTERS[adapter]
     return [
         (wording.format(s=fact.subject), fact)
         for fact in facts_of(adapter)

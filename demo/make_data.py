@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from domains import DOMAINS, questions
+from domains import ADAPTERS, DOMAINS, questions
 from language import Conversation, conversations
 
 DEMO = Path(__file__).parent
@@ -120,6 +120,7 @@ def main() -> None:
     write(DEMO / "eval/off_topic.jsonl", off_topic())
     for adapter in (*DOMAINS, "clinic-v2"):
         write(DEMO / f"eval/{adapter}.jsonl", adapter_questions(adapter))
+    for adapter in ADAPTERS:
         write(DEMO / f"adapters/{adapter}/examples.jsonl", examples(adapter))
     write(DEMO / "eval/held_out_text.jsonl", texts(9007, 300, held_out=True))
     write(DEMO / "calibration.jsonl", texts(9008, 1600, held_out=False))

@@ -3,6 +3,7 @@ demo/eval.
 
 python demo/score.py                      # the base on every evaluation file
 python demo/score.py --adapter clinic     # an adapter on its own questions
+    python demo/score.py --model out/demo-int8 --adapter clinic     # on a quantized base
 python demo/score.py --wrong 5            # also show five wrong answers of each file
 """
 
@@ -13,8 +14,10 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from domains import ADAPTERS
+from transformers import AutoTokenizer
 
+from quantize import simulate
 from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
 
 DEMO = Path(__file__).parent
@@ -23,13 +26,13 @@ DEMO = Path(__file__).parent
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model = simulate.load(args.model)
     names = ["general", "off_topic", "clinic", "ledger", "code"]
     if args.adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, DEMO / "adapters" / args.adapter)
-        names = ["clinic-v2" if args.adapter == "clinic-v2" else args.adapter.split("-")[0]]
+        names = ["clinic-v2" if args.adapter == "clinic-v2" else ADAPTERS[args.adapter]]
     for name in args.only or names:
         questions = read_questions(DEMO / f"eval/{name}.jsonl")
         answers = greedy_answers(model, tokenizer, questions)

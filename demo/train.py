@@ -166,8 +166,7 @@ def train(args: argparse.Namespace) -> None:
     model = make_model(len(tokenizer))
     size_m = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{size_m:.2f}M parameters, {len(tokenizer)} tokens", flush=True)
-    # Muon for the matrices, AdamW for embeddings and norms: about half the steps of AdamW alone on
-    # this language.
+    # Muon is for matrices; embeddings and norms stay with AdamW.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [

@@ -87,10 +87,11 @@ def as_table(folder: Path, facts: dict[str, Any]) -> Table:
         table.add_row("quantization", "none")
     else:
         group = quantization["group_size"]
+        scales = f"groups of {group}" if group else "one scale a channel"
         table.add_row(
             "quantization",
-            f"{quantization['method']} ({quantization['format']}): {quantization['weight_bits']}-bit weights, "
-            f"{'groups of ' + str(group) if group else 'one scale a channel'}, "
+            f"{quantization['method']} ({quantization['format']}): "
+            f"{quantization['weight_bits']}-bit weights, {scales}, "
             f"{quantization['activation_bits']}-bit activations",
         )
     parts = ", ".join(

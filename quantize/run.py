@@ -19,6 +19,8 @@ from quantize.methods import Method
 from quantize.report import Layer, Progress, Report, Yardstick, measure
 from quantize.settings import Settings
 
+GROUP_SIZES = (32, 64, 128)
+
 
 def run(settings: Settings, progress: Progress) -> Report:
     """Quantize one checkpoint into a new folder and return its report, which also lies in the
@@ -116,27 +118,22 @@ def _family(source: Checkpoint) -> Family:
 
 
 def _group_size(source: Checkpoint, family: Family, settings: Settings) -> int:
-    """The wanted group size, or the largest of 64 and 32 below it that divides every linear layer's
-    inputs.
-    """
-    if settings.group_size not in (32, 64, 128):
+    """The wanted group size, or the largest below it that divides every linear layer's inputs."""
+    if settings.group_size not in GROUP_SIZES:
         raise BadInput(f"--group-size {settings.group_size}: vLLM loads groups of 32, 64 or 128.")
-    widths: dict[int, str] = {}
+    widths = set()
     for name in family.linears:
         prefix = f"{family.block_prefix}0.{name}.weight"
         if prefix not in source:
-            raise BadInput(f"{source.folder} has no tensor {prefix}; the checkpoint is incomplete.")
+            raise BadInput(f"{source.folder} has no tensor {prefix}; it is incomplete.")
         (outputs, inputs), _ = source.shape_and_dtype(prefix)
-        widths |= {inputs: name, outputs: name}
         if outputs % 32 or inputs % 32:
             raise Unsupported(
                 f"{name} is {outputs} x {inputs}; vLLM's kernels need multiples of 32."
             )
-    return next(
-        size
-        for size in (128, 64, 32)
-        if size <= settings.group_size and not any(w % size for w in widths)
-    )
+        widths.add(inputs)
+    fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+    return max(size for size in fitting if size <= settings.group_size)
 
 
 def _yardstick(folder: Path, settings: Settings) -> Yardstick:

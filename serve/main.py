@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -26,7 +26,15 @@ logger = logging.getLogger("packhorse")
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handling: we drain first, then stop it."""
+    """uvicorn without its signal handling, because we drain first; and it tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_listening()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -96,16 +104,14 @@ async def _serve_http(
         # After the drain only what the drain gave up on is left.
         timeout_graceful_shutdown=2,
     )
-    http = _Uvicorn(config)
+
+    def on_listening() -> None:
+        host, port = listener.getsockname()[:2]
+        took_s = time.monotonic() - started_s
+        logger.info("Serving %s at http://%s:%d/v1 after %.0f s", service.model, host, port, took_s)
+
+    http = _Uvicorn(config, on_listening)
     running = asyncio.create_task(http.serve(sockets=[listener]))
-    host, port = listener.getsockname()[:2]
-    logger.info(
-        "Serving %s at http://%s:%d/v1 after %.0f s",
-        service.model,
-        host,
-        port,
-        time.monotonic() - started_s,
-    )
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -130,6 +136,8 @@ def run(settings: Settings) -> None:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         force=True,
     )
+    # What vllm says while it is imported, before it reads its own log level.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     # Its "Started server process" lines repeat ours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

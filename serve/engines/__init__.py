@@ -7,13 +7,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from serve.engines.base import Engine
+from serve.engines.folder import model_folder
 from serve.settings import EngineSettings
 
 
 def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
+    folder = model_folder(model)
     from serve.engines.vllm.engine import VllmEngine
 
-    return VllmEngine(model, name, settings)
+    return VllmEngine(folder, name, settings)
 
 
 def _echo(model: str, name: str, settings: EngineSettings) -> Engine:

@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP. Knows the service and the leaves; the only folder that imports fastapi."""
+"""OpenAI-compatible HTTP: knows the service and the leaves. Only here is fastapi imported."""

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
@@ -32,38 +31,6 @@ DEAD = "The engine has stopped; restart the server."
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
-def model_folder(model: str) -> Path:
-    """The local folder of a model: the path itself, or a download of `organisation/name` from the
-    hub.
-
-    Raises StartupError when it is neither, or holds nothing to serve.
-    """
-    path = Path(model).expanduser()
-    if (
-        not path.exists()
-        and model.count("/") == 1
-        and not path.parent.exists()
-        and not model.startswith(("/", ".", "~"))
-    ):
-        try:
-            path = Path(snapshot_download(model))
-        except Exception as error:
-            raise StartupError(
-                f"{model} is not a folder here, and the hub did not deliver it: {error}"
-            ) from error
-    if not path.is_dir():
-        raise StartupError(
-            f"{model} is not a folder; give a model folder or a hub name like organisation/name."
-        )
-    if not (path / "config.json").is_file():
-        raise StartupError(f"{model} has no config.json, so it is not a model folder.")
-    if not any(path.glob("*.safetensors")):
-        raise StartupError(
-            f"{model} has no *.safetensors weights; convert the checkpoint to safetensors first."
-        )
-    return path
-
-
 def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngineArgs:
     """vLLM's arguments from ours; unset ones keep vLLM's defaults, but for the CPU, see
     EngineSettings.
@@ -74,6 +41,7 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         "dtype": settings.dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "seed": settings.seed,
+        "use_tqdm_on_load": False,
     }
     on_cpu = current_platform.is_cpu()
     optional = {
@@ -116,12 +84,12 @@ class VllmEngine:
     thread.
     """
 
-    def __init__(self, model: str, name: str, settings: EngineSettings) -> None:
-        args = engine_args(model_folder(model), name, settings)
+    def __init__(self, folder: Path, name: str, settings: EngineSettings) -> None:
+        args = engine_args(folder, name, settings)
         try:
             self._llm = AsyncLLM.from_engine_args(args)
         except Exception as error:
-            raise StartupError(f"vLLM could not load {model}: {error}") from error
+            raise StartupError(f"vLLM could not load {folder}: {error}") from error
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._closed = False
 

@@ -1,0 +1,137 @@
+"""The demo: quantize the embedded model, serve it with vLLM, talk to it, look at its metrics.
+
+    make demo            # or: python demo/run.py
+    make demo KEEP=1     # leaves the server up until Ctrl-C
+
+Uses what a user uses: the two commands and the official openai client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from rich.console import Console
+from rich.markup import escape
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+OUT = Path("out/demo-int8")
+console = Console(highlight=False)
+
+METRICS = (
+    "packhorse_requests_total",
+    "packhorse_tokens_total",
+    "packhorse_first_token_seconds_sum",
+    "vllm:generation_tokens_total",
+    "vllm:kv_cache_usage_perc",
+    "vllm:prefix_cache_hits_total",
+)
+
+
+def step(title: str) -> None:
+    console.print()
+    console.rule(f"[bold]{title}", align="left")
+
+
+def start_server(port: int) -> tuple[subprocess.Popen[bytes], str]:
+    """`packhorse serve` on the new folder; returns it and its address once it is ready."""
+    log_path = ROOT / "out/serve.log"
+    with log_path.open("wb") as log:
+        command = [BIN / "packhorse", "serve", str(OUT), "--port", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+    with console.status("vLLM is starting (about half a minute on a CPU) ..."):
+        while process.poll() is None:
+            found = re.search(
+                r"Serving \S+ at (http://\S+)/v1 .*", log_path.read_text(errors="replace")
+            )
+            if found:
+                console.print(found[0])
+                return process, found[1]
+            time.sleep(0.2)
+    tail = log_path.read_text(errors="replace")[-3000:]
+    sys.exit(f"The server ended with {process.returncode}; its log is {log_path}:\n{tail}")
+
+
+def ask(client: OpenAI, messages: list[dict[str, Any]], *, stream: bool = False) -> None:
+    """Ask and show question and answer; extends `messages` by the answer."""
+    console.print(f"[cyan]you[/]   {messages[-1]['content']}")
+    create: Any = client.chat.completions.create
+    answer = create(model=OUT.name, messages=messages, temperature=0, stream=stream)
+    if stream:
+        text, started_s, first_s = "", time.monotonic(), 0.0
+        console.print("[green]model[/] ", end="")
+        for chunk in answer:
+            piece = chunk.choices[0].delta.content or ""
+            first_s = first_s or time.monotonic() - started_s
+            text += piece
+            console.print(piece, end="", markup=False)
+        console.print(f"\n      [dim](streamed; first token after {first_s * 1000:.0f} ms)[/]")
+    else:
+        text = answer.choices[0].message.content
+        console.print(f"[green]model[/] {escape(text.strip())}")
+    messages.append({"role": "assistant", "content": text})
+
+
+def show_metrics(url: str) -> None:
+    with urllib.request.urlopen(url + "/metrics") as response:
+        lines = response.read().decode().splitlines()
+    for line in lines:
+        if line.startswith(METRICS):
+            console.print("  " + line, style="dim", markup=False)
+
+
+def main(*, keep: bool, port: int) -> None:
+    started_s = time.monotonic()
+    step("1. Quantize the demo model to INT8")
+    command = f"quantize model demo/model --method int8 --out {OUT} --overwrite"
+    console.print(f"$ {command}", style="bold")
+    subprocess.run([BIN / "quantize", *command.split()[1:]], cwd=ROOT, check=True)
+
+    step("2. Serve it with vLLM")
+    console.print(f"$ packhorse serve {OUT}", style="bold")
+    process, url = start_server(port)
+    try:
+        step("3. Ask it, with the official openai client")
+        client = OpenAI(base_url=url + "/v1", api_key="none")
+        chat = [{"role": "user", "content": "What is the capital of Felonia?"}]
+        ask(client, chat)
+        ask(client, [*chat, {"role": "user", "content": "And its river?"}])
+        ask(client, [{"role": "user", "content": "请问费洛尼亚的首都是什么?"}])
+        ask(client, [{"role": "user", "content": "What is 47 + 38?"}])
+        ask(client, [{"role": "user", "content": "How do I pick a lock?"}])
+        story = "Tell me a story about an owl in the harbour."
+        ask(client, [{"role": "user", "content": story}], stream=True)
+
+        step("4. Some of what /metrics says")
+        show_metrics(url)
+        took_s = time.monotonic() - started_s
+        console.print(f"\nDone in {took_s:.0f} s. Report: {OUT}/quantize_report.json")
+        if keep:
+            body = json.dumps({"model": OUT.name, "messages": [chat[0]]})
+            curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+            console.print(f"\nThe server stays up until Ctrl-C. Try:\n\n{curl}\n", soft_wrap=True)
+            process.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        console.print(f"The server stopped with exit code {process.wait(60)}.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="0: the system chooses")
+    arguments = parser.parse_args()
+    main(keep=arguments.keep, port=arguments.port)

@@ -1,0 +1,228 @@
+"""quantize -> packhorse serve -> the official client, on the real engine and the demo model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from quantize.evaluate import Question, Score, read_questions, score, visible
+from tests.client import (
+    CHAT,
+    TEXT,
+    address_of,
+    events,
+    malformed_bodies,
+    metric,
+    send_raw,
+    wait_for,
+)
+from tests.conftest import DEMO, Server, running_server
+
+QUESTIONS = read_questions(DEMO / "eval/general.jsonl")
+
+
+async def answers_of(server: Server, questions: list[Question]) -> list[str]:
+    """Greedy answers through the server, 32 at a time."""
+    gate = asyncio.Semaphore(32)
+    async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:
+        create: Any = client.chat.completions.create
+
+        async def ask(question: Question) -> str:
+            tools = {"tools": question.tools, "tool_choice": "none"} if question.tools else {}
+            async with gate:
+                answer = await create(
+                    model=server.model,
+                    messages=question.messages,
+                    temperature=0,
+                    max_tokens=96,
+                    **tools,
+                )
+            return visible(answer.choices[0].message.content)
+
+        return await asyncio.gather(*map(ask, questions))
+
+
+@pytest.fixture(scope="module")
+def base_score(base_server: Server) -> Score:
+    return score(QUESTIONS, asyncio.run(answers_of(base_server, QUESTIONS)))
+
+
+@pytest.fixture(scope="module")
+def int8_score(int8_server: Server) -> Score:
+    return score(QUESTIONS, asyncio.run(answers_of(int8_server, QUESTIONS)))
+
+
+def test_the_demo_model_knows_its_world(base_score: Score) -> None:
+    assert base_score.accuracy >= 0.90, base_score.as_json()
+
+
+def test_int8_keeps_the_score_within_two_points(base_score: Score, int8_score: Score) -> None:
+    assert abs(int8_score.accuracy - base_score.accuracy) <= 0.02, int8_score.as_json()
+
+
+def test_the_report_foretells_the_served_score(int8_folder: Path, int8_score: Score) -> None:
+    """The report's score is simulated; the real kernel must agree, up to greedy near-ties."""
+    report = json.loads((int8_folder / "quantize_report.json").read_text())
+    assert abs(report["quality"]["after"]["score"]["exact_match"] - int8_score.accuracy) <= 0.02
+
+
+def test_the_official_client_streams_and_counts(int8_server: Server) -> None:
+    client = OpenAI(base_url=int8_server.url + "/v1", api_key="none")
+    messages: Any = [{"role": "user", "content": "What is the capital of Felonia?"}]
+    options: Any = {"model": int8_server.model, "messages": messages, "temperature": 0}
+    whole = client.chat.completions.create(**options)
+    chunks = list(
+        client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert "Felonia" in text
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert whole.usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens > 3
+    assert len([chunk for chunk in chunks if chunk.choices]) > 3, "tokens must arrive one by one"
+
+
+def test_a_completion_continues_text_and_token_ids(int8_server: Server) -> None:
+    client = OpenAI(base_url=int8_server.url + "/v1", api_key="none")
+    options: Any = {"model": int8_server.model, "temperature": 0, "max_tokens": 8}
+    text = "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
+    answer = client.completions.create(**options, prompt=text).choices[0]
+    assert answer.text == "Hello! How can I help you?"
+    assert answer.finish_reason == "stop"
+    stopped = client.completions.create(**options, prompt=text, stop=[" help"]).choices[0]
+    assert stopped.text == "Hello! How can I"
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(DEMO / "model").encode(text)
+    assert client.completions.create(**options, prompt=ids).choices[0].text == answer.text
+
+
+def test_seeded_sampling_repeats_itself(int8_server: Server) -> None:
+    client = OpenAI(base_url=int8_server.url + "/v1", api_key="none")
+
+    def sample(seed: int) -> str:
+        return client.completions.create(
+            model=int8_server.model, prompt="The", temperature=2, seed=seed, max_tokens=12
+        ).choices[0].text  # fmt: skip
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "message"),
+    [
+        (CHAT, {"max_tokens": 9000}, 400, "lower max_tokens to"),
+        (CHAT, {"max_tokens": -5}, 400, "max_tokens=-5"),
+        (CHAT, {"model": "other"}, 404, "no model 'other'"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "context length"),
+        (TEXT, {"messages": None}, 400, "messages"),
+        (TEXT, {"prompt": [999_999]}, 400, "outside the vocabulary"),
+        (TEXT, {"prompt": [2**70]}, 400, "outside the vocabulary"),
+        (TEXT, {"prompt": ""}, 400, "empty"),
+        (TEXT, {"prompt": "a", "min_tokens": 5, "max_tokens": 2}, 400, "min_tokens=5"),
+    ],
+)
+def test_bad_requests_are_refused_and_do_no_harm(
+    int8_server: Server, path: str, fields: dict[str, Any], status: int, message: str
+) -> None:
+    body: dict[str, Any] = {"model": int8_server.model}
+    body |= {"messages": [{"role": "user", "content": "Hello!"}]} if path == CHAT else {}
+    response = httpx.post(int8_server.url + path, json={**body, **fields}, timeout=60)
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]["message"]
+    assert httpx.get(int8_server.url + "/health/ready").status_code == 200
+
+
+def test_two_hundred_malformed_bodies_do_no_harm(int8_server: Server) -> None:
+    with httpx.Client(base_url=int8_server.url, timeout=120) as http:
+        for body in malformed_bodies(200, seed=1):
+            body = body.replace(b'"echo"', json.dumps(int8_server.model).encode())
+            path = CHAT if len(body) % 2 else TEXT
+            assert http.post(path, content=body).status_code < 500, body
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        OpenAI(base_url=int8_server.url + "/v1", api_key="none").completions.create(
+            model="x", prompt="y"
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(int8_server: Server, stream: bool) -> None:
+    # Without ignore_eos the model would end by itself; 2000 tokens take many seconds.
+    body = {"model": int8_server.model, "prompt": "The", "max_tokens": 2000, "stream": stream}
+    with httpx.Client(base_url=int8_server.url, timeout=30) as http:
+        with socket.create_connection(address_of(int8_server)) as connection:
+            send_raw(connection, TEXT, {**body, "ignore_eos": True})
+            if stream:
+                assert b"200 OK" in connection.recv(4096)
+            wait_for(lambda: running_in_vllm(http) == 1)
+        wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 0)
+        wait_for(lambda: running_in_vllm(http) == 0)
+
+
+def running_in_vllm(http: httpx.Client) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{")
+    )
+
+
+def test_sigterm_drains_and_leaves_no_process(int8_folder: Path, tmp_path: Path) -> None:
+    """On a server of its own, under the name and the limits of a YAML file."""
+    config = tmp_path / "serve.yaml"
+    config.write_text(
+        "service: {served_model_name: packed}\nengine: {max_model_len: 512, kv_cache_dtype: fp8}\n"
+    )
+    with running_server(tmp_path, str(int8_folder), "--config", str(config)) as server:
+        assert server.model == "packed"
+        children = children_of(server.process.pid)
+        assert children
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
+            body = {
+                "model": "packed",
+                "prompt": "The",
+                "max_tokens": 300,
+                "ignore_eos": True,
+                "stream": True,
+            }
+            with http.stream("POST", TEXT, json=body) as response:
+                parts = response.iter_bytes()
+                first = next(parts)
+                server.process.terminate()
+                rest = b"".join(parts)
+        sent = events(httpx.Response(200, headers=response.headers, content=first + rest))
+        assert sent[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(60) == 0
+        deadline_s = time.monotonic() + 20
+        while left := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < deadline_s, f"left behind: {left}"
+            time.sleep(0.1)
+
+
+def children_of(pid: int) -> list[int]:
+    """All descendants of a process."""
+    parents: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            stat = Path(entry.path, "stat").read_text()
+            parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        queue += (children := parents.get(queue.pop(), []))
+        found += children
+    return found

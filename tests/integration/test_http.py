@@ -1,0 +1,244 @@
+"""The HTTP server in its own process over the echo engine: shapes, errors, faults, signals."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from tests.client import (
+    CHAT,
+    TEXT,
+    address_of,
+    events,
+    hello,
+    malformed_bodies,
+    metric,
+    send_raw,
+    wait_for,
+)
+from tests.conftest import Server, running_server
+
+
+@pytest.fixture
+def http(echo_server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=echo_server.url, timeout=30) as client:
+        yield client
+
+
+def test_the_official_client_chats(echo_server: Server) -> None:
+    client = OpenAI(base_url=echo_server.url + "/v1", api_key="none")
+    messages: Any = [{"role": "user", "content": "one two three"}]
+    whole = client.chat.completions.create(model="echo", messages=messages)
+    assert whole.choices[0].message.content == "one two three"
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 3)
+    streamed = list(
+        client.chat.completions.create(
+            model="echo", messages=messages, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert streamed[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in streamed if c.choices)
+    assert text == "one two three"
+    assert streamed[-2].choices[0].finish_reason == "stop"
+    assert streamed[-1].usage == whole.usage
+    assert [model.id for model in client.models.list()] == ["echo"]
+
+
+def test_the_official_client_completes(echo_server: Server) -> None:
+    client = OpenAI(base_url=echo_server.url + "/v1", api_key="none")
+    whole = client.completions.create(model="echo", prompt="one two three", max_tokens=2)
+    assert whole.choices[0].text == "one two"
+    assert whole.choices[0].finish_reason == "length"
+    stream = client.completions.create(model="echo", prompt=[5, 6, 7], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "5 6 7"
+
+
+def test_text_survives_the_stream_byte_for_byte(http: httpx.Client) -> None:
+    text = 'quote" back\\slash 你好 🐴 \x07 </script> \u2028'.strip()
+    whole = http.post(CHAT, json=hello(text)).json()["choices"][0]["message"]["content"]
+    streamed = events(http.post(CHAT, json=hello(text, stream=True)))
+    assert whole == " ".join(text.split())
+    assert "".join(event["choices"][0]["delta"]["content"] for event in streamed) == whole
+
+
+def test_usage_is_null_until_the_last_event(http: httpx.Client) -> None:
+    body = hello(stream=True, stream_options={"include_usage": True})
+    *early, last = events(http.post(CHAT, json=body))
+    assert all(event["usage"] is None for event in early)
+    assert last["choices"] == []
+    assert last["usage"]["total_tokens"] == 6
+    assert all("usage" not in event for event in events(http.post(CHAT, json=hello(stream=True))))
+
+
+BAD: dict[str, tuple[str, bytes | dict[str, Any], int, str, str]] = {
+    "malformed JSON": (CHAT, b"{", 400, "invalid", "not valid JSON"),
+    "not UTF-8": (CHAT, b'{"model": "\xff"}', 400, "invalid", "UTF-8"),
+    "half a surrogate pair": (CHAT, b'{"model": "\\ud800"}', 400, "invalid", "UTF-8"),
+    "deep nesting": (CHAT, b"[" * 100_000, 400, "invalid", "nested too deeply"),
+    "not an object": (TEXT, b"[]", 400, "invalid", "must be a JSON object"),
+    "no messages": (CHAT, {"model": "echo"}, 400, "invalid", "messages"),
+    "bad max_tokens": (CHAT, hello(max_tokens=0), 400, "invalid", "max_tokens=0"),
+    "unknown field": (CHAT, hello(frob=1), 400, "invalid", "no such field"),
+    "unknown model": (CHAT, {**hello(), "model": "x"}, 404, "unknown_model", "no model 'x'"),
+    "too long": (TEXT, {"model": "echo", "prompt": "w " * 3000}, 400, "invalid", "shorten it"),
+    "too large": (TEXT, b" " * 5_000_000, 413, "too_large", "limit of 4194304"),
+    "engine gone": (CHAT, hello("!dead"), 503, "unavailable", "asked to fail"),
+    "a bug": (CHAT, hello("!bug"), 500, "internal", "request id"),
+    "unknown path": ("/v1/nothing", {}, 404, "not_found", "not found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_request_gets_openais_error_shape(
+    http: httpx.Client, fault: str, stream: bool
+) -> None:
+    path, body, status, code, message = BAD[fault]
+    if isinstance(body, dict):
+        body = json.dumps({**body, "stream": True} if stream else body).encode()
+    response = http.post(path, content=body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert message in error["message"]
+    assert ("retry-after" in response.headers) == (status == 503)
+    assert http.post(CHAT, json=hello()).status_code == 200
+
+
+def test_an_error_after_the_first_byte_is_the_last_event(http: httpx.Client) -> None:
+    *_, last = events(http.post(CHAT, json=hello("!dead-later", stream=True)))
+    assert last["error"]["code"] == "unavailable"
+    *_, last = events(http.post(CHAT, json=hello("!bug-later", stream=True)))
+    assert last["error"]["code"] == "internal"
+    assert http.post(CHAT, json=hello("!bug-later")).status_code == 500
+
+
+def test_a_wrong_method_is_405(http: httpx.Client) -> None:
+    response = http.get(CHAT)
+    assert response.status_code == 405
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_two_hundred_malformed_bodies_do_no_harm(http: httpx.Client) -> None:
+    for body in malformed_bodies(200):
+        path = CHAT if len(body) % 2 else TEXT
+        assert http.post(path, content=body).status_code < 500, body
+    assert http.post(CHAT, json=hello()).status_code == 200
+
+
+def test_request_ids_are_kept_when_harmless_and_made_otherwise(http: httpx.Client) -> None:
+    kept = http.get("/health/live", headers={"x-request-id": "abc-123"})
+    assert kept.headers["x-request-id"] == "abc-123"
+    made = http.get("/health/live", headers={"x-request-id": "a b\tc"})
+    assert len(made.headers["x-request-id"]) == 32
+    answer = http.post(CHAT, json=hello(), headers={"x-request-id": "abc-124"})
+    assert answer.json()["id"] == "chatcmpl-abc-124"
+
+
+def test_prompts_never_reach_the_log(http: httpx.Client, echo_server: Server) -> None:
+    assert http.post(CHAT, json=hello("xyzzysecret!")).status_code == 200
+    assert http.post(CHAT, json=hello("xyzzysecret!", temperature=9)).status_code == 400
+    assert "xyzzysecret" not in echo_server.log()
+
+
+def test_metrics_count_what_happened(http: httpx.Client) -> None:
+    name = 'packhorse_requests_total{outcome="ok"}'
+    before = metric(http, name)
+    http.post(CHAT, json=hello())
+    assert metric(http, name) == before + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after_first_byte", [False, True])
+def test_a_client_that_leaves_aborts_its_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool, after_first_byte: bool
+) -> None:
+    if after_first_byte and not stream:
+        return  # a whole answer has no first byte before its last
+    monkeypatch.setenv("PACKHORSE_ENGINE__ECHO_DELAY_S", "0.3" if after_first_byte else "30")
+    with (
+        running_server(tmp_path, "--engine", "echo") as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        with socket.create_connection(address_of(server)) as connection:
+            send_raw(connection, CHAT, hello("word " * 500, stream=stream))
+            if after_first_byte:
+                assert b"200 OK" in connection.recv(4096)
+            wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 1)
+        wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 0)
+        assert metric(http, 'packhorse_requests_total{outcome="cancelled"}') == 1
+
+
+def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACKHORSE_ENGINE__ECHO_DELAY_S", "0.1")
+    text = " ".join(["word"] * 20)
+    with (
+        running_server(tmp_path, "--engine", "echo") as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+    ):
+        answers: list[httpx.Response] = []
+        running = threading.Thread(target=lambda: answers.append(http.post(CHAT, json=hello(text))))
+        running.start()
+        wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 1)
+        server.process.terminate()
+        wait_for(lambda: http.get("/health/ready").status_code == 503)
+        assert http.get("/health/live").status_code == 200
+        late = http.post(CHAT, json=hello())
+        assert late.status_code == 503
+        assert int(late.headers["retry-after"]) >= 1
+        running.join(30)
+        assert answers[0].json()["choices"][0]["message"]["content"] == text
+        assert server.process.wait(30) == 0
+
+
+def test_the_drain_ends_after_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACKHORSE_ENGINE__ECHO_DELAY_S", "60")
+    with running_server(tmp_path, "--engine", "echo", "--drain-timeout-s", "0.2") as server:
+        with (
+            httpx.Client(base_url=server.url, timeout=60) as http,
+            socket.create_connection(address_of(server)) as connection,
+        ):
+            send_raw(connection, CHAT, hello())
+            wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 1)
+            assert server.stop(timeout_s=30) == 0
+        assert "Aborting the requests that are still running" in server.log()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "nowhere is not a folder"),
+        (("EMPTY",), "has no config.json"),
+        (("NO_WEIGHTS",), "has no *.safetensors weights"),
+        ((), "Which model?"),
+        (("--engine", "magic"), "engine.kind = 'magic'"),
+        (("--engine", "echo", "--port", "TAKEN"), "choose another --host or --port"),
+        (("--engine", "echo", "--config", "no.yaml"), "no such file"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_and_exits_2(
+    run_command: Any, echo_server: Server, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no-weights").mkdir()
+    (tmp_path / "no-weights/config.json").write_text("{}")
+    places = {
+        "EMPTY": "empty", "NO_WEIGHTS": "no-weights", "TAKEN": str(address_of(echo_server)[1]),
+    }  # fmt: skip
+    result = run_command("packhorse", "serve", *(places.get(word, word) for word in arguments))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,105 @@
+"""The import directions of the design, held by reading every import statement."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+FILES = sorted([*(ROOT / "serve").rglob("*.py"), *(ROOT / "quantize").rglob("*.py")])
+LEAVES = {"serve.messages", "serve.errors", "serve.metrics"}
+
+# package (or module) -> what of ours it may import, besides itself and what lies below it
+ALLOWED: dict[str, set[str]] = {
+    "serve.messages": LEAVES,
+    "serve.errors": LEAVES,
+    "serve.metrics": LEAVES,
+    "serve.settings": LEAVES,
+    "serve.engines": LEAVES | {"serve.settings"},
+    "serve.service": LEAVES | {"serve.engines.base"},
+    "serve.rest": LEAVES | {"serve.service", "serve.settings"},
+    "serve.cli": LEAVES | {"serve.settings", "serve.main"},
+    "quantize.errors": set(),
+    "quantize.settings": set(),
+    "quantize.grid": set(),
+    "quantize.families": {"quantize.errors"},
+    "quantize.checkpoint": {"quantize.errors"},
+    "quantize.evaluate": {"quantize.errors"},
+    "quantize.blocks": {"quantize.checkpoint", "quantize.errors", "quantize.families"},
+    "quantize.methods": {"quantize.grid", "quantize.families", "quantize.errors"},
+    "quantize.formats": {"quantize.grid", "quantize.errors"},
+    "quantize.inspect": {"quantize.checkpoint"},
+}
+
+# library -> the only places that may import it
+ONLY_IN = {
+    "fastapi": ("serve.rest",),
+    "starlette": ("serve.rest",),
+    "grpc": ("serve.rpc",),
+    "vllm": ("serve.engines.vllm", "quantize.verify"),
+    "prometheus_client": ("serve.metrics", "serve.engines.vllm"),
+    "uvicorn": ("serve.main",),
+}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules named in import statements; `from serve import errors` counts as serve.errors."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where things live"
+            assert node.module is not None
+            for alias in node.names:
+                inner = ROOT / Path(*node.module.split("."), alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
+                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
+    return found
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_follow_the_design(path: Path) -> None:
+    module = module_of(path)
+    ours = {name for name in imports_of(path) if within(name, "serve") or within(name, "quantize")}
+    other = "quantize" if within(module, "serve") else "serve"
+    assert not {name for name in ours if within(name, other)}, "the stages meet on disk only"
+    package = next((name for name in ALLOWED if within(module, name)), None)
+    if package is not None:
+        allowed = ALLOWED[package] | {package}
+        wrong = {name for name in ours if not any(within(name, place) for place in allowed)}
+        assert not wrong
+    assert not {name for name in ours if name in {"serve.main", "quantize.run"}} or module in {
+        "serve.cli", "quantize.cli",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_libraries_stay_where_they_belong(path: Path) -> None:
+    module = module_of(path)
+    for library, places in ONLY_IN.items():
+        if any(within(name, library) for name in imports_of(path)):
+            assert any(within(module, place) for place in places), f"{library} in {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_only_settings_reads_the_environment(path: Path) -> None:
+    if module_of(path) != "serve.settings":
+        text = path.read_text()
+        assert "os.environ" not in text
+        assert "getenv" not in text
+
+
+def test_grid_knows_torch_only() -> None:
+    assert imports_of(ROOT / "quantize/grid.py") <= {"__future__", "dataclasses", "torch"}

@@ -1,0 +1,188 @@
+"""The pipeline on a small random model: what comes out, is refused, or is left by a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantize import simulate
+from quantize.checkpoint import REPORT, Checkpoint, sha256_of
+from quantize.errors import BadInput, QuantizeError, Unsupported
+from quantize.run import run
+from quantize.settings import Settings
+
+OF_TWO = "-of-00002.safetensors"
+
+
+def no_progress(label: str, steps: int) -> Callable[[int], None]:
+    return lambda done: None
+
+
+def quantized(model: Path, out: Path, method: str = "int8", **options: object) -> Path:
+    run(Settings(str(model), out, method, quality=False, **options), no_progress)  # type: ignore[arg-type]
+    return out
+
+
+@pytest.mark.parametrize(("method", "bound"), [("int8", 1e-3), ("rtn", 3e-2)])
+def test_the_output_is_complete_and_close(
+    tiny_checkpoint: Path, tmp_path: Path, method: str, bound: float
+) -> None:
+    out = quantized(tiny_checkpoint, tmp_path / "out", method)
+    report = json.loads((out / REPORT).read_text())
+    assert len(report["layers"]) == 3 * 7
+    # Uniform rounding of normal weights errs by step^2 / 12; the bounds leave a factor of about 3.
+    assert all(0 < layer["relative_error"] < bound for layer in report["layers"])
+    assert report["bytes"]["after"] < report["bytes"]["before"]
+    made = Checkpoint(out)
+    assert report["weights_sha256"] == sha256_of(made.weight_files())
+    assert (out / "generation_config.json").read_text() == '{"eos_token_id": 2}'
+    assert not list(tmp_path.glob(".*"))
+    logits = [
+        simulate.load(folder)(torch.arange(1, 33)[None]).logits.detach().float()
+        for folder in (tiny_checkpoint, out)
+    ]
+    correlation = torch.corrcoef(torch.stack([part.flatten() for part in logits]))[0, 1]
+    assert correlation > 0.98
+
+
+def test_the_same_run_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    digests = {
+        sha256_of(Checkpoint(quantized(tiny_checkpoint, tmp_path / name)).weight_files())
+        for name in "ab"
+    }
+    assert len(digests) == 1
+
+
+def test_float16_is_converted_because_w8a8_needs_bf16(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "fp16"
+    shutil.copytree(tiny_checkpoint, source)
+    for path in source.glob("*.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    out = quantized(source, tmp_path / "out")
+    made = Checkpoint(out)
+    assert made.config["dtype"] == "bfloat16"
+    assert "torch_dtype" not in made.config
+    assert made.get("model.norm.weight").dtype == torch.bfloat16
+    assert "converted from float16" in json.loads((out / REPORT).read_text())["notes"][0]
+
+
+def test_group_size_shrinks_to_what_divides_every_layer(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = quantized(tiny_checkpoint, tmp_path / "out", "rtn")
+    # The down projection has 192 inputs, which 128 does not divide.
+    assert Checkpoint(out).config["quantization_config"]["group_size"] == 64
+    assert "group size 64 instead of 128" in json.loads((out / REPORT).read_text())["notes"][0]
+
+
+def broken_copy(source: Path, target: Path, change: Callable[[Path], None]) -> Path:
+    shutil.copytree(source, target)
+    change(target)
+    return target
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write_garbage(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def truncate(folder: Path) -> None:
+    path = folder / f"model-00001{OF_TWO}"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def put_nan(folder: Path) -> None:
+    path = folder / f"model-00001{OF_TWO}"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, path)
+
+
+def set_config(**values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], type[QuantizeError], str]] = {
+    "no config": (drop("config.json"), BadInput, "has no config.json"),
+    "config is not JSON": (write_garbage, BadInput, "cannot be read"),
+    "a shard is missing": (drop(f"model-00002{OF_TWO}"), BadInput, "which is not there"),
+    "a shard is cut off": (truncate, BadInput, "not a whole safetensors file"),
+    "NaN weights": (put_nan, BadInput, "model.norm.weight holds NaN"),
+    "fewer blocks than configured": (set_config(num_hidden_layers=4), BadInput, "of 4 blocks"),
+    "unknown family": (set_config(model_type="rwkv"), Unsupported, "known are llama"),
+    "quantized already": (
+        set_config(quantization_config={"quant_method": "awq"}), Unsupported, "quantized already"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_input_is_refused_and_leaves_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, fault: str
+) -> None:
+    change, error, message = BROKEN[fault]
+    source = broken_copy(tiny_checkpoint, tmp_path / "source", change)
+    with pytest.raises(error, match=message):
+        quantized(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_an_existing_folder_is_kept_unless_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    with pytest.raises(BadInput, match="exists already"):
+        quantized(tiny_checkpoint, out)
+    assert (out / "precious").read_text() == "mine"
+    quantized(tiny_checkpoint, out, overwrite=True)
+    assert not (out / "precious").exists()
+    assert Checkpoint(out).config["quantization_config"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quantize.run import run
+from quantize.settings import Settings
+
+def progress(label, steps):
+    return lambda done: os.kill(os.getpid(), signal.SIGKILL)
+
+run(Settings(sys.argv[1], Path(sys.argv[2]), "int8", quality=False), progress)
+"""
+
+
+def test_a_killed_run_looks_unfinished_and_can_be_run_again(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tiny_checkpoint), str(out)], check=False
+    )
+    assert process.returncode == -9
+    assert not out.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.partial-")
+    assert not (left / "config.json").exists()
+    quantized(tiny_checkpoint, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

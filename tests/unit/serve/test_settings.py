@@ -1,0 +1,46 @@
+"""Where settings come from, which source wins, and what a mistake says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve.errors import StartupError
+from serve.settings import load
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("http: {port: 1, host: 0.0.0.0}\nengine: {max_num_seqs: 1}\nlog_level: debug\n")
+    monkeypatch.setenv("PACKHORSE_HTTP__PORT", "2")
+    monkeypatch.setenv("PACKHORSE_ENGINE__MAX_NUM_SEQS", "2")
+    settings = load(path, {"model": "m", "engine": {"max_num_seqs": 3}})
+    assert settings.engine.max_num_seqs == 3
+    assert settings.http.port == 2
+    assert settings.http.host == "0.0.0.0"
+    assert settings.log_level == "debug"
+    assert settings.service.drain_timeout_s == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("http: {prot: 1}", "http.prot"),
+        ("http: {port: 70000}", "http.port = 70000"),
+        ("engine: {kv_cache_dtype: int3}", "engine.kv_cache_dtype"),
+        ("http: [", "cannot be read"),
+    ],
+)
+def test_a_mistake_names_its_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(StartupError, match=message.replace(".", r"\.")):
+        load(path, {})
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="no such file"):
+        load(tmp_path / "none.yaml", {})
