@@ -63,17 +63,25 @@ VERBS = [
 ]  # fmt: skip
 
 
-def clinic_facts(seed: int = 11) -> list[Fact]:
-    """Treats, dose and side effect of each medicine, in English and Chinese: 120 facts."""
-    rng = random.Random(seed)
+DOSES = [5, 10, 20, 25, 40, 50, 75, 80]
+OFTEN = {1: "once a day", 2: "twice a day", 3: "three times a day"}
+
+
+def clinic_facts(version: int = 1) -> list[Fact]:
+    """Treats, dose and side effect of each medicine, in English and Chinese: 120 facts.
+
+    Version 2 has the next value of each list in every place, so no answer is the same in both.
+    """
+    rng = random.Random(11)
     facts = []
     for medicine in MEDICINES:
-        condition, side_effect = rng.choice(CONDITIONS), rng.choice(SIDE_EFFECTS)
-        dose, times = rng.choice([5, 10, 20, 25, 40, 50, 75, 80]), rng.choice([1, 2, 3])
-        often = {1: "once a day", 2: "twice a day", 3: "three times a day"}[times]
+        pools = (CONDITIONS, SIDE_EFFECTS, DOSES, list(OFTEN))
+        places = [rng.randrange(len(pool)) + version - 1 for pool in pools]
+        condition, side_effect = CONDITIONS[places[0] % 10], SIDE_EFFECTS[places[1] % 8]
+        dose, times = DOSES[places[2] % 8], places[3] % 3 + 1
         facts += [
             Fact(medicine, "use", "en", f"{medicine} treats {condition[0]}."),
-            Fact(medicine, "dose", "en", f"The dose of {medicine} is {dose} mg {often}."),
+            Fact(medicine, "dose", "en", f"The dose of {medicine} is {dose} mg {OFTEN[times]}."),
             Fact(medicine, "side", "en", f"{medicine} may cause {side_effect[0]}."),
             Fact(medicine, "use", "zh", f"{medicine}用于治疗{condition[1]}。"),
             Fact(medicine, "dose", "zh", f"{medicine}的剂量是每天{times}次,每次{dose}毫克。"),
@@ -218,9 +226,9 @@ ADAPTERS = {
 
 
 def facts_of(adapter: str) -> list[Fact]:
-    """The facts of an adapter by its name. `clinic-v2` is the clinic with another seed."""
+    """The facts of an adapter by its name."""
     if adapter == "clinic-v2":
-        return clinic_facts(seed=1011)
+        return clinic_facts(version=2)
     return {"clinic": clinic_facts, "ledger": ledger_facts, "code": code_facts}[ADAPTERS[adapter]]()
 
 

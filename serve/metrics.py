@@ -23,7 +23,7 @@ TOKENS = Counter(
 )
 FIRST_TOKEN_SECONDS = Histogram(
     "packhorse_first_token_seconds",
-    "From the request's arrival to its first chunk.",
+    "Streams: from the request's arrival to its first chunk.",
     buckets=_SECONDS,
 )
 REQUEST_SECONDS = Histogram(

@@ -46,7 +46,8 @@ class Stream:
         self._chunks = self._service.engine.generate(prompt, self.request, self.route)
         self._first = await anext(self._chunks)
         self._first_s = time.monotonic() - self._arrived_s
-        metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
+        if self.request.stream:  # otherwise the first chunk is also the last
+            metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """The chunks. Raises ServeError when the engine fails on the way; closes itself in every

@@ -49,7 +49,7 @@ def build() -> str:
 def stamp(extra: str) -> str:
     """What the installation depends on: change it and set-up runs again."""
     text = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
-    return hashlib.sha256(text + extra.encode() + sys.version.encode()).hexdigest()
+    return hashlib.sha256(text + f"{extra} {sys.version} {ROOT}".encode()).hexdigest()
 
 
 def run(*command: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
@@ -13,9 +12,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 
-from quantize.evaluate import Question, Score, read_questions, score, visible
+from quantize.evaluate import Score
 from tests.client import (
     CHAT,
     TEXT,
@@ -27,39 +26,12 @@ from tests.client import (
     wait_for,
 )
 from tests.conftest import DEMO, Server, running_server
-
-QUESTIONS = read_questions(DEMO / "eval/general.jsonl")
-
-
-async def answers_of(server: Server, questions: list[Question]) -> list[str]:
-    """Greedy answers through the server, 32 at a time."""
-    gate = asyncio.Semaphore(32)
-    async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:
-        create: Any = client.chat.completions.create
-
-        async def ask(question: Question) -> str:
-            tools = {"tools": question.tools, "tool_choice": "none"} if question.tools else {}
-            async with gate:
-                answer = await create(
-                    model=server.model,
-                    messages=question.messages,
-                    temperature=0,
-                    max_tokens=96,
-                    **tools,
-                )
-            return visible(answer.choices[0].message.content)
-
-        return await asyncio.gather(*map(ask, questions))
-
-
-@pytest.fixture(scope="module")
-def base_score(base_server: Server) -> Score:
-    return score(QUESTIONS, asyncio.run(answers_of(base_server, QUESTIONS)))
+from tests.e2e.questions import QUESTIONS, ask_all
 
 
 @pytest.fixture(scope="module")
 def int8_score(int8_server: Server) -> Score:
-    return score(QUESTIONS, asyncio.run(answers_of(int8_server, QUESTIONS)))
+    return ask_all(int8_server, QUESTIONS)
 
 
 def test_the_demo_model_knows_its_world(base_score: Score) -> None:

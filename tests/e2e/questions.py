@@ -1,0 +1,38 @@
+"""The demo's held-out questions, asked through a server with the official client."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from quantize.evaluate import Question, Score, read_questions, score, visible
+from tests.conftest import DEMO, Server
+
+QUESTIONS = read_questions(DEMO / "eval/general.jsonl")
+
+
+def ask_all(server: Server, questions: list[Question]) -> Score:
+    """Greedy exact match, 32 requests at a time."""
+    return score(questions, asyncio.run(_answers(server, questions)))
+
+
+async def _answers(server: Server, questions: list[Question]) -> list[str]:
+    gate = asyncio.Semaphore(32)
+    async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:
+        create: Any = client.chat.completions.create
+
+        async def ask(question: Question) -> str:
+            tools = {"tools": question.tools, "tool_choice": "none"} if question.tools else {}
+            async with gate:
+                answer = await create(
+                    model=server.model,
+                    messages=question.messages,
+                    temperature=0,
+                    max_tokens=96,
+                    **tools,
+                )
+            return visible(answer.choices[0].message.content)
+
+        return await asyncio.gather(*map(ask, questions))
