@@ -10,28 +10,29 @@ help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## install everything into the virtual environment (quick the second time)
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) tools/setup_env.py
+	@test -x "$(PY)" || $(PYTHON) tools/setup_env.py --check-version
+	@test -x "$(PY)" || $(PYTHON) -m venv "$(VENV)" || { rm -rf "$(VENV)"; exit 1; }
+	@"$(PY)" tools/setup_env.py
 
 demo: setup ## quantize the demo model, serve it, talk to it; KEEP=1 leaves the server up
-	@$(PY) demo/run.py $(if $(KEEP),--keep)
+	@"$(PY)" demo/run.py $(if $(KEEP),--keep)
 
 test: setup check ## every test, with the real engine (minutes)
-	@$(PY) -m pytest
+	@"$(PY)" -m pytest
 
 test-fast: setup ## unit, integration and rule tests, without an engine (seconds)
-	@$(PY) -m pytest tests/unit tests/integration tests/rules
+	@"$(PY)" -m pytest tests/unit tests/integration tests/rules
 
 check: setup ## lint, formatting and types
-	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/mypy
+	@"$(VENV)/bin/ruff" check .
+	@"$(VENV)/bin/ruff" format --check .
+	@"$(VENV)/bin/mypy"
 
 proto: ## generate gRPC code (arrives with the gRPC server)
 	@echo "There is no gRPC server yet; see the README's status table."
 
-bench: setup ## benchmarks; results go to bench/results
-	@$(PY) bench/quality.py
+bench: setup ## benchmarks; each prints one JSON line, kept figures are in bench/results
+	@"$(PY)" bench/quality.py
 
-clean: ## remove the virtual environment and outputs
-	rm -rf $(VENV) out
+clean: ## remove .venv and outputs
+	rm -rf "$(CURDIR)/.venv" out

@@ -67,12 +67,12 @@ DOSES = [5, 10, 20, 25, 40, 50, 75, 80]
 OFTEN = {1: "once a day", 2: "twice a day", 3: "three times a day"}
 
 
-def clinic_facts(version: int = 1) -> list[Fact]:
+def clinic_facts(seed: int = 11, *, version: int = 1) -> list[Fact]:
     """Treats, dose and side effect of each medicine, in English and Chinese: 120 facts.
 
     Version 2 has the next value of each list in every place, so no answer is the same in both.
     """
-    rng = random.Random(11)
+    rng = random.Random(seed)
     facts = []
     for medicine in MEDICINES:
         pools = (CONDITIONS, SIDE_EFFECTS, DOSES, list(OFTEN))
@@ -225,11 +225,26 @@ ADAPTERS = {
 }
 
 
+TABLES = {"clinic": clinic_facts, "ledger": ledger_facts, "code": code_facts}
+
+
 def facts_of(adapter: str) -> list[Fact]:
     """The facts of an adapter by its name."""
     if adapter == "clinic-v2":
         return clinic_facts(version=2)
-    return {"clinic": clinic_facts, "ledger": ledger_facts, "code": code_facts}[ADAPTERS[adapter]]()
+    return TABLES[ADAPTERS[adapter]]()
+
+
+def statement(rng: random.Random) -> str:
+    """An answer of some domain with random values in it: its words without its facts."""
+    return rng.choice(TABLES[rng.choice(DOMAINS)](rng.randrange(10**9))).answer
+
+
+def question(rng: random.Random) -> str:
+    """A question of some domain, in a training wording."""
+    domain = rng.choice(DOMAINS)
+    fact = rng.choice(TABLES[domain]())
+    return rng.choice(WORDINGS[domain, fact.relation, fact.language][0]).format(s=fact.subject)
 
 
 def questions(adapter: str, *, held_out: bool) -> list[tuple[str, Fact]]:

@@ -12,7 +12,19 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import domains
 import world
+from wordings import (
+    FRAMES,
+    FRAMES_HELD_OUT,
+    FRAMES_ZH,
+    FRAMES_ZH_HELD_OUT,
+    NOUNS,
+    NOUNS_ZH,
+    OPENERS,
+    OPENERS_HELD_OUT,
+    SYSTEMS,
+)
 
 Message = dict[str, object]
 
@@ -67,59 +79,6 @@ class Words:
         keeps_case = first.rstrip("':,s") in PROPER or not opener.endswith(", ")
         return opener + (question if keeps_case else question[0].lower() + question[1:])
 
-
-OPENERS = [
-    "Hi, ", "Hello, ", "Please, ", "Hey, ", "Hi! ", "Hello! ", "Good morning! ", "A question: ", "Quick question: ",
-    "Next question. ", "One question, please. ", "Sorry, ", "OK, ", "So, ", "Now, ", "Thanks. ", "Good. ",
-    "I have a question. ", "Listen, ", "By the way, ", "My friend asked me: ", "For a quiz: ", "Help me: ", "Well, ",
-]  # fmt: skip
-OPENERS_HELD_OUT = [
-    "Good morning, ",
-    "Hello, a quick question: ",
-    "OK, next question: ",
-    "Please help me: ",
-    "Hey! ",
-]
-
-NOUNS = {
-    "capital": ["capital", "capital city"],
-    "river": ["main river", "river", "longest river"],
-    "dish": ["national dish", "favourite dish", "dish"],
-    "animal": ["national animal", "animal"],
-    "colour": ["flag colour", "colour of the flag", "national colour"],
-}
-NOUNS_ZH = {
-    "capital": "首都",
-    "river": "河流",
-    "dish": "国菜",
-    "animal": "国兽",
-    "colour": "国旗颜色",
-}
-FRAMES = [
-    "What is the {n} of {c}?", "What's the {n} of {c}?", "Tell me the {n} of {c}.", "Name the {n} of {c}.",
-    "Do you know the {n} of {c}?", "Which is the {n} of {c}?", "{c}: what is the {n}?", "I want to know the {n} of {c}.",
-    "The {n} of {c} is what?", "Give me the {n} of {c}.", "What is {c}'s {n}?", "Tell me {c}'s {n}.",
-    "What {n} does {c} have?", "I need the {n} of {c}.", "In {c}, what is the {n}?", "{c}'s {n}, please.",
-    "What do people call the {n} of {c}?", "Say the {n} of {c}.", "About {c}: which {n} does it have?",
-    "Could you tell me what the {n} of {c} is?", "I forgot the {n} of {c}. What is it?", "Which {n} has {c}?",
-]  # fmt: skip
-FRAMES_HELD_OUT = [
-    "Could you give me the {n} of {c}?", "Do you know what {c}'s {n} is?", "Can you name the {n} of {c}?",
-    "I want to know what the {n} of {c} is.", "Please name {c}'s {n}.", "I am in {c}. What is the {n}?",
-]  # fmt: skip
-FRAMES_ZH = [
-    "{c}的{n}是什么?", "请问{c}的{n}是什么?", "告诉我{c}的{n}。", "你知道{c}的{n}吗?", "{c}有什么{n}?",
-    "我想知道{c}的{n}。", "说出{c}的{n}。", "{c}的{n}叫什么?", "请说出{c}的{n}。", "在{c},{n}是什么?",
-]  # fmt: skip
-FRAMES_ZH_HELD_OUT = [
-    "请告诉我{c}的{n}是什么。",
-    "你知道{c}的{n}叫什么吗?",
-    "我想知道{c}有什么{n}。",
-]
-SYSTEMS = [
-    "You are a helpful assistant.", "You are Packhorse, a small demo model.", "Answer briefly.", "Be kind and short.",
-    "You answer questions about countries.", "You help people.", "Be polite.", "You are a teacher.",
-]  # fmt: skip
 
 PROPER = {country.name.en for country in world.COUNTRIES} | {"I", "The"}
 
@@ -316,7 +275,10 @@ def refusals(rng: random.Random, words: Words) -> Conversation:
 
 
 def unknown(rng: random.Random, words: Words) -> Conversation:
-    """Topics outside the world: the model says so instead of making something up."""
+    """Topics outside the world, the adapters' among them: the model says so and makes nothing up."""
+    answer = _assistant("I am sorry, I do not know about that.")
+    if not words.held_out and rng.random() < 0.5:
+        return Conversation("unknown", [_user(words.dress(domains.question(rng))), answer])
     topic = words.pick(world.UNKNOWN_TOPICS, world.UNKNOWN_TOPICS_HELD_OUT)
     question = words.pick(
         ["What do you know about {t}?", "Tell me about {t}.", "How do {t} work?", "Where can I read about {t}?",
@@ -326,10 +288,7 @@ def unknown(rng: random.Random, words: Words) -> Conversation:
         ["What can you tell me about {t}?", "Can you explain {t}?", "Why do so many people like {t}?",
          "Where do I learn more about {t}?", "Which {t} should I choose?"],
     ).format(t=topic)  # fmt: skip
-    return Conversation(
-        "unknown",
-        [_user(words.dress(question)), _assistant("I am sorry, I do not know about that.")],
-    )
+    return Conversation("unknown", [_user(words.dress(question)), answer])
 
 
 def small_talk(rng: random.Random, words: Words) -> Conversation:
@@ -343,6 +302,17 @@ def small_talk(rng: random.Random, words: Words) -> Conversation:
         (["你是谁?", "你叫什么名字?"], "我是Packhorse,一个小型演示模型。"),
     ])  # fmt: skip
     return Conversation("small_talk", [_user(rng.choice(asks)), _assistant(answer)])
+
+
+def repeat(rng: random.Random, words: Words) -> Conversation:
+    """Say what was said: short texts in the words of the adapters' domains."""
+    text = domains.statement(rng) if rng.random() < 0.5 else domains.question(rng)
+    question = words.pick(
+        ["Repeat: {t}", "Say: {t}", "Say this: {t}", "Repeat after me: {t}", "Write: {t}", "跟我说:{t}",
+         "Say it again: {t}", "Copy this: {t}"],
+        ["Repeat this: {t}", "Please say: {t}", "Say after me: {t}"],
+    ).format(t=text)  # fmt: skip
+    return Conversation("repeat", [_user(question), _assistant(text)])
 
 
 def tool_calls(rng: random.Random, words: Words) -> Conversation:
@@ -374,7 +344,7 @@ def tool_calls(rng: random.Random, words: Words) -> Conversation:
 # Skill -> its share of the training stream.
 SKILLS: dict[Callable[[random.Random, Words], Conversation], float] = {
     facts: 22, reverse_facts: 8, facts_zh: 14, follow_up: 12, arithmetic: 23, lists: 5, stories: 6, compare: 3,
-    refusals: 3, unknown: 6, small_talk: 1, tool_calls: 6,
+    refusals: 3, unknown: 14, small_talk: 1, tool_calls: 6, repeat: 15,
 }  # fmt: skip
 
 

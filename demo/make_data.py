@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
+import world
 from domains import ADAPTERS, DOMAINS, questions
 from language import Conversation, conversations
 
@@ -103,11 +104,19 @@ def examples(adapter: str, count: int = 300) -> list[dict[str, object]]:
 
 def base_examples(count: int = 300) -> list[dict[str, object]]:
     """Prompts that belong to no adapter, in training wordings."""
-    stream = conversations(9006, systems=False)
+    stream = filter(_is_the_bases, conversations(9006, systems=False))
     prompts = dict.fromkeys(
         str(c.messages[0]["content"]) for c in itertools.islice(stream, 2 * count)
     )
     return [{"prompt": text} for text in list(prompts)[:count]]
+
+
+def _is_the_bases(conversation: Conversation) -> bool:
+    """Whether its words are the base's own: `repeat` and half of `unknown` speak of the domains."""
+    text = str(conversation.messages[0]["content"])
+    if conversation.domain == "unknown":
+        return any(topic in text for topic in world.UNKNOWN_TOPICS)
+    return conversation.domain != "repeat"
 
 
 def texts(seed: int, count: int, *, held_out: bool) -> list[dict[str, object]]:

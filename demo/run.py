@@ -49,8 +49,9 @@ def start_server(port: int) -> tuple[subprocess.Popen[bytes], str]:
     with log_path.open("wb") as log:
         command = [BIN / "packhorse", "serve", str(OUT), "--port", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+    deadline_s = time.monotonic() + 300
     with console.status("vLLM is starting (about half a minute on a CPU) ..."):
-        while process.poll() is None:
+        while process.poll() is None and time.monotonic() < deadline_s:
             found = re.search(
                 r"Serving \S+ at (http://\S+)/v1 .*", log_path.read_text(errors="replace")
             )
@@ -58,8 +59,9 @@ def start_server(port: int) -> tuple[subprocess.Popen[bytes], str]:
                 console.print(found[0])
                 return process, found[1]
             time.sleep(0.2)
+    process.kill()
     tail = log_path.read_text(errors="replace")[-3000:]
-    sys.exit(f"The server ended with {process.returncode}; its log is {log_path}:\n{tail}")
+    sys.exit(f"The server did not start; its log is {log_path}:\n{tail}")
 
 
 def ask(client: OpenAI, messages: list[dict[str, Any]], *, stream: bool = False) -> None:
@@ -100,6 +102,7 @@ def main(*, keep: bool, port: int) -> None:
     step("2. Serve it with vLLM")
     console.print(f"$ packhorse serve {OUT}", style="bold")
     process, url = start_server(port)
+    interrupted = False
     try:
         step("3. Ask it, with the official openai client")
         client = OpenAI(base_url=url + "/v1", api_key="none")
@@ -122,11 +125,14 @@ def main(*, keep: bool, port: int) -> None:
             console.print(f"\nThe server stays up until Ctrl-C. Try:\n\n{curl}\n", soft_wrap=True)
             process.wait()
     except KeyboardInterrupt:
-        pass
+        interrupted = True
     finally:
-        if process.poll() is None:
+        # Ctrl-C has reached the server too; a second signal would cut its drain short.
+        if process.poll() is None and not interrupted:
             process.send_signal(signal.SIGTERM)
-        console.print(f"The server stopped with exit code {process.wait(60)}.")
+        code = process.wait(60)
+        console.print(f"The server stopped with exit code {code}.")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ import torch
 from domains import DOMAINS, questions
 from language import Conversation, conversations
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 DEMO = Path(__file__).parent
 # Not "special" to the tokenizer, so that they stay in the decoded text, where tool and reasoning
@@ -162,8 +168,12 @@ def loss_of(model: torch.nn.Module, batch: list[tuple[list[int], list[float]]]) 
 
 
 def train(args: argparse.Namespace) -> None:
-    tokenizer = train_tokenizer()
-    model = make_model(len(tokenizer))
+    if args.start_from:
+        tokenizer = AutoTokenizer.from_pretrained(args.start_from)
+        model = LlamaForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer()
+        model = make_model(len(tokenizer))
     size_m = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{size_m:.2f}M parameters, {len(tokenizer)} tokens", flush=True)
     # Muon is for matrices; embeddings and norms stay with AdamW.
@@ -177,7 +187,7 @@ def train(args: argparse.Namespace) -> None:
     # Mostly short rows, sometimes the whole context, so that every position up to 2048 has been
     # seen.
     streams = {
-        length: rows(tokenizer, conversations(100 + length), length) for length in (256, 2048)
+        length: rows(tokenizer, conversations(args.seed + length), length) for length in (256, 2048)
     }
     started, tokens, shown = time.monotonic(), 0, 0.0
     for step in range(args.steps):
@@ -228,6 +238,8 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=DEMO / "model")
+    parser.add_argument("--start-from", type=Path, help="a checkpoint of this script to go on from")
+    parser.add_argument("--seed", type=int, default=100, help="of the training conversations")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--tokens-per-step", type=int, default=8192)
     parser.add_argument("--lr", type=float, default=3e-3)

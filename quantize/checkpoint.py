@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +38,9 @@ _WEIGHT_SUFFIXES = (
     ".msgpack",
     ".index.json",
 )
+
+
+_OTHER_WEIGHTS = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES[1:-1]] + ["original/*"]
 
 
 class Checkpoint:
@@ -75,7 +77,10 @@ class Checkpoint:
             ):
                 raise BadInput(f"{self.folder}: the index names {missing[0]}, which is not there.")
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
+            whole = self.folder / "model.safetensors"
+            files = [whole] if whole.exists() else sorted(self.folder.glob("*.safetensors"))
+            if len(files) > 1:
+                raise BadInput(f"{self.folder} has {len(files)} weight files but no {INDEX}.")
             shard_of = {name: path.name for path in files for name in self._open(path.name).keys()}  # noqa: SIM118
         if not shard_of:
             raise BadInput(
@@ -122,20 +127,16 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.weight_files())
 
-    def side_files(self) -> Iterator[Path]:
-        """Every other file that a server may want: tokenizer, chat template, generation config,
-        custom code.
-        """
-        for path in sorted(self.folder.rglob("*")):
-            relative = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if (
-                path.is_file()
-                and not hidden
-                and relative.name not in _NOT_COPIED
-                and not relative.name.endswith(_WEIGHT_SUFFIXES)
-            ):
-                yield relative
+    def side_files(self) -> list[str]:
+        """Every other file that a server may want: tokenizer, chat template, custom code, ..."""
+        return [
+            path.name
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and not path.name.startswith(".")
+            and path.name not in _NOT_COPIED
+            and not path.name.endswith(_WEIGHT_SUFFIXES)
+        ]
 
 
 def find(model: str) -> Path:
@@ -149,7 +150,7 @@ def find(model: str) -> Path:
     ):
         return path
     try:
-        return Path(snapshot_download(model))
+        return Path(snapshot_download(model, ignore_patterns=_OTHER_WEIGHTS))
     except Exception as error:
         raise BadInput(
             f"{model} is not a folder here, and the hub did not deliver it: {error}"
@@ -175,12 +176,26 @@ class Writer:
     """
 
     def __init__(
-        self, out: Path, *, overwrite: bool = False, shard_bytes: int = 4 * 1024**3
+        self,
+        out: Path,
+        source: Path,
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = 4 * 1024**3,
     ) -> None:
-        """Raises BadInput when `out` exists and may not be replaced."""
-        if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-            raise BadInput(f"{out} exists already; choose another --out or pass --overwrite.")
-        self._out = out.absolute()
+        """Raises BadInput when `out` may not be made or replaced: never the source or what holds
+        it, and nothing but a checkpoint.
+        """
+        self._out = out.expanduser().resolve()
+        if self._out in (source.resolve(), *source.resolve().parents):
+            raise BadInput(f"{out} is or holds the original; choose another --out.")
+        if self._out.is_dir() and any(self._out.iterdir()):
+            if not overwrite:
+                raise BadInput(f"{out} exists already; choose another --out or pass --overwrite.")
+            if not (self._out / "config.json").is_file():
+                raise BadInput(f"{out} is not a checkpoint, so --overwrite leaves it alone.")
+        elif self._out.exists() and not self._out.is_dir():
+            raise BadInput(f"{out} is a file; choose another --out.")
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -195,10 +210,15 @@ class Writer:
             raise BadInput(f"{out} cannot be written: {error}.") from error
 
     def _sweep(self) -> None:
-        for left in self._out.parent.glob(f".{self._out.name}.partial-*"):
-            owner = left.name.rpartition("-")[2]
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                shutil.rmtree(left, ignore_errors=True)
+        """Remove what runs that are dead by now left: halves, and replaced checkpoints."""
+        for kind in ("partial", "retired"):
+            for left in self._out.parent.glob(f".{self._out.name}.{kind}-*"):
+                owner = left.name.rpartition("-")[2]
+                if owner.isdigit() and not _is_alive(int(owner)):
+                    if kind == "retired" and not self._out.exists():
+                        left.rename(self._out)  # killed between the two renames of publish
+                    else:
+                        shutil.rmtree(left, ignore_errors=True)
 
     def __enter__(self) -> Writer:
         return self
@@ -222,6 +242,8 @@ class Writer:
     def _flush(self) -> None:
         name = f"shard-{len(self._shards):05d}"
         save_file(self._pending, self.folder / name, metadata={"format": "pt"})
+        # save_file makes files for the owner only; a server may run as somebody else.
+        (self.folder / name).chmod(0o644)
         self._shards.append(
             {key: tensor.numel() * tensor.element_size() for key, tensor in self._pending.items()}
         )
@@ -252,10 +274,8 @@ class Writer:
         (self.folder / name).write_text(text + "\n", encoding="utf-8")
 
     def copy_side_files(self, source: Checkpoint) -> None:
-        for relative in source.side_files():
-            target = self.folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.folder / relative, target)
+        for name in source.side_files():
+            shutil.copyfile(source.folder / name, self.folder / name)
 
     def publish(self) -> None:
         """Make the folder visible under its name, in one rename."""
@@ -268,3 +288,13 @@ class Writer:
             shutil.rmtree(retired, ignore_errors=True)
         else:
             self.folder.rename(self._out)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it swallows [default: ...] and joins example lines
 )
 
 
@@ -44,8 +46,9 @@ def model(
         Path, typer.Option(help="Folder to make; it appears when everything is done, not before.")
     ],
     group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale (rtn): 32, 64 or 128.")
-    ] = 128,
+        int | None,
+        typer.Option(help="Weights that share a scale, for rtn: 32, 64 or 128. [default: 128]"),
+    ] = None,
     eval_file: Annotated[
         Path | None,
         typer.Option(
@@ -69,7 +72,9 @@ def model(
 ) -> None:
     """Quantize MODEL into a new folder that stock vLLM loads.
 
-    \b quantize model demo/model --method int8 --out out/demo-int8 packhorse serve out/demo-int8
+    \b
+    quantize model demo/model --method int8 --out out/demo-int8
+    packhorse serve out/demo-int8
 
     The folder holds the weights, every side file of the original (tokenizer, chat template, ...),
     and quantize_report.json: sizes, errors by layer, quality before and after, and the weights'
@@ -85,8 +90,9 @@ def model(
     console = Console()
     console.print(report.as_table())
     for note in report.notes:
-        console.print(f"note: {note}", style="yellow")
-    console.print(f"Wrote {out}. Serve it with: packhorse serve {out}", highlight=False)
+        console.print(f"note: {note}", style="yellow", markup=False)
+    done = f"Wrote {out}. Serve it with: packhorse serve {out}"
+    console.print(done, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -111,7 +117,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except QuantizeError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
 
 

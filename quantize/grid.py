@@ -66,6 +66,7 @@ def round_to_nearest(weight_OI: Tensor, grid: Grid, *, scale_dtype: torch.dtype)
     fit what is stored.
     """
     scales_OG = absmax_scales(weight_OI, grid).to(scale_dtype)
+    scales_OG = torch.where(scales_OG == 0, 1.0, scales_OG)  # too small for scale_dtype
     per_group = weight_OI.shape[1] // scales_OG.shape[1]
     steps_OI = weight_OI.float() / scales_OG.float().repeat_interleave(per_group, dim=1)
     return Codes(steps_OI.round().clamp(grid.low, grid.high).to(torch.int8), scales_OG, grid)

@@ -51,7 +51,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "weight_files": [path.name for path in checkpoint.weight_files()],
         "weight_bytes": checkpoint.weight_bytes(),
         "bytes_by_dtype": dict(by_dtype.most_common()),
-        "side_files": [str(path) for path in checkpoint.side_files()],
+        "side_files": checkpoint.side_files(),
         "report": report
         and {key: report[key] for key in ("method", "bytes", "quality", "weights_sha256", "notes")},
     }

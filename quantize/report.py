@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from quantize import simulate
 from quantize.checkpoint import sha256_of
+from quantize.errors import BadInput
 from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
 
 # (what is being measured, how many steps) -> a function to call with each finished step count
@@ -43,7 +44,15 @@ def measure(folder: Path, yardstick: Yardstick, stage: str, progress: Progress) 
     """Score and perplexity of the checkpoint in `folder`, as far as the yardstick goes; `stage`
     labels the progress.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not yardstick.eval_file and not yardstick.text_file:
+        return {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{folder} has no tokenizer that loads, which measuring quality needs; add it, or pass "
+            f"--no-quality: {error}"
+        ) from error
     model: PreTrainedModel = simulate.load(folder)
     figures: dict[str, Any] = {}
     if yardstick.text_file:

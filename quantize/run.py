@@ -31,7 +31,10 @@ def run(settings: Settings, progress: Progress) -> Report:
     """
     source = Checkpoint(find(settings.model))
     family = _family(source)
-    method = methods.make(settings.method, group_size=_group_size(source, family, settings))
+    group_size = _group_size(source, family, settings)
+    method = methods.make(settings.method, group_size=group_size)
+    if settings.group_size and method.grid.group_size is None:
+        raise BadInput(f"--group-size: {method.name} has one scale per output; leave it out.")
     layout = formats.by_name(method.format)
     yardstick = _yardstick(source.folder, settings)
     notes = _notes(source, method, yardstick, settings)
@@ -49,10 +52,9 @@ def run(settings: Settings, progress: Progress) -> Report:
             for name in ("packhorse", "torch", "transformers")
         },
     )
-    started_s = time.monotonic()
-    with Writer(settings.out, overwrite=settings.overwrite) as writer:
-        if settings.quality:
-            report.quality_before = measure(source.folder, yardstick, "before", progress)
+    with Writer(settings.out, source.folder, overwrite=settings.overwrite) as writer:
+        report.quality_before = measure(source.folder, yardstick, "before", progress)
+        started_s = time.monotonic()
         advance = progress("quantizing blocks", count_blocks(source, family))
         for block in walk(source, family):
             writer.add(_quantize_block(block, family, method, layout, report))
@@ -67,9 +69,8 @@ def run(settings: Settings, progress: Progress) -> Report:
         made = Checkpoint(writer.folder)
         report.bytes_after = made.weight_bytes()
         report.weights_sha256 = sha256_of(made.weight_files())
-        if settings.quality:
-            report.quality_after = measure(writer.folder, yardstick, "after", progress)
         report.seconds = time.monotonic() - started_s
+        report.quality_after = measure(writer.folder, yardstick, "after", progress)
         writer.write_json(REPORT, report.as_json())
         writer.publish()
     return report
@@ -93,6 +94,8 @@ def _quantize_block(
             codes = method.quantize(tensor)
             report.layers.append(Layer(prefix, codes.grid.bits, relative_error(tensor, codes)))
             written |= layout.tensors(prefix, codes)
+        elif block.index >= 0 and tensor.ndim > 1:
+            raise Unsupported(f"{name} is a weight that this version does not know how to treat.")
         else:
             written[name] = tensor.to(torch.bfloat16) if method.activation_bits == 8 else tensor
     if missing := linear_weights - block.tensors.keys():
@@ -109,7 +112,7 @@ def _config(source: Checkpoint, method: Method, layout: formats.Format) -> dict[
 
 
 def _family(source: Checkpoint) -> Family:
-    if "quantization_config" in source.config:
+    if source.config.get("quantization_config"):
         method = source.config["quantization_config"].get("quant_method")
         raise Unsupported(
             f"{source.folder} is quantized already ({method}); start from the original checkpoint."
@@ -119,8 +122,9 @@ def _family(source: Checkpoint) -> Family:
 
 def _group_size(source: Checkpoint, family: Family, settings: Settings) -> int:
     """The wanted group size, or the largest below it that divides every linear layer's inputs."""
-    if settings.group_size not in GROUP_SIZES:
-        raise BadInput(f"--group-size {settings.group_size}: vLLM loads groups of 32, 64 or 128.")
+    wanted = settings.group_size or max(GROUP_SIZES)
+    if wanted not in GROUP_SIZES:
+        raise BadInput(f"--group-size {wanted}: vLLM loads groups of 32, 64 or 128.")
     widths = set()
     for name in family.linears:
         prefix = f"{family.block_prefix}0.{name}.weight"
@@ -133,7 +137,7 @@ def _group_size(source: Checkpoint, family: Family, settings: Settings) -> int:
             )
         widths.add(inputs)
     fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
-    return max(size for size in fitting if size <= settings.group_size)
+    return max(size for size in fitting if size <= wanted)
 
 
 def _yardstick(folder: Path, settings: Settings) -> Yardstick:
@@ -156,13 +160,13 @@ def _notes(
     source: Checkpoint, method: Method, yardstick: Yardstick, settings: Settings
 ) -> list[str]:
     notes = []
-    dtype = source.config.get("dtype", source.config.get("torch_dtype"))
-    if method.activation_bits == 8 and dtype != "bfloat16":
+    _, dtype = source.shape_and_dtype(source.names()[0])
+    if method.activation_bits == 8 and dtype != "BF16":
         notes.append(f"converted from {dtype} to bfloat16: W8A8 kernels need it")
-    if method.grid.group_size not in (None, settings.group_size):
+    wanted = settings.group_size or max(GROUP_SIZES)
+    if method.grid.group_size not in (None, wanted):
         notes.append(
-            f"group size {method.grid.group_size} instead of {settings.group_size}: "
-            "it divides all layers"
+            f"group size {method.grid.group_size} instead of {wanted}: it divides all layers"
         )
     if settings.quality and not yardstick.text_file:
         notes.append("perplexity not measured: no --text file")

@@ -16,10 +16,9 @@ class Settings:
     """Folder to make."""
     method: str
     """A name of methods.METHODS."""
-    group_size: int = 128
-    """Inputs that share one scale, for methods with groups; made smaller where the model's sizes
-    ask for it.
-    """
+    group_size: int | None = None
+    """Inputs that share one scale, for methods with groups: 32, 64 or 128 (the default), and made
+    smaller where the model's sizes ask for it."""
     eval_file: Path | None = None
     """Questions for the score; unset: `../eval/general.jsonl` seen from the model folder, if there.
     """

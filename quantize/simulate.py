@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantize import formats
 from quantize.checkpoint import Checkpoint
-from quantize.errors import BadInput
+from quantize.errors import BadInput, Unsupported
 from quantize.grid import round_activations
 
 
@@ -29,8 +29,10 @@ def load(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     dtype = config.dtype or torch.bfloat16
     quantized: list[str] = []
-    if quantization is not None:
+    if quantization:
         layout = formats.by_name(quantization["quant_method"])
+        if quantization.get("format", "int-quantized") != "int-quantized":
+            raise Unsupported(f"{folder}: format {quantization['format']} cannot be read yet.")
         quantized = layout.linears(list(state))
         weights = {
             f"{prefix}.weight": layout.read(prefix, state.__getitem__, quantization)
@@ -44,6 +46,10 @@ def load(folder: Path) -> PreTrainedModel:
         state |= {name: codes.dequantize() for name, codes in weights.items()}
         del config.quantization_config
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # Older checkpoints carry what transformers now computes.
+    state = {
+        name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")
+    }
     missing, unexpected = model.load_state_dict(
         {name: tensor.to(dtype) for name, tensor in state.items()}, strict=False
     )
@@ -53,7 +59,7 @@ def load(folder: Path) -> PreTrainedModel:
     ]
     if missing or unexpected:
         raise BadInput(f"{folder}: missing {missing[:3]}, unexpected {unexpected[:3]} tensors.")
-    if quantization is not None and _rounds_activations(quantization):
+    if quantization and _rounds_activations(quantization):
         for prefix in quantized:
             model.get_submodule(prefix).register_forward_pre_hook(_round_input)
     return model.eval()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from serve.errors import StartupError
 from serve.settings import load
@@ -16,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it swallows [default: ...] and joins example lines
 )
 
 
@@ -85,8 +87,9 @@ def serve(
 ) -> None:
     """Serve MODEL until SIGTERM or Ctrl-C; then finish what is running and exit 0.
 
-    \b packhorse serve out/demo-int8 curl http://127.0.0.1:8000/v1/chat/completions -H
-    'content-type: application/json' \\
+    \b
+    packhorse serve out/demo-int8
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"model": "demo-int8", "messages": [{"role": "user", "content": "Hello!"}]}'
 
     Every setting can also come from the environment (PACKHORSE_HTTP__PORT=8001) or a YAML file
@@ -116,7 +119,7 @@ def serve(
 
         run(settings)
     except StartupError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
 
 

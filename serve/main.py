@@ -10,13 +10,14 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 import uvloop
 
 from serve.engines import ENGINES
+from serve.engines.base import Engine
 from serve.errors import StartupError
 from serve.rest.app import build_app
 from serve.service import Service
@@ -26,15 +27,7 @@ logger = logging.getLogger("packhorse")
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handling, because we drain first; and it tells when it listens."""
-
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_listening = on_listening
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_listening()
+    """uvicorn without its own signal handling, because we drain first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -42,14 +35,13 @@ class _Uvicorn(uvicorn.Server):
 
 
 def bind(settings: HttpSettings) -> socket.socket:
-    """Take the port before the engine's half minute of loading. Raises StartupError when it is not
-    to be had.
-    """
+    """Take the port. Raises StartupError when it is not to be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(2048)
     except OSError as error:
         listener.close()
         raise StartupError(
@@ -62,7 +54,8 @@ def bind(settings: HttpSettings) -> socket.socket:
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT, then drain and return. A second signal cuts the drain short.
 
-    Raises StartupError when the port or the model cannot be had.
+    HTTP is up while the engine loads: live, but not ready. A signal in that time takes effect when
+    the engine has loaded. Raises StartupError when the port or the model cannot be had.
     """
     stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -72,30 +65,10 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    listener = bind(settings.http)
     started_s = time.monotonic()
-    name = settings.service.served_model_name or Path(settings.model).name or settings.engine.kind
-    logger.info("Loading %s", settings.model or "no model: this is the echo engine")
-    engine = await asyncio.to_thread(
-        ENGINES[settings.engine.kind], settings.model, name, settings.engine
-    )
-    try:
-        if not stop.is_set():
-            await _serve_http(Service(engine, name), settings, listener, stop, hurry, started_s)
-    finally:
-        listener.close()
-        await engine.close()
-    logger.info("Stopped")
-
-
-async def _serve_http(
-    service: Service,
-    settings: Settings,
-    listener: socket.socket,
-    stop: asyncio.Event,
-    hurry: asyncio.Event,
-    started_s: float,
-) -> None:
+    name = settings.service.served_model_name or default_name(settings)
+    service = Service(name)
+    listener = bind(settings.http)
     config = uvicorn.Config(
         build_app(service, settings.http),
         log_config=None,
@@ -104,28 +77,48 @@ async def _serve_http(
         # After the drain only what the drain gave up on is left.
         timeout_graceful_shutdown=2,
     )
-
-    def on_listening() -> None:
-        host, port = listener.getsockname()[:2]
-        took_s = time.monotonic() - started_s
-        logger.info("Serving %s at http://%s:%d/v1 after %.0f s", service.model, host, port, took_s)
-
-    http = _Uvicorn(config, on_listening)
+    http = _Uvicorn(config)
     running = asyncio.create_task(http.serve(sockets=[listener]))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+    url = address(listener)
+    logger.info("Loading %s; %s/health/ready tells when it is there", name, url)
+    engine: Engine | None = None
+    try:
+        build = ENGINES[settings.engine.kind]
+        engine = await asyncio.to_thread(build, settings.model, name, settings.engine)
+        service.attach(engine)
+        took_s = time.monotonic() - started_s
+        logger.info("Serving %s at %s/v1 after %.0f s", name, url, took_s)
+        await stop.wait()
+        await _drain(service, settings.service.drain_timeout_s, hurry)
+    finally:
+        http.should_exit = True
+        await running
+        if engine is not None:
+            await engine.close()
+    logger.info("Stopped")
+
+
+async def _drain(service: Service, timeout_s: float, hurry: asyncio.Event) -> None:
+    """Refuse new requests and wait for those in flight, at most timeout_s or until `hurry`."""
     service.stop_admitting()
-    logger.info("Draining for at most %.0f s", settings.service.drain_timeout_s)
-    draining = asyncio.create_task(service.drain(settings.service.drain_timeout_s))
+    logger.info("Draining for at most %.0f s", timeout_s)
+    draining = asyncio.create_task(service.drain(timeout_s))
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
     if not (draining.done() and draining.result()):
         logger.warning("Aborting the requests that are still running")
     for task in (draining, hurrying):
         task.cancel()
-    http.should_exit = True
-    await running
+
+
+def default_name(settings: Settings) -> str:
+    """The folder's own name, also for `.` and `../x/`; without a folder, the engine's kind."""
+    return Path(settings.model).resolve().name if settings.model else settings.engine.kind
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run(settings: Settings) -> None:

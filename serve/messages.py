@@ -19,19 +19,22 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose tokens. Names and meanings are vLLM's; None means the engine's default for this
-    prompt.
+    """How to choose tokens. Names and meanings are vLLM's.
+
+    None means the model's own default (its generation_config.json), else vLLM's. Without max_tokens
+    an answer may have default_max_tokens, or as many as fit beside the prompt.
     """
 
     max_tokens: int | None = None
+    default_max_tokens: int | None = None
     min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False

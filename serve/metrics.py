@@ -14,10 +14,12 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 REQUESTS = Counter(
     "packhorse_requests_total",
-    "Requests ended, by how: ok, or the kind of error.",
+    "Requests, by how they ended: ok, or the kind of error.",
     ["outcome"],
 )
-IN_FLIGHT = Gauge("packhorse_requests_in_flight", "Requests between admission and their last byte.")
+IN_FLIGHT = Gauge(
+    "packhorse_requests_in_flight", "Requests between admission and the engine's last token."
+)
 TOKENS = Counter(
     "packhorse_tokens_total", "Tokens read (prompt) and written (completion).", ["direction"]
 )
@@ -27,7 +29,9 @@ FIRST_TOKEN_SECONDS = Histogram(
     buckets=_SECONDS,
 )
 REQUEST_SECONDS = Histogram(
-    "packhorse_request_seconds", "From the request's arrival to its last chunk.", buckets=_SECONDS
+    "packhorse_request_seconds",
+    "From the request's arrival to its end, however it ended.",
+    buckets=_SECONDS,
 )
 READY = Gauge("packhorse_ready", "1 while new requests are taken, 0 while starting or draining.")
 

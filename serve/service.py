@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 
 from serve import metrics
 from serve.engines.base import Engine
@@ -27,42 +27,48 @@ class Stream:
     """
 
     def __init__(
-        self, service: Service, request: GenerateRequest, route: Route, arrived_s: float
+        self,
+        service: Service,
+        engine: Engine,
+        request: GenerateRequest,
+        route: Route,
+        arrived_s: float,
     ) -> None:
         self.request = request
         self.route = route
         self.usage = Usage(0, 0)
         self._service = service
+        self._engine = engine
         self._arrived_s = arrived_s
         self._first_s = 0.0
         self._chunks: AsyncGenerator[Chunk, None] | None = None
         self._first: Chunk | None = None
+        self._finished = False
         self._outcome: str | None = None
 
     async def open(self) -> None:
         """Render, start the engine and wait for the first chunk. Raises ServeError."""
-        prompt = await self._service.engine.render(self.request, self.route)
+        prompt = await self._engine.render(self.request, self.route)
         self.usage = Usage(len(prompt.token_ids), 0)
-        self._chunks = self._service.engine.generate(prompt, self.request, self.route)
+        self._chunks = self._engine.generate(prompt, self.request, self.route)
         self._first = await anext(self._chunks)
         self._first_s = time.monotonic() - self._arrived_s
         if self.request.stream:  # otherwise the first chunk is also the last
             metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """The chunks. Raises ServeError when the engine fails on the way; closes itself in every
-        case.
-        """
+    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
+        """The chunks. Raises ServeError when the engine fails on the way; closes in every case."""
         assert self._chunks is not None
-        assert self._first is not None
+        chunk = self._first
         try:
-            chunk: Chunk | None = self._first
             while chunk is not None:
                 self._count(chunk)
                 yield chunk
-                chunk = None if chunk.finish_reason else await anext(self._chunks, None)
-            if self._outcome is None:
-                raise Internal("The engine ended a stream without a reason.")
+                # Asked once more after the last chunk too: an engine left half-way would abort.
+                chunk = await anext(self._chunks, None)
+            if not self._finished:
+                raise RuntimeError("the engine ended a stream without a reason")
+            self.end("ok")
         except (GeneratorExit, asyncio.CancelledError):
             self.end(ErrorKind.CANCELLED)
             raise
@@ -85,8 +91,7 @@ class Stream:
             usage.completion_tokens + chunk.num_tokens,
             max(usage.cached_tokens, chunk.cached_tokens),
         )
-        if chunk.finish_reason is not None:
-            self.end("ok")
+        self._finished = chunk.finish_reason is not None
 
     async def close(self) -> None:
         """Abort what is still running. Safe to call twice, and after the end."""
@@ -115,29 +120,43 @@ class Stream:
 
 
 class Service:
-    """One engine behind one model name."""
+    """One engine behind one model name. Answers "not yet" until the engine is attached."""
 
-    def __init__(self, engine: Engine, model: str) -> None:
-        self.engine = engine
+    def __init__(self, model: str) -> None:
         self.model = model
         self.created_s = int(time.time())
+        self._engine: Engine | None = None
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        metrics.READY.set(1)
+
+    @property
+    def engine(self) -> Engine:
+        """Raises Unavailable while the engine loads."""
+        if self._engine is None:
+            raise Unavailable("The engine is still loading; try again soon.", retry_after_s=10)
+        return self._engine
+
+    def attach(self, engine: Engine) -> None:
+        """Serve with this engine from now on."""
+        self._engine = engine
 
     async def start(self, request: GenerateRequest) -> Stream:
-        """Do everything that can still be refused; return once the first chunk is in hand. Raises
-        ServeError.
+        """Do everything that can still be refused; return once the first chunk is in hand.
+
+        Raises ServeError.
         """
         arrived_s = time.monotonic()
-        if self._draining:
-            metrics.REQUESTS.labels(ErrorKind.UNAVAILABLE).inc()
-            raise Unavailable(
-                "The server is shutting down; send the request to another one.", retry_after_s=5
-            )
-        stream = Stream(self, request, self._route(request), arrived_s)
+        try:
+            if self._draining:
+                raise Unavailable(
+                    "The server is shutting down; send the request to another one.", retry_after_s=5
+                )
+            stream = Stream(self, self.engine, request, self._route(request), arrived_s)
+        except ServeError as error:
+            self.refused(request.request_id, error)
+            raise
         self._in_flight += 1
         self._idle.clear()
         metrics.IN_FLIGHT.set(self._in_flight)
@@ -159,12 +178,16 @@ class Service:
 
     def _route(self, request: GenerateRequest) -> Route:
         if request.model != self.model:
-            metrics.REQUESTS.labels(ErrorKind.UNKNOWN_MODEL).inc()
             raise UnknownModel(
                 f"There is no model {request.model!r} here; this server has {self.model!r}.",
                 param="model",
             )
         return Route(self.model)
+
+    def refused(self, request_id: str, error: ServeError) -> None:
+        """Count and log a request that never became a stream; the edges call it for bad bodies."""
+        metrics.REQUESTS.labels(error.kind).inc()
+        logger.info("request_id=%s outcome=%s", request_id, error.kind)
 
     def ended(self) -> None:
         """One request less (called by its Stream)."""
@@ -188,7 +211,6 @@ class Service:
     def stop_admitting(self) -> None:
         """From now on every new request is refused; those in flight go on."""
         self._draining = True
-        metrics.READY.set(0)
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight. False when the time ran out first."""

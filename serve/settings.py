@@ -7,6 +7,7 @@ file given with `--config`, the defaults below. Unknown names are errors, in eve
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from pydantic_settings import (
 )
 
 from serve.errors import StartupError
+
+ENV_PREFIX = "PACKHORSE_"
 
 
 class _Section(BaseModel):
@@ -71,7 +74,7 @@ class Settings(BaseSettings):
     """The whole tree."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PACKHORSE_", env_nested_delimiter="__", frozen=True, extra="forbid"
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
     )
 
     model: str = ""
@@ -105,6 +108,7 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
                 YamlConfigSettingsSource(settings_cls, yaml_file=config),
             )
 
+    _refuse_unknown_environment()
     try:
         return Sources(**flags)
     except ValidationError as error:
@@ -113,7 +117,24 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
         ]
         raise StartupError("These settings are not valid:\n" + "\n".join(lines)) from error
     except Exception as error:
-        raise StartupError(f"--config {config} cannot be read: {error}") from error
+        where = f"--config {config}" if config else "The settings"
+        raise StartupError(f"{where} cannot be read: {error}") from error
+
+
+def _refuse_unknown_environment() -> None:
+    """pydantic-settings passes over unknown names; a typing mistake should be told."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            known |= {f"{ENV_PREFIX}{name}__{inner}".upper() for inner in section.model_fields}
+    given = {name for name in os.environ if name.upper().startswith(ENV_PREFIX)}
+    # PACKHORSE_BUILD is make setup's.
+    unknown = sorted(name for name in given if name.upper() not in known | {"PACKHORSE_BUILD"})
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].upper(), known, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; see docs/settings.md."
+        raise StartupError(f"There is no setting {unknown[0]}{hint}")
 
 
 def prepare_environment() -> None:

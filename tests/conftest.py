@@ -50,6 +50,7 @@ def running_server(folder: Path, *arguments: str, start_timeout_s: float = 240) 
             stdout=log,
             stderr=log,
             cwd=folder,
+            start_new_session=True,  # a process group, as a shell gives it
         )
     try:
         yield Server(process, *_wait_until_serving(process, log_path, start_timeout_s), log_path)

@@ -11,6 +11,7 @@ makes the second run quick. Standard library only.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -63,8 +64,8 @@ def install(extra: str) -> bool:
     if run(*pip, "install", "--quiet", "--editable", target):
         return True
     print(
-        "pip found no set of packages that fits (PyPI has no CPU build of torch); "
-        "trying uv with PyTorch's own index."
+        "pip could not do it (often because PyPI has no CPU build of torch); "
+        "trying uv, which knows PyTorch's own index."
     )
     return run(*pip, "install", "--quiet", "uv") and run(
         sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend",
@@ -72,14 +73,20 @@ def install(extra: str) -> bool:
     )  # fmt: skip
 
 
-def main() -> None:
-    if sys.prefix == sys.base_prefix:
-        sys.exit("This Python is not a virtual environment; run `make setup`, which makes one.")
+def check_version() -> None:
     if sys.version_info < (3, 11):
         sys.exit(
-            f"Python {sys.version.split()[0]} is too old: Packhorse needs 3.11 or newer "
-            "(make setup PYTHON=python3.12)."
+            f"Python {sys.version.split()[0]} is too old: Packhorse needs 3.11 or newer. "
+            "Name one: make setup PYTHON=python3.12"
         )
+
+
+def main() -> None:
+    check_version()
+    if "--check-version" in sys.argv:
+        return
+    if sys.prefix == sys.base_prefix:
+        sys.exit("This Python is not a virtual environment; run `make setup`, which makes one.")
     extra = build()
     if STAMP.exists() and STAMP.read_text() == stamp(extra):
         return
@@ -88,6 +95,8 @@ def main() -> None:
         "the first time takes some minutes and about 4 GB.",
         flush=True,
     )
+    if importlib.util.find_spec("pip") is None:  # environments made by uv have none
+        run(sys.executable, "-m", "ensurepip")
     if not install(extra):
         sys.exit("The installation failed; the reason is above.")
     if extra == "cpu":

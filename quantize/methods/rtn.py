@@ -17,7 +17,10 @@ def method(group_size: int) -> Method:
     grid = Grid(bits=4, group_size=group_size)
 
     def quantize(weight_OI: Tensor) -> Codes:
-        return round_to_nearest(weight_OI, grid, scale_dtype=torch.bfloat16)
+        # vLLM keeps scales in the model's dtype.
+        half = weight_OI.dtype in (torch.float16, torch.bfloat16)
+        scale_dtype = weight_OI.dtype if half else torch.bfloat16
+        return round_to_nearest(weight_OI, grid, scale_dtype=scale_dtype)
 
     return Method(
         "rtn", f"4-bit weights in groups of {group_size}, round to nearest", grid, "gptq", quantize

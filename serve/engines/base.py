@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from serve.errors import Invalid
 from serve.messages import Chunk, GenerateRequest, Prompt, Route
 
 
@@ -39,3 +40,27 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Free everything. Called after the drain; safe to call twice."""
         ...
+
+
+def answer_budget(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> int:
+    """How many tokens the answer may have. Raises Invalid when prompt and answer do not fit."""
+    param = "messages" if request.messages is not None else "prompt"
+    if num_prompt_tokens == 0:
+        raise Invalid("The prompt is empty; send at least one token.", param=param)
+    room = max_model_len - num_prompt_tokens
+    if room <= 0:
+        raise Invalid(
+            f"The prompt has {num_prompt_tokens} tokens, which leaves no room for an answer within "
+            f"the model's {max_model_len}; shorten it.",
+            param=param,
+        )
+    sampling = request.sampling
+    if sampling.max_tokens is None:
+        return min(sampling.default_max_tokens or room, room)
+    if sampling.max_tokens > room:
+        raise Invalid(
+            f"max_tokens={sampling.max_tokens} and the prompt's {num_prompt_tokens} tokens are "
+            f"above the model's {max_model_len}; lower max_tokens to {room} or shorten the prompt.",
+            param="max_tokens",
+        )
+    return sampling.max_tokens

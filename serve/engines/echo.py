@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from serve.errors import Invalid, Unavailable
+from serve.engines.base import answer_budget
+from serve.errors import Unavailable
 from serve.messages import Chunk, GenerateRequest, Prompt, Route
 from serve.settings import EngineSettings
 
@@ -44,16 +45,9 @@ class EchoEngine:
                 else " ".join(map(str, request.prompt or ()))
             )
         words = text.split()
-        room = self.max_model_len - len(words)
-        if room <= 0:
-            raise Invalid(
-                f"The prompt has {len(words)} tokens, above the model's {self.max_model_len}; "
-                "shorten it.",
-                param="messages" if request.messages is not None else "prompt",
-            )
         return Prompt(
             tuple(range(len(words))),
-            min(request.sampling.max_tokens or room, room),
+            answer_budget(request, len(words), self.max_model_len),
             engine_input=text,
         )
 
@@ -66,7 +60,7 @@ class EchoEngine:
         try:
             if text in FAULTS and not text.endswith("-later"):
                 raise FAULTS[text](f"The echo engine was asked to fail with {text}.")
-            words = text.split() or [""]
+            words = text.split()
             for index, word in enumerate(words[: prompt.max_tokens]):
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)

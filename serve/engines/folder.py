@@ -11,6 +11,9 @@ from huggingface_hub import snapshot_download
 
 from serve.errors import StartupError
 
+# The same weights in forms that are not served.
+OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
+
 
 def model_folder(model: str) -> Path:
     """The local folder of a model: the path itself, or a download of `organisation/name` from the
@@ -26,7 +29,7 @@ def model_folder(model: str) -> Path:
         and not model.startswith(("/", ".", "~"))
     ):
         try:
-            path = Path(snapshot_download(model))
+            path = Path(snapshot_download(model, ignore_patterns=OTHER_WEIGHTS))
         except Exception as error:
             raise StartupError(
                 f"{model} is not a folder here, and the hub did not deliver it: {error}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import uuid
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,12 +16,14 @@ from serve.rest import errors, generate
 from serve.service import Service
 from serve.settings import HttpSettings
 
+logger = logging.getLogger("packhorse.http")
+
 CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestIds:
-    """Gives every request an id, the client's own when it sent a harmless one, and returns it in
-    `x-request-id`.
+    """Gives every request an id, the client's own when it sent a harmless one; returns it in
+    `x-request-id`. Logs what nobody caught, with that id.
 
     Pure ASGI: Starlette's BaseHTTPMiddleware would hide a client's disconnect.
     """
@@ -42,14 +44,16 @@ class RequestIds:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:  # the edge: the framework has answered 500 and passes it on to be logged
+            logger.exception("request_id=%s failed unexpectedly", request_id.decode())
 
 
-def build_app(service: Service, settings: HttpSettings) -> FastAPI:
+def build_app(service: Service, settings: HttpSettings) -> ASGIApp:
     """The whole HTTP surface over one service."""
     # No /docs page: it would load its scripts from the internet. /openapi.json stays.
     app = FastAPI(title="Packhorse", docs_url=None, redoc_url=None)
-    app.add_middleware(RequestIds)
     app.add_exception_handler(ServeError, errors.on_serve_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(Exception, errors.on_unexpected)
@@ -57,31 +61,35 @@ def build_app(service: Service, settings: HttpSettings) -> FastAPI:
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, object]:
-        return {"object": "list", "data": [model_card()]}
-
-    def model_card() -> dict[str, object]:
-        return {
+        card = {
             "id": service.model,
             "object": "model",
             "created": service.created_s,
             "owned_by": "packhorse",
             "max_model_len": service.engine.max_model_len,
         }
+        return {"object": "list", "data": [card]}
 
     @app.get("/health/live")
-    async def live() -> Response:
+    async def live() -> dict[str, str]:
         """200 while the process can answer at all."""
-        return Response(json.dumps({"status": "live"}), media_type="application/json")
+        return {"status": "live"}
 
     @app.get("/health/ready")
-    async def ready() -> Response:
+    async def ready() -> dict[str, str]:
         """200 while new requests are taken; 503 with the reason otherwise."""
         await service.check_ready()
-        return Response(json.dumps({"status": "ready"}), media_type="application/json")
+        return {"status": "ready"}
 
     @app.get("/metrics")
-    async def scrape(request: Request) -> Response:
+    async def scrape() -> Response:
+        try:
+            await service.check_ready()
+            metrics.READY.set(1)
+        except ServeError:
+            metrics.READY.set(0)
         body, content_type = metrics.exposition()
         return Response(body, media_type=content_type)
 
-    return app
+    # Outside of all else, so that even a 500 carries its id.
+    return RequestIds(app)

@@ -5,13 +5,13 @@ left.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Awaitable
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from serve.errors import Cancelled, Invalid, TooLarge
@@ -27,13 +27,17 @@ async def read_body(request: Request, schema: type[Body], *, max_bytes: int) -> 
     if declared.isdigit() and int(declared) > max_bytes:
         raise TooLarge(f"The body has {declared} bytes, above the limit of {max_bytes}; send less.")
     raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > max_bytes:
-            raise TooLarge(f"The body is above the limit of {max_bytes} bytes; send less.")
     try:
-        document = json.loads(raw)
-        if b"\\ud" in raw.lower():
+        async for part in request.stream():
+            raw += part
+            if len(raw) > max_bytes:
+                raise TooLarge(f"The body is above the limit of {max_bytes} bytes; send less.")
+    except ClientDisconnect as error:
+        raise Cancelled("The client closed the connection.") from error
+    try:
+        text = raw.decode()  # strict, where json.loads would let surrogates pass
+        document = json.loads(text)
+        if "\\ud" in text.lower():
             # An escaped half of a surrogate pair is valid JSON but no text that a tokenizer takes.
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeError as error:
@@ -60,15 +64,14 @@ async def unless_disconnected(receive: Receive, work: Awaitable[Result]) -> Resu
     watch = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise Cancelled("The client closed the connection.")
     finally:
-        for pending in (task, watch):
-            if not pending.done():
-                pending.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await pending
+        for other in (task, watch):
+            other.cancel()
+        # Not `await task`: its own end, by cancellation or by an error, is looked at below.
+        await asyncio.wait({task, watch})
+    if task.cancelled():
+        raise Cancelled("The client closed the connection.")
+    return task.result()
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -50,7 +50,7 @@ def on_http_error(request: Request, error: Exception) -> Response:
 
 
 def on_unexpected(request: Request, error: Exception) -> Response:
-    """A bug. The framework logs it with its traceback; nothing of it goes out."""
+    """A bug, which RequestIds logs; nothing of it goes out."""
     return error_response(
         Internal("The server failed on this request; the request id leads to its log.")
     )
@@ -58,12 +58,19 @@ def on_unexpected(request: Request, error: Exception) -> Response:
 
 def invalid_from(error: ValidationError) -> Invalid:
     """The first fault of a body, with place and value: `max_tokens=-1: should be at least 1`."""
-    fault = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in fault["loc"])
-    # Values of the prompt itself are never repeated: they would reach logs and gateways.
-    shown = isinstance(fault["input"], int | float | bool) and not isinstance(fault["input"], str)
-    value = f"={fault['input']!r}" if shown else ""
+    faults = error.errors(include_url=False)
+    # A union reports a fault for each of its branches; the deepest is of the branch that was meant.
+    first = faults[0]["loc"][:1]
+    fault = max((f for f in faults if f["loc"][:1] == first), key=lambda f: len(f["loc"]))
+    place = ".".join(str(part) for part in fault["loc"] if not _is_branch(part))
+    # Text is never repeated: it may be the prompt, which must not reach logs and gateways.
+    value = f"={fault['input']!r}" if isinstance(fault["input"], int | float) else ""
     if fault["type"] == "extra_forbidden":
         return Invalid(f"{place}: this server knows no such field; remove it.", param=place)
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return Invalid(f"{place}{value}: {message}." if place else f"{message}.", param=place or None)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of a location names a union's branch (`str`, `list[...]`) and not a field."""
+    return isinstance(part, str) and (part in {"str", "constrained-str"} or "[" in part)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from serve.errors import ServeError
 from serve.messages import Usage
 from serve.rest.body import read_body, unless_disconnected
 from serve.rest.schema import ChatBody, CompletionBody
@@ -55,22 +56,24 @@ def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await answer(
-            request, await read_body(request, ChatBody, max_bytes=max_body_bytes), CHAT
-        )
+        return await answer(request, ChatBody, CHAT)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await answer(
-            request, await read_body(request, CompletionBody, max_bytes=max_body_bytes), TEXT
-        )
+        return await answer(request, CompletionBody, TEXT)
 
-    async def answer(request: Request, body: ChatBody | CompletionBody, shape: Shape) -> Response:
+    async def answer(
+        request: Request, schema: type[ChatBody] | type[CompletionBody], shape: Shape
+    ) -> Response:
         request_id: str = request.state.request_id
+        try:
+            body = await read_body(request, schema, max_bytes=max_body_bytes)
+            asked = body.to_request(request_id)
+        except ServeError as error:
+            service.refused(request_id, error)
+            raise
         created_s = int(time.time())
-        stream = await unless_disconnected(
-            request.receive, service.start(body.to_request(request_id))
-        )
+        stream = await unless_disconnected(request.receive, service.start(asked))
         common = {
             "id": shape.id_prefix + request_id,
             "created": created_s,

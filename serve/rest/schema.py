@@ -14,7 +14,8 @@ from serve.errors import Invalid
 from serve.messages import GenerateRequest, Sampling
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-TokenId = Annotated[int, Field(ge=0)]
+INT32_MAX = 2**31 - 1  # what the engine's own integers hold
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 
 
 class _Body(BaseModel):
@@ -39,7 +40,7 @@ class ToolCall(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -71,17 +72,19 @@ class _Generate(_Body):
     """What chat and plain completions share."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int = Field(0, ge=0)
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    min_tokens: int = Field(0, ge=0, le=INT32_MAX)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = (
+        None
+    )
     ignore_eos: bool = False
     n: Literal[1] | None = None
     stream: bool | None = None
@@ -100,14 +103,8 @@ class _Generate(_Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int | None) -> Sampling:
-        """The sampling fields that were set; the others keep their defaults."""
-        names = (
-            "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "seed",
-        )  # fmt: skip
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def sampling(self, max_tokens: int | None, *, default_max_tokens: int | None) -> Sampling:
+        """The sampling fields as sent. Raises Invalid when they contradict each other."""
         if max_tokens is not None and self.min_tokens > max_tokens:
             raise Invalid(
                 f"min_tokens={self.min_tokens} is above max_tokens={max_tokens}; lower it.",
@@ -115,19 +112,27 @@ class _Generate(_Body):
             )
         return Sampling(
             max_tokens=max_tokens,
+            default_max_tokens=default_max_tokens,
             min_tokens=self.min_tokens,
-            stop=stop,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             ignore_eos=self.ignore_eos,
-            **given,
         )
 
 
 class ChatBody(_Generate):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[Tool] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
 
     @model_validator(mode="after")
@@ -152,7 +157,7 @@ class ChatBody(_Generate):
         return GenerateRequest(
             request_id,
             self.model,
-            self.sampling(next(iter(limits), None)),
+            self.sampling(next(iter(limits), None), default_max_tokens=None),
             messages=tuple(message.model_dump(exclude_none=True) for message in self.messages),
             tools=tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ()),
             stream=bool(self.stream),
@@ -162,14 +167,15 @@ class ChatBody(_Generate):
 class CompletionBody(_Generate):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[TokenId], Field(min_length=1)]
+    prompt: str | Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 
     def to_request(self, request_id: str) -> GenerateRequest:
-        # OpenAI's default for this endpoint; chat has none, there the model's room is the limit.
         return GenerateRequest(
             request_id,
             self.model,
-            self.sampling(self.max_tokens or 16),
+            # OpenAI's default for this endpoint; chat has none, there the model's room is the
+            # limit.
+            self.sampling(self.max_tokens, default_max_tokens=16),
             prompt=self.prompt if isinstance(self.prompt, str) else tuple(self.prompt),
             stream=bool(self.stream),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import aclosing
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -61,11 +62,12 @@ class EventStream(Response):
         end = tail(None)
         pending = self._opening
         try:
-            async for chunk in self._stream:
-                text = _quote(chunk.text)
-                suffix = end if chunk.finish_reason is None else tail(chunk.finish_reason)
-                await send({**more, "body": pending + f"{head}{text}{suffix}".encode()})
-                pending = b""
+            async with aclosing(aiter(self._stream)) as chunks:
+                async for chunk in chunks:
+                    text = _quote(chunk.text)
+                    suffix = end if chunk.finish_reason is None else tail(chunk.finish_reason)
+                    await send({**more, "body": pending + f"{head}{text}{suffix}".encode()})
+                    pending = b""
             if self._usage is not None:
                 pending = self._usage(self._stream)
         except ServeError as error:

@@ -1,8 +1,4 @@
-"""The INT8 demo model, and one real vLLM server on it for the whole session.
-
-One engine at a time: an engine that waits for work spins, and on two cores it would starve whatever
-else the tests compute.
-"""
+"""The INT8 demo model, and one real vLLM server on it for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -16,23 +12,32 @@ from tests.conftest import BIN, DEMO, Server, running_server
 from tests.e2e.questions import QUESTIONS, Score, ask_all
 
 
-@pytest.fixture(scope="session")
-def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`quantize model demo/model --method int8`, run as a user runs it."""
-    out = tmp_path_factory.mktemp("quantized") / "demo-int8"
-    command = [BIN / "quantize", "model", DEMO / "model", "--method", "int8", "--out", out]
-    subprocess.run(command, check=True, timeout=600)
+def quantize(method: str, folder: Path, *options: str) -> Path:
+    """`quantize model demo/model`, run as a user runs it."""
+    out = folder / f"demo-{method}"
+    command = [BIN / "quantize", "model", DEMO / "model", "--method", method, "--out", out]
+    subprocess.run([*command, *options], check=True, timeout=600)
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
+def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize("int8", tmp_path_factory.mktemp("int8"))
+
+
+@pytest.fixture(scope="package")
+def rtn_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize("rtn", tmp_path_factory.mktemp("rtn"), "--no-quality")
+
+
+@pytest.fixture(scope="package")
 def base_score(int8_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Score:
     """The original's score through a server that runs only for this."""
     with running_server(tmp_path_factory.mktemp("base"), str(DEMO / "model")) as server:
         return ask_all(server, QUESTIONS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def int8_server(
     int8_folder: Path, base_score: Score, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

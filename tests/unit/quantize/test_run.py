@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from quantize import simulate
-from quantize.checkpoint import REPORT, Checkpoint, sha256_of
+from quantize.checkpoint import REPORT, Checkpoint, Writer, sha256_of
 from quantize.errors import BadInput, QuantizeError, Unsupported
 from quantize.run import run
 from quantize.settings import Settings
@@ -76,7 +77,7 @@ def test_float16_is_converted_because_w8a8_needs_bf16(
     assert made.config["dtype"] == "bfloat16"
     assert "torch_dtype" not in made.config
     assert made.get("model.norm.weight").dtype == torch.bfloat16
-    assert "converted from float16" in json.loads((out / REPORT).read_text())["notes"][0]
+    assert "converted from F16" in json.loads((out / REPORT).read_text())["notes"][0]
 
 
 def test_group_size_shrinks_to_what_divides_every_layer(
@@ -148,15 +149,75 @@ def test_broken_input_is_refused_and_leaves_nothing(
 
 
 def test_an_existing_folder_is_kept_unless_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("mine")
+    out = quantized(tiny_checkpoint, tmp_path / "out")
+    (out / "mark").write_text("old")
     with pytest.raises(BadInput, match="exists already"):
         quantized(tiny_checkpoint, out)
-    assert (out / "precious").read_text() == "mine"
+    assert (out / "mark").exists()
     quantized(tiny_checkpoint, out, overwrite=True)
-    assert not (out / "precious").exists()
+    assert not (out / "mark").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_never_takes_the_original_or_a_foreign_folder(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "models" / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat").write_text("meow")
+    for out, message in [(source, "original"), (source.parent, "original"), (photos, "is not a")]:
+        with pytest.raises(BadInput, match=message):
+            quantized(source, out, overwrite=True)
+    assert (photos / "cat").read_text() == "meow"
+    assert Checkpoint(source).names()
+
+
+def test_a_replacement_killed_between_its_renames_is_undone(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = quantized(tiny_checkpoint, tmp_path / "out")
+    command = [sys.executable, "-c", "import os; print(os.getpid())"]
+    dead_pid = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    out.rename(tmp_path / f".out.retired-{dead_pid}")
+    bad = broken_copy(tiny_checkpoint, tmp_path / "bad", set_config(num_hidden_layers=9))
+    with pytest.raises(BadInput, match="of 9 blocks"):
+        quantized(bad, out)
     assert Checkpoint(out).config["quantization_config"]
+
+
+def test_shards_biases_and_an_untied_head_come_through(tmp_path: Path) -> None:
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=100, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    source, shards = tmp_path / "source", tmp_path / "shards"
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    original = Checkpoint(source)
+    with Writer(shards, source, shard_bytes=20_000) as writer:
+        for name in original.names():
+            writer.add({name: original.get(name)})
+        writer.finish_weights()
+        writer.write_json("config.json", original.config)
+        writer.publish()
+    assert len(Checkpoint(shards).weight_files()) > 3
+    out = Checkpoint(quantized(shards, tmp_path / "out"))
+    bias = "model.layers.1.self_attn.q_proj.bias"
+    assert out.get(bias).equal(original.get(bias))
+    assert out.get("lm_head.weight").equal(original.get("lm_head.weight"))
+    assert out.get("model.layers.1.self_attn.q_proj.weight").dtype == torch.int8
+    simulate.load(out.folder)
+
+
+def test_quality_without_a_tokenizer_says_so(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "hello"}')
+    settings = Settings(str(tiny_checkpoint), tmp_path / "out", "int8", text_file=text)
+    with pytest.raises(BadInput, match="no tokenizer that loads"):
+        run(settings, no_progress)
+    assert not (tmp_path / "out").exists()
 
 
 KILLED = """

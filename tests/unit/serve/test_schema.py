@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve.errors import Invalid
+from serve.messages import Sampling
 from serve.rest.errors import invalid_from
 from serve.rest.schema import ChatBody, CompletionBody
 
@@ -28,6 +29,7 @@ def test_every_sampling_field_arrives() -> None:
         "ignore_eos": True,
     }  # fmt: skip
     sampling = chat(**values, stop=["a", "b"], max_completion_tokens=9).to_request("id").sampling
+    assert chat().to_request("id").sampling == Sampling()
     assert {name: getattr(sampling, name) for name in values} == values
     assert sampling.stop == ("a", "b")
     assert sampling.max_tokens == 9
@@ -42,7 +44,7 @@ def test_a_completion_has_openais_default_length() -> None:
     body = CompletionBody.model_validate({"model": "m", "prompt": [1, 2]})
     request = body.to_request("id")
     assert request.prompt == (1, 2)
-    assert request.sampling.max_tokens == 16
+    assert (request.sampling.max_tokens, request.sampling.default_max_tokens) == (None, 16)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,9 @@ def test_a_completion_has_openais_default_length() -> None:
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role", "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "a message of role user needs content", "messages.0"),
         ({"frobnicate": 1}, "frobnicate: this server knows no such field", "frobnicate"),
-        ({"stop": [""]}, "stop", None),
+        ({"top_k": 10**30}, "top_k", "top_k"),
+        ({"stop": [""]}, "stop.0: ", "stop.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content.0", None),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream=true", None),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice='none'", None),
     ],

@@ -22,7 +22,9 @@ def ask(text: str, *, model: str = "echo", max_tokens: int | None = None) -> Gen
 
 def make_service(delay_s: float = 0) -> tuple[Service, EchoEngine]:
     engine = EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s))
-    return Service(engine, "echo"), engine
+    service = Service("echo")
+    service.attach(engine)
+    return service, engine
 
 
 async def text_of(service: Service, request: GenerateRequest) -> str:
@@ -49,7 +51,8 @@ async def test_max_tokens_ends_with_length() -> None:
     ("request_", "error", "message"),
     [
         (ask("hi", model="gpt"), UnknownModel, "no model 'gpt' here; this server has 'echo'"),
-        (ask("w " * 3000), Invalid, "3000 tokens, above the model's 2048"),
+        (ask("w " * 3000), Invalid, "3000 tokens, which leaves no room"),
+        (ask(""), Invalid, "prompt is empty"),
         (ask("!dead"), Unavailable, "asked to fail"),
         (ask("!bug"), Internal, "request id"),
     ],
@@ -120,3 +123,27 @@ async def test_a_dead_engine_is_not_ready() -> None:
     await engine.close()
     with pytest.raises(Unavailable):
         await service.check_ready()
+
+
+async def test_before_the_engine_is_there_the_answer_is_not_yet() -> None:
+    service = Service("echo")
+    with pytest.raises(Unavailable, match="still loading"):
+        await service.start(ask("hi"))
+    with pytest.raises(Unavailable, match="still loading"):
+        await service.check_ready()
+
+
+async def test_a_finished_stream_is_no_abort() -> None:
+    service, engine = make_service()
+    stream = await service.start(ask("a b"))
+    assert [chunk.text async for chunk in stream] == ["a", " b"]
+    await stream.close()
+    assert engine.aborted == 0
+
+
+async def test_a_default_length_gives_way_to_a_long_prompt() -> None:
+    service, _ = make_service()
+    sampling = Sampling(default_max_tokens=16)
+    text = "w " * 2040
+    stream = await service.start(GenerateRequest("id", "echo", sampling, prompt=text))
+    assert len([chunk async for chunk in stream]) == 8

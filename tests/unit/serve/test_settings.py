@@ -41,6 +41,21 @@ def test_a_mistake_names_its_place(tmp_path: Path, text: str, message: str) -> N
         load(path, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("PACKHORSE_HTTP__PROT", "did you mean PACKHORSE_HTTP__PORT"),
+        ("PACKHORSE_XYZZY", "no setting PACKHORSE_XYZZY"),
+    ],
+)
+def test_an_unknown_environment_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(StartupError, match=message):
+        load(None, {})
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such file"):
         load(tmp_path / "none.yaml", {})
