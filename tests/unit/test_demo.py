@@ -1,4 +1,4 @@
-"""The demo's files: made by its scripts, held-out where they should be, and what the README says."""
+"""The demo's files: made by its scripts, held-out where they should be, as large as promised."""
 
 from __future__ import annotations
 
