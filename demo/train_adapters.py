@@ -1,6 +1,6 @@
 """Train the demo's adapters with PEFT on facts that the base model does not know.
 
-    python demo/train_adapters.py               # all, about 5 minutes each on two cores
+    python demo/train_adapters.py               # all, about 3 minutes each on two cores
     python demo/train_adapters.py clinic code   # some
 
 clinic, ledger, code   LoRA of rank 8 on the bf16 base
@@ -144,7 +144,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("adapters", nargs="*", default=list(ADAPTERS), help="which; default: all")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--lr", type=float, default=4e-3)
     arguments = parser.parse_args()
     for name in arguments.adapters:

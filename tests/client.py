@@ -18,8 +18,9 @@ TEXT = "/v1/completions"
 
 
 def metric(http: httpx.Client, name: str) -> float:
+    """The value of a series; one that has not been counted yet is 0."""
     lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name + " ")]
-    return float(lines[0].rpartition(" ")[2])
+    return float(lines[0].rpartition(" ")[2]) if lines else 0.0
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -93,7 +93,7 @@ def test_seeded_sampling_repeats_itself(int8_server: Server) -> None:
         (CHAT, {"max_tokens": -5}, 400, "max_tokens=-5"),
         (CHAT, {"model": "other"}, 404, "no model 'other'"),
         (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "context length"),
-        (TEXT, {}, 400, "prompt: field required"),
+        (TEXT, {}, 400, "prompt: Field required"),
         (TEXT, {"prompt": [999_999]}, 400, "outside the vocabulary"),
         (TEXT, {"prompt": [2**70]}, 400, "prompt.0"),
         (TEXT, {"prompt": "a", "stop": ""}, 400, "stop"),
