@@ -61,7 +61,7 @@ def run(*command: str) -> bool:
 def install(extra: str) -> bool:
     target = f"{ROOT}[{extra},dev]"
     pip = [sys.executable, "-m", "pip"]
-    if run(*pip, "install", "--quiet", "--editable", target):
+    if run(*pip, "install", "--editable", target):
         return True
     print(
         "pip could not do it (often because PyPI has no CPU build of torch); "
