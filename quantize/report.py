@@ -133,7 +133,7 @@ class Report:
     def as_table(self) -> Table:
         """Before and after, side by side."""
         table = Table(
-            title=f"{self.method}: {Path(self.source).name}, {self.seconds:.0f} s",
+            title=f"{self.method}: {Path(self.source).name}, {self.seconds:.1f} s",
             title_justify="left",
         )
         table.add_column("")
