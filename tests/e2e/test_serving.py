@@ -157,7 +157,7 @@ def test_four_bits_serve_and_ctrl_c_drains_and_leaves_no_process(
     with running_server(tmp_path, str(rtn_folder), "--config", str(config)) as server:
         assert server.model == "packed"
         children = children_of(server.process.pid)
-        assert children
+        assert len(children) >= 2
         assert ask_all(server, QUESTIONS[:100]).accuracy >= 0.85
         with httpx.Client(base_url=server.url, timeout=60) as http:
             assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 512

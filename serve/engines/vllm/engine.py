@@ -12,6 +12,7 @@ import contextlib
 import json
 import signal
 from collections.abc import AsyncGenerator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class VllmEngine:
         refuse_what_would_crash(folder, settings)
         # The engine's processes inherit this thread's mask: a terminal's Ctrl-C, which goes to the
         # whole process group, must reach only us, or there is nothing left to drain.
+        # (The resource tracker first: its start, part of the first spawn, would unblock SIGINT.)
+        resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._llm = AsyncLLM.from_engine_args(engine_args(folder, name, settings))
