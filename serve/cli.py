@@ -67,10 +67,23 @@ def serve(
             help="auto, fp8, fp8_e4m3 or fp8_e5m2; fp8 halves the KV cache. [default: auto]"
         ),
     ] = None,
-    kv_cache_bytes: Annotated[
+    kv_cache_memory_bytes: Annotated[
         int | None,
         typer.Option(
             help="Size of the KV-cache pool. [default: 1 GiB on CPU, vLLM's choice on CUDA]"
+        ),
+    ] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model writes tool calls: hermes, llama3_json, mistral, ... "
+            "[default: none; tools are refused]"
+        ),
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model marks its reasoning: qwen3, deepseek_r1, ... [default: none]"
         ),
     ] = None,
     drain_timeout_s: Annotated[
@@ -107,7 +120,9 @@ def serve(
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "kv_cache_dtype": kv_cache_dtype,
-            "kv_cache_bytes": kv_cache_bytes,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "tool_call_parser": tool_call_parser,
+            "reasoning_parser": reasoning_parser,
         },
     }
     try:

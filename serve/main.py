@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -85,6 +86,9 @@ async def serve(settings: Settings) -> None:
     try:
         build = ENGINES[settings.engine.kind]
         engine = await asyncio.to_thread(build, settings.model, name, settings.engine)
+        # What the start has made stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         service.attach(engine)
         took_s = time.monotonic() - started_s
         logger.info("Serving %s at %s/v1 after %.0f s", name, url, took_s)

@@ -1,16 +1,19 @@
 """The data that all layers share: what is asked, where it goes, what comes back.
 
-Frozen dataclasses without a word of HTTP, gRPC or vLLM. `rest` builds a GenerateRequest, `service`
-and the engines pass these on, `rest` turns Chunks back into bytes.
+Frozen data without a word of HTTP, gRPC or vLLM. `rest` builds a GenerateRequest, `service` and the
+engines pass these on, `rest` turns Chunks back into bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+import msgspec
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+ToolChoice = Literal["none", "auto", "required", "named"]
 
 # One chat message in OpenAI's shape (role, content, ...). Kept as given: the engine's own renderer
 # reads it.
@@ -18,16 +21,29 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must look like: a JSON schema (`json`), any JSON object, a regular expression,
+    one of several strings, or a grammar in EBNF.
+    """
+
+    kind: Literal["json", "json_object", "regex", "choice", "grammar"]
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to choose tokens. Names and meanings are vLLM's.
 
     None means the model's own default (its generation_config.json), else vLLM's. Without max_tokens
-    an answer may have default_max_tokens, or as many as fit beside the prompt.
+    an answer may have default_max_tokens, or as many as fit beside the prompt. `logprobs` is how
+    many alternatives to report beside each token's own log-probability (0: none but its own; -1:
+    the whole vocabulary), `prompt_logprobs` the same for the prompt.
     """
 
     max_tokens: int | None = None
     default_max_tokens: int | None = None
     min_tokens: int = 0
+    n: int = 1
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -37,24 +53,65 @@ class Sampling:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How messages become a prompt and the answer becomes a message; for chat only.
+
+    `tools` are OpenAI's tool objects, `named_tool` the one that tool_choice="named" asks for.
+    `template_variables` go to the chat template as they are.
+    """
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: ToolChoice = "none"
+    named_tool: str | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    documents: tuple[Mapping[str, str], ...] = ()
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One request, of either protocol. Exactly one of `messages` (chat) and `prompt` is set.
 
-    `prompt` is text or token ids; `tools` belong to chat. `stream` says whether the caller wants
-    chunks as they come or one at the end.
+    `prompt` is text or token ids. `stream` says whether the caller wants chunks as they come or one
+    at the end; `echo` that the prompt's text is wanted too. `add_special_tokens` None is the
+    endpoint's habit: no for chat (its template has them), yes for text. A lower `priority` goes
+    first.
     """
 
     request_id: str
     model: str
     sampling: Sampling
     messages: tuple[Message, ...] | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
+    chat: ChatOptions = ChatOptions()
     prompt: str | tuple[int, ...] | None = None
+    echo: bool = False
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
     stream: bool = False
+
+    @property
+    def prompt_param(self) -> str:
+        """The name of the field that holds the prompt, for error messages."""
+        return "messages" if self.messages is not None else "prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +124,66 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A rendered request. `engine_input` is whatever the engine that rendered it wants back."""
+    """A rendered request. `text` is there when the request echoes; `engine_input` is whatever the
+    engine that rendered it wants back.
+    """
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     max_tokens: int
+    text: str | None = None
     engine_input: Any = field(default=None, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Newly generated text. The last chunk of a stream, and only that, has a finish_reason."""
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token's log-probability, and those of the likeliest tokens in its place, best first.
+
+    `rank` counts from 1. `logprob` None: the first token of a prompt, which nothing precedes.
+    """
+
+    token: str
+    token_id: int
+    logprob: float | None
+    rank: int | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A piece of a tool call, or a whole one. `id` and `name` come with its first piece."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """Newly generated tokens of one choice. The last chunk of each choice, and only that, has a
+    finish_reason; `stop_reason` is the stop string or token id that was met.
+
+    One of these is made per token, hence msgspec: it costs a tenth of a frozen dataclass.
+    """
 
     text: str
-    num_tokens: int
+    token_ids: Sequence[int]
     finish_reason: FinishReason | None = None
+    index: int = 0
+    stop_reason: str | int | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but text, of the first choice: what nearly every chunk is."""
+        return (
+            self.index == 0
+            and self.logprobs is None
+            and self.reasoning is None
+            and not self.tool_calls
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +193,4 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from serve import metrics
 from serve.engines.base import Engine
 from serve.errors import ErrorKind, Internal, ServeError, Unavailable, UnknownModel
-from serve.messages import Chunk, GenerateRequest, Route, Usage
+from serve.messages import Chunk, GenerateRequest, Prompt, Route, Usage
 
 logger = logging.getLogger("packhorse.request")
 
@@ -36,37 +37,49 @@ class Stream:
     ) -> None:
         self.request = request
         self.route = route
-        self.usage = Usage(0, 0)
+        self.prompt = Prompt((), 0)
         self._service = service
         self._engine = engine
         self._arrived_s = arrived_s
         self._first_s = 0.0
         self._chunks: AsyncGenerator[Chunk, None] | None = None
         self._first: Chunk | None = None
-        self._finished = False
+        self._unfinished = request.sampling.n
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self._reasoning_tokens = 0
         self._outcome: str | None = None
 
     async def open(self) -> None:
         """Render, start the engine and wait for the first chunk. Raises ServeError."""
-        prompt = await self._engine.render(self.request, self.route)
-        self.usage = Usage(len(prompt.token_ids), 0)
-        self._chunks = self._engine.generate(prompt, self.request, self.route)
+        self.prompt = await self._engine.render(self.request, self.route)
+        self._chunks = self._engine.generate(self.prompt, self.request, self.route)
         self._first = await anext(self._chunks)
         self._first_s = time.monotonic() - self._arrived_s
         if self.request.stream:  # otherwise the first chunk is also the last
             metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
 
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; complete after the last chunk."""
+        return Usage(
+            len(self.prompt.token_ids),
+            self._completion_tokens,
+            self._cached_tokens,
+            self._reasoning_tokens,
+        )
+
     async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
         """The chunks. Raises ServeError when the engine fails on the way; closes in every case."""
         assert self._chunks is not None
-        chunk = self._first
+        assert self._first is not None
         try:
-            while chunk is not None:
+            self._count(self._first)
+            yield self._first
+            async for chunk in self._chunks:
                 self._count(chunk)
                 yield chunk
-                # Asked once more after the last chunk too: an engine left half-way would abort.
-                chunk = await anext(self._chunks, None)
-            if not self._finished:
+            if self._unfinished:
                 raise RuntimeError("the engine ended a stream without a reason")
             self.end("ok")
         except (GeneratorExit, asyncio.CancelledError):
@@ -85,13 +98,12 @@ class Stream:
             await self._chunks.aclose()
 
     def _count(self, chunk: Chunk) -> None:
-        usage = self.usage
-        self.usage = Usage(
-            usage.prompt_tokens,
-            usage.completion_tokens + chunk.num_tokens,
-            max(usage.cached_tokens, chunk.cached_tokens),
-        )
-        self._finished = chunk.finish_reason is not None
+        self._completion_tokens += len(chunk.token_ids)
+        if chunk.cached_tokens:
+            self._cached_tokens = chunk.cached_tokens
+        if chunk.finish_reason is not None:
+            self._unfinished -= 1
+            self._reasoning_tokens += chunk.reasoning_tokens
 
     async def close(self) -> None:
         """Abort what is still running. Safe to call twice, and after the end."""
@@ -108,15 +120,54 @@ class Stream:
         total_s = time.monotonic() - self._arrived_s
         metrics.REQUESTS.labels(self._outcome).inc()
         metrics.REQUEST_SECONDS.observe(total_s)
-        metrics.TOKENS.labels("prompt").inc(self.usage.prompt_tokens)
-        metrics.TOKENS.labels("completion").inc(self.usage.completion_tokens)
+        usage = self.usage
+        metrics.TOKENS.labels("prompt").inc(usage.prompt_tokens)
+        metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
         logger.info(
             "request_id=%s model=%s adapter=%s outcome=%s prompt_tokens=%d completion_tokens=%d "
             "cached_tokens=%d first_token_s=%.3f total_s=%.3f",
             self.request.request_id, self.route.model, self.route.adapter or "-", self._outcome,
-            self.usage.prompt_tokens, self.usage.completion_tokens, self.usage.cached_tokens,
+            usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens,
             self._first_s, total_s,
         )  # fmt: skip
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """The chunks of several streams as they come, each with its stream's number.
+
+    Raises the ServeError of the first stream that fails; ends all of them in every case.
+    """
+    if len(streams) == 1:
+        async with aclosing(aiter(streams[0])) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
+        return
+    ready: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(number: int, stream: Stream) -> None:
+        try:
+            async with aclosing(aiter(stream)) as chunks:
+                async for chunk in chunks:
+                    await ready.put((number, chunk))
+            await ready.put((number, None))
+        except ServeError as error:
+            await ready.put((number, error))
+
+    pumps = [asyncio.create_task(pump(*numbered)) for numbered in enumerate(streams)]
+    running = len(pumps)
+    try:
+        while running:
+            number, item = await ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield number, item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
 
 
 class Service:
@@ -176,13 +227,37 @@ class Service:
             ) from error
         return stream
 
+    async def start_all(self, requests: Sequence[GenerateRequest]) -> list[Stream]:
+        """Start several at once. When one is refused, the others are aborted.
+
+        Raises the ServeError of the first that was refused.
+        """
+        if len(requests) == 1:
+            return [await self.start(requests[0])]
+        started = await asyncio.gather(*map(self.start, requests), return_exceptions=True)
+        refusals = [result for result in started if isinstance(result, BaseException)]
+        if not refusals:
+            return [stream for stream in started if isinstance(stream, Stream)]
+        for result in started:
+            if isinstance(result, Stream):
+                await result.close()
+        raise refusals[0]
+
+    async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
+        """Token ids of the request's prompt, as its generation would see them."""
+        self._route(request)
+        return await self.engine.tokenize(request)
+
     def _route(self, request: GenerateRequest) -> Route:
-        if request.model != self.model:
-            raise UnknownModel(
-                f"There is no model {request.model!r} here; this server has {self.model!r}.",
-                param="model",
-            )
+        self.check_model(request.model)
         return Route(self.model)
+
+    def check_model(self, name: str) -> None:
+        """Raises UnknownModel for a name that is not served."""
+        if name != self.model:
+            raise UnknownModel(
+                f"There is no model {name!r} here; this server has {self.model!r}.", param="model"
+            )
 
     def refused(self, request_id: str, error: ServeError) -> None:
         """Count and log a request that never became a stream; the edges call it for bad bodies."""

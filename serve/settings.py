@@ -49,7 +49,12 @@ class ServiceSettings(_Section):
 
 
 class EngineSettings(_Section):
-    """Owner: engines/. None means: what suits the machine (see VllmEngine), or vLLM's default."""
+    """Owner: engines/. None means: what suits the machine (see arguments.py), or vLLM's default.
+
+    Takes any other of vLLM's AsyncEngineArgs too, under its own name; the engine checks them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     kind: Literal["vllm", "echo"] = "vllm"
     """`echo` answers with the last message and needs no model: for tests of everything around the
@@ -59,13 +64,21 @@ class EngineSettings(_Section):
     max_model_len: int | None = Field(None, ge=16)
     max_num_seqs: int | None = Field(None, ge=1)
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
-    kv_cache_bytes: int | None = Field(None, ge=1024 * 1024)
+    kv_cache_memory_bytes: int | None = Field(None, ge=1024 * 1024)
     """Size of the KV-cache pool. On CPU the default is 1 GiB: vLLM's own takes a large share of the
     memory.
     """
     enforce_eager: bool | None = None
     """Skip torch.compile. Default on CPU: yes (start in 30 s instead of 100 s)."""
     seed: int = 0
+    tool_call_parser: str | None = None
+    """How the model writes tool calls (hermes, llama3_json, mistral, ...); allows tool_choice."""
+    reasoning_parser: str | None = None
+    """How the model marks its reasoning (qwen3, deepseek_r1, ...), which is then told apart."""
+    chat_template: str | None = None
+    """Path of a Jinja file, or the template itself; the model's own when unset."""
+    default_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the chat template; a request's own win."""
     echo_delay_s: float = Field(0.0, ge=0)
     """Echo engine only: pause before each chunk."""
 

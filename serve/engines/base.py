@@ -4,7 +4,7 @@ faults.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from serve.errors import Invalid
@@ -19,6 +19,18 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int:
         """Most tokens, prompt and answer together."""
+        ...
+
+    async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
+        """Token ids of the request, however many. Raises Invalid when it does not render."""
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Their text. Raises Invalid for an id outside the vocabulary."""
+        ...
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it."""
         ...
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
@@ -44,7 +56,7 @@ class Engine(Protocol):
 
 def answer_budget(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> int:
     """How many tokens the answer may have. Raises Invalid when prompt and answer do not fit."""
-    param = "messages" if request.messages is not None else "prompt"
+    param = request.prompt_param
     if num_prompt_tokens == 0:
         raise Invalid("The prompt is empty; send at least one token.", param=param)
     room = max_model_len - num_prompt_tokens

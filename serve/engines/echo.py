@@ -8,11 +8,11 @@ feature works.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from serve.engines.base import answer_budget
 from serve.errors import Unavailable
-from serve.messages import Chunk, GenerateRequest, Prompt, Route
+from serve.messages import Chunk, FinishReason, GenerateRequest, Prompt, Route
 from serve.settings import EngineSettings
 
 # A prompt that is exactly one of these raises: before the first chunk, or after it.
@@ -22,6 +22,15 @@ FAULTS = {
     "!bug": RuntimeError,
     "!bug-later": RuntimeError,
 }
+
+
+def _text(request: GenerateRequest) -> str:
+    """What is echoed: the last message's text, or the prompt."""
+    if request.messages is not None:
+        return str(request.messages[-1].get("content") or "")
+    if isinstance(request.prompt, str):
+        return request.prompt
+    return " ".join(map(str, request.prompt or ()))
 
 
 class EchoEngine:
@@ -35,21 +44,20 @@ class EchoEngine:
         self.aborted = 0
         self.dead = False
 
+    async def tokenize(self, request: GenerateRequest) -> range:
+        return range(len(_text(request).split()))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        return list(map(str, token_ids))
+
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
-        if request.messages is not None:
-            text = str(request.messages[-1].get("content") or "")
-        else:
-            text = (
-                request.prompt
-                if isinstance(request.prompt, str)
-                else " ".join(map(str, request.prompt or ()))
-            )
-        words = text.split()
-        return Prompt(
-            tuple(range(len(words))),
-            answer_budget(request, len(words), self.max_model_len),
-            engine_input=text,
-        )
+        text = _text(request)
+        token_ids = range(len(text.split()))
+        budget = answer_budget(request, len(token_ids), self.max_model_len)
+        return Prompt(token_ids, budget, text, engine_input=text)
 
     async def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route
@@ -61,16 +69,21 @@ class EchoEngine:
             if text in FAULTS and not text.endswith("-later"):
                 raise FAULTS[text](f"The echo engine was asked to fail with {text}.")
             words = text.split()
-            for index, word in enumerate(words[: prompt.max_tokens]):
+            said = words[: prompt.max_tokens]
+            for number, word in enumerate(said):
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
-                last = index + 1 == min(len(words), prompt.max_tokens)
-                reason = ("length" if prompt.max_tokens < len(words) else "stop") if last else None
+                last = number + 1 == len(said)
                 if text in FAULTS:
-                    yield Chunk(word, 1)
+                    yield Chunk(word, (number,))
                     raise FAULTS[text](f"The echo engine was asked to fail with {text}.")
-                finished = last
-                yield Chunk(word if index == 0 else " " + word, 1, reason)  # type: ignore[arg-type]
+                reason: FinishReason | None = None
+                if last:
+                    reason = "stop" if len(said) == len(words) else "length"
+                    finished = True
+                spaced = word if number == 0 else " " + word
+                for index in range(request.sampling.n):
+                    yield Chunk(spaced, (number,), reason, index)
         finally:
             self.running -= 1
             self.aborted += not finished

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import metrics
 from serve.errors import ServeError
-from serve.rest import errors, generate
+from serve.rest import documents, errors, generate, tokens
 from serve.service import Service
 from serve.settings import HttpSettings
 
@@ -37,7 +37,8 @@ class RequestIds:
             return
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = sent if CLIENT_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        # A stream takes the server's own `send`, which the framework wraps several times.
+        scope.setdefault("state", {}).update(request_id=request_id.decode(), send=send)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -57,18 +58,9 @@ def build_app(service: Service, settings: HttpSettings) -> ASGIApp:
     app.add_exception_handler(ServeError, errors.on_serve_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(Exception, errors.on_unexpected)
-    app.include_router(generate.routes(service, max_body_bytes=settings.max_body_bytes))
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, object]:
-        card = {
-            "id": service.model,
-            "object": "model",
-            "created": service.created_s,
-            "owned_by": "packhorse",
-            "max_model_len": service.engine.max_model_len,
-        }
-        return {"object": "list", "data": [card]}
+    for endpoints in (generate, tokens):
+        app.include_router(endpoints.routes(service, max_body_bytes=settings.max_body_bytes))
+    documents.add_schemas(app)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:

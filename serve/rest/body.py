@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -23,6 +23,11 @@ Result = TypeVar("Result")
 
 async def read_body(request: Request, schema: type[Body], *, max_bytes: int) -> Body:
     """The request's JSON as `schema`. Raises TooLarge before reading it all, else Invalid."""
+    return validated(await read_object(request, max_bytes=max_bytes), schema)
+
+
+async def read_object(request: Request, *, max_bytes: int) -> dict[str, Any]:
+    """The request's JSON object. Raises TooLarge before reading it all, else Invalid."""
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > max_bytes:
         raise TooLarge(f"The body has {declared} bytes, above the limit of {max_bytes}; send less.")
@@ -48,6 +53,11 @@ async def read_body(request: Request, schema: type[Body], *, max_bytes: int) -> 
         raise Invalid("The body's JSON is nested too deeply.") from error
     if not isinstance(document, dict):
         raise Invalid(f"The body must be a JSON object, not {type(document).__name__}.")
+    return document
+
+
+def validated(document: dict[str, Any], schema: type[Body]) -> Body:
+    """The object as `schema`. Raises Invalid with its first fault."""
     try:
         return schema.model_validate(document)
     except ValidationError as error:

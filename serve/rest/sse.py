@@ -1,22 +1,25 @@
-"""A stream of chunks as server-sent events, written straight to ASGI.
+"""Streams of chunks as server-sent events, written straight to ASGI.
 
-What is equal in all events of a stream is prepared once; a token costs one JSON string and one
-send.
+What is equal in all events of a stream is prepared once; a token of plain text costs one JSON
+string and one send.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import Cancelled, ServeError
+from serve.messages import Chunk
 from serve.rest.body import unless_disconnected
 from serve.rest.errors import error_body
-from serve.service import Stream
+from serve.rest.shapes import Shape, usage_json
+from serve.service import Stream, merged
 
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 DONE = b"data: [DONE]\n\n"
@@ -25,51 +28,100 @@ _quote: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
 class EventStream(Response):
-    """Sends `opening`, one event a chunk, the usage when asked for, and [DONE].
+    """Sends the openings, one event a chunk, the usage when asked for, and [DONE].
 
-    An event is `head` + the chunk's text as JSON + `tail` with the finish reason filled in. An
-    error after the first byte becomes the last event but one.
+    An error after the first byte becomes the last event but one. `common` are the fields that all
+    events share. With `include_usage` every event but the last has `"usage": null`, as OpenAI's do;
+    with `continuous_usage` each has the count so far.
     """
 
     def __init__(
         self,
-        stream: Stream,
+        streams: Sequence[Stream],
+        shape: Shape,
+        common: dict[str, Any],
         *,
-        opening: bytes,
-        head: str,
-        tail: Callable[[str | None], str],
-        usage: Callable[[Stream], bytes] | None,
+        include_usage: bool,
+        continuous_usage: bool,
     ) -> None:
-        self._stream = stream
-        self._opening = opening
-        self._head = head
-        self._tail = tail
-        self._usage = usage
+        self._streams = streams
+        self._shape = shape
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._prefix = json.dumps({**common, "object": shape.event_object})[:-1]
+        self._choices = streams[0].request.sampling.n
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The server's own send: what wraps it looks at the start of a response only.
+        body_send: Send = scope.get("state", {}).get("send", send)
         try:
-            await unless_disconnected(receive, self._write(send))
+            await unless_disconnected(receive, self._write(send, body_send))
         except Cancelled:
             return
         finally:
-            await self._stream.close()
+            for stream in self._streams:
+                await stream.close()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, body_send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        more = {"type": "http.response.body", "more_body": True}
-        head, tail = self._head, self._tail
-        end = tail(None)
-        pending = self._opening
+        pending = b"".join(map(self._opening, range(len(self._streams) * self._choices)))
         try:
-            async with aclosing(aiter(self._stream)) as chunks:
-                async for chunk in chunks:
-                    text = _quote(chunk.text)
-                    suffix = end if chunk.finish_reason is None else tail(chunk.finish_reason)
-                    await send({**more, "body": pending + f"{head}{text}{suffix}".encode()})
-                    pending = b""
-            if self._usage is not None:
-                pending = self._usage(self._stream)
+            if len(self._streams) == 1:
+                pending = await self._write_one(self._streams[0], body_send, pending)
+            else:
+                async with aclosing(merged(self._streams)) as chunks:
+                    async for number, chunk in chunks:
+                        event = self._event(number, chunk)
+                        await body_send(_body(pending + event))
+                        pending = b""
+            if self._include_usage:
+                usages = [stream.usage for stream in self._streams]
+                pending += self._wrap("[]", json.dumps(usage_json(usages)))
         except ServeError as error:
-            pending = b"data: " + error_body(error) + b"\n\n"
-        await send({"type": "http.response.body", "body": pending + DONE, "more_body": False})
+            pending += b"data: " + error_body(error) + b"\n\n"
+        await body_send({"type": "http.response.body", "body": pending + DONE, "more_body": False})
+
+    async def _write_one(self, stream: Stream, send: Send, pending: bytes) -> bytes:
+        """The events of a single stream, `pending` before the first."""
+        shape = self._shape
+        plain = shape.all_plain and not self._continuous_usage
+        head = f'data: {self._prefix}, "choices": [{{"index": 0, {shape.head}'
+        end = ', "usage": null' if self._include_usage else ""
+        tail = f'{shape.close}, "logprobs": null, "finish_reason": null}}]{end}}}\n\n'
+        async with aclosing(aiter(stream)) as chunks:
+            async for chunk in chunks:
+                if plain and chunk.finish_reason is None and chunk.is_plain:
+                    event = f"{head}{_quote(chunk.text)}{tail}".encode()
+                else:
+                    event = self._event(0, chunk)
+                if pending:
+                    event, pending = pending + event, b""
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        return pending
+
+    def _event(self, number: int, chunk: Chunk) -> bytes:
+        """Any event; `number` is the stream's."""
+        stream = self._streams[number]
+        index = number * self._choices + chunk.index
+        choice = self._shape.event(index, chunk, stream.prompt)
+        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far())
+
+    def _opening(self, index: int) -> bytes:
+        choice = self._shape.opening(index)
+        if choice is None:
+            return b""
+        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far())
+
+    def _usage_so_far(self) -> str | None:
+        if self._continuous_usage:
+            return json.dumps(usage_json([stream.usage for stream in self._streams]))
+        return "null" if self._include_usage else None
+
+    def _wrap(self, choices: str, usage: str | None) -> bytes:
+        end = "" if usage is None else f', "usage": {usage}'
+        return f'data: {self._prefix}, "choices": {choices}{end}}}\n\n'.encode()
+
+
+def _body(content: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": content, "more_body": True}

@@ -8,70 +8,48 @@ here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
+import logging
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from vllm import AsyncEngineArgs, SamplingParams
-from vllm.exceptions import VLLMClientError
+import vllm.envs
+from vllm import SamplingParams
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
-from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams, TokenizeParams
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve.engines.base import answer_budget
-from serve.errors import Invalid, StartupError, Unavailable
-from serve.messages import Chunk, FinishReason, GenerateRequest, Prompt, Route
+from serve.engines.vllm.arguments import (
+    engine_args,
+    refuse_what_would_crash,
+    warn_of_missing_scales,
+)
+from serve.engines.vllm.chat import AnswerReader, Chat
+from serve.engines.vllm.constraints import structured_outputs
+from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, checked, chunks_of
+from serve.engines.vllm.sampling import invalid, sampling_params
+from serve.errors import Invalid, Overloaded, StartupError, Unavailable
+from serve.messages import Chunk, GenerateRequest, Prompt, Route
 from serve.settings import EngineSettings
 
-GIB = 1024**3
+logger = logging.getLogger("packhorse.engine")
+
 DEAD = "The engine has stopped; restart the server."
-REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
-def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngineArgs:
-    """vLLM's arguments from ours; unset ones keep vLLM's defaults, but for the CPU, see
-    EngineSettings.
-    """
-    on_cpu = current_platform.is_cpu()
-    eager = True if on_cpu and settings.enforce_eager is None else settings.enforce_eager
-    optional = {
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes or (GIB if on_cpu else None),
-        "enforce_eager": eager,
-    }
-    return AsyncEngineArgs(
-        model=str(folder),
-        served_model_name=name,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        seed=settings.seed,
-        use_tqdm_on_load=False,
-        **{key: value for key, value in optional.items() if value is not None},
-    )
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What `render` leaves for `generate`."""
 
-
-def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
-    """Raises StartupError for float16 under W8A8 on a CPU: its kernel aborts the whole process."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    rounds_inputs = any(
-        (group.get("input_activations") or {}).get("type") == "int" for group in groups.values()
-    )
-    own = str(config.get("dtype") or config.get("torch_dtype") or "")
-    dtype = own if settings.dtype == "auto" else settings.dtype
-    if current_platform.is_cpu() and rounds_inputs and dtype in ("float16", "half"):
-        raise StartupError(
-            f"{folder} has 8-bit weights and activations, which vLLM's CPU kernel runs in bfloat16 "
-            f"only, not in {dtype}; pass --dtype bfloat16."
-        )
+    engine_input: Any
+    params: SamplingParams
+    reader: AnswerReader | None
 
 
 class VllmEngine:
@@ -79,110 +57,221 @@ class VllmEngine:
 
     def __init__(self, folder: Path, name: str, settings: EngineSettings) -> None:
         refuse_what_would_crash(folder, settings)
+        args = engine_args(folder, name, settings)
         # The engine's processes inherit this thread's mask: a terminal's Ctrl-C, which goes to the
         # whole process group, must reach only us, or there is nothing left to drain.
         # (The resource tracker first: its start, part of the first spawn, would unblock SIGINT.)
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._llm = AsyncLLM.from_engine_args(engine_args(folder, name, settings))
+            self._llm = AsyncLLM.from_engine_args(args)
         except Exception as error:
             # vLLM raises many classes here, its child's failure among them.
             raise StartupError(f"vLLM could not load {folder}: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._closed = False
+        try:
+            self._chat = Chat(self._llm, settings)
+        except StartupError:
+            self._llm.shutdown()
+            raise
+        # Before the first request, which starts the handler that uses it.
+        self._llm.output_processor = ChunkProcessor(
+            self._llm.renderer.tokenizer,
+            log_stats=self._llm.log_stats,
+            stream_interval=self._llm.vllm_config.scheduler_config.stream_interval,
+        )
+        vllm.envs.enable_envs_cache()  # else vLLM asks the environment once a token
         self.max_model_len: int = self._llm.model_config.max_model_len
+        self._vocab_size: int = self._llm.model_config.get_vocab_size()
         self._defaults: dict[str, Any] = self._llm.model_config.get_diff_sampling_param()
         self._defaults.pop("max_tokens", None)  # ours to decide, see answer_budget
-        self._closed = False
+        self._by_priority = self._llm.vllm_config.scheduler_config.policy == "priority"
+        warn_of_missing_scales(folder, settings)
+        self._report()
+
+    def _report(self) -> None:
+        """Says what the engine has become, which is not always what was asked for."""
+        config = self._llm.vllm_config
+        cache = config.cache_config
+        tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+        logger.info(
+            "KV cache: %d tokens (%s), %.1f contexts of %d tokens at once",
+            tokens, cache.cache_dtype, tokens / self.max_model_len, self.max_model_len,
+        )  # fmt: skip
+        compilation = config.compilation_config
+        attention = getattr(config.attention_config, "backend", None)
+        logger.info(
+            "Engine: weights %s (%s), %s, attention %s, at most %d requests and %d tokens a step, "
+            "prefix caching %s, chunked prefill %s",
+            self._llm.model_config.dtype,
+            self._llm.model_config.quantization or "not quantized",
+            "eager"
+            if self._llm.model_config.enforce_eager
+            else f"torch.compile {compilation.mode}, CUDA graphs {compilation.cudagraph_mode}",
+            attention or "chosen by vLLM",
+            config.scheduler_config.max_num_seqs,
+            config.scheduler_config.max_num_batched_tokens,
+            "on" if cache.enable_prefix_caching else "off",
+            "on" if config.scheduler_config.enable_chunked_prefill else "off",
+        )
+
+    async def tokenize(self, request: GenerateRequest) -> list[int]:
+        engine_input, _ = await self._engine_input(request, max_total_tokens=None)
+        return list(engine_input["prompt_token_ids"])
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        known = self._known_tokens(token_ids, "tokens")
+        text: str = self._llm.renderer.get_tokenizer().decode(known)
+        return text
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        strings: list[str] = self._llm.renderer.get_tokenizer().convert_ids_to_tokens(
+            list(token_ids)
+        )
+        return strings
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
-        renderer = self._llm.renderer
+        if request.priority and not self._by_priority:
+            raise Invalid(
+                f"priority={request.priority} has no effect on this server; leave it out, or start "
+                "the server with scheduling_policy: priority in the engine section.",
+                param="priority",
+            )
+        constraint = request.sampling.constraint
+        structured = structured_outputs(constraint) if constraint else None
+        engine_input, template = await self._engine_input(
+            request, max_total_tokens=self.max_model_len
+        )
+        token_ids = engine_input["prompt_token_ids"]
+        budget = answer_budget(request, len(token_ids), self.max_model_len)
+        reader = None
+        if template is not None:
+            reader = self._chat.reader(request, structured, template, token_ids)
+        params = sampling_params(
+            request,
+            max_tokens=budget,
+            defaults=self._defaults,
+            structured=reader.structured if reader else structured,
+        )
+        if reader:
+            params.skip_special_tokens = reader.skip_special_tokens
+        text = engine_input.get("prompt") if request.echo else None
+        return Prompt(token_ids, budget, text, Rendered(engine_input, params, reader))
+
+    async def _engine_input(
+        self, request: GenerateRequest, *, max_total_tokens: int | None
+    ) -> tuple[Any, ChatParams | None]:
+        """vLLM's rendered prompt, and for chat what its template was given. Raises Invalid."""
         is_chat = request.messages is not None
-        limits = TokenizeParams(max_total_tokens=self.max_model_len, add_special_tokens=not is_chat)
+        special = request.add_special_tokens
+        limits = TokenizeParams(
+            max_total_tokens=max_total_tokens,
+            truncate_prompt_tokens=request.truncate_prompt_tokens,
+            add_special_tokens=not is_chat if special is None else special,
+            needs_detokenization=request.echo,
+        )
+        renderer = self._llm.renderer
+        prompt = request.prompt
         try:
             if request.messages is not None:
-                tools = [dict(tool) for tool in request.tools] or None
-                template = ChatParams(
-                    chat_template_kwargs={
-                        "add_generation_prompt": True,
-                        "tokenize": False,
-                        "tools": tools,
-                    }
-                )
+                template = self._chat.params(request)
                 messages = [dict(message) for message in request.messages]
-                _, (engine_input,) = await renderer.render_chat_async([messages], template, limits)
-            elif isinstance(request.prompt, str):
-                prompts = [{"prompt": request.prompt}]
-                (engine_input,) = await renderer.render_cmpl_async(prompts, limits)
-            else:
-                engine_input = tokens_input(self._known_tokens(request.prompt or ()))
+                _, (rendered,) = await renderer.render_chat_async([messages], template, limits)
+                return rendered, template
+            if isinstance(prompt, str):
+                (rendered,) = await renderer.render_cmpl_async([{"prompt": prompt}], limits)
+                return rendered, None
+            token_ids = self._known_tokens(prompt or (), "prompt")
+            if not (request.echo or request.truncate_prompt_tokens):
+                return tokens_input(token_ids), None
+            prompts = [{"prompt_token_ids": token_ids}]
+            (rendered,) = await renderer.render_cmpl_async(prompts, limits)
+            return rendered, None
         except (VLLMClientError, ValueError, TypeError, RecursionError) as error:
-            raise Invalid(
-                f"The request does not render: {_reason(error)}",
-                param="messages" if is_chat else "prompt",
-            ) from error
-        token_ids = tuple(engine_input["prompt_token_ids"])
-        budget = answer_budget(request, len(token_ids), self.max_model_len)
-        return Prompt(token_ids, budget, engine_input)
+            raise invalid(error, request.prompt_param) from error
 
-    def _known_tokens(self, token_ids: tuple[int, ...]) -> list[int]:
+    def _known_tokens(self, token_ids: Sequence[int], param: str) -> list[int]:
         """The ids as a list. One outside the vocabulary would crash the model, so it is refused."""
-        vocab_size: int = self._llm.model_config.get_vocab_size()
-        unknown = next((token for token in token_ids if not 0 <= token < vocab_size), None)
-        if unknown is not None:
+        known = list(token_ids)
+        if known and not (min(known) >= 0 and max(known) < self._vocab_size):
+            unknown = next(token for token in known if not 0 <= token < self._vocab_size)
             raise Invalid(
-                f"Token id {unknown} is outside the vocabulary (0 to {vocab_size - 1}).",
-                param="prompt",
+                f"Token id {unknown} is outside the vocabulary (0 to {self._vocab_size - 1}).",
+                param=param,
             )
-        return list(token_ids)
-
-    def _sampling_params(self, request: GenerateRequest, max_tokens: int) -> SamplingParams:
-        """vLLM's sampling parameters: the request's over the model's own over vLLM's."""
-        sampling = request.sampling
-        names = (
-            "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "seed",
-        )  # fmt: skip
-        given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
-        streams = request.stream
-        try:
-            return SamplingParams(
-                **{**self._defaults, **given},
-                max_tokens=max_tokens,
-                min_tokens=sampling.min_tokens,
-                stop=list(sampling.stop),
-                ignore_eos=sampling.ignore_eos,
-                output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
-            )
-        except (ValueError, VLLMClientError) as error:
-            raise Invalid(_reason(error), param=getattr(error, "parameter", None)) from error
+        return known
 
     async def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
-        params = self._sampling_params(request, prompt.max_tokens)
-        outputs = self._llm.generate(prompt.engine_input, params, request.request_id)
-        # aclosing: leaving early closes vLLM's generator at once, which aborts the request, instead
-        # of when it is collected.
-        async with contextlib.aclosing(outputs):
-            try:
-                async for output in outputs:
-                    (completion,) = output.outputs
-                    reason = completion.finish_reason
-                    if reason is not None and reason not in REASONS:
-                        # "abort" without our asking, or vLLM's own "error".
-                        raise Unavailable(f"The engine gave up on this ({reason}); send it again.")
-                    yield Chunk(
-                        completion.text,
-                        len(completion.token_ids),
-                        None if reason is None else REASONS[reason],
-                        output.num_cached_tokens or 0,
-                    )
-            except EngineDeadError as error:
-                raise Unavailable(DEAD, retry_after_s=30) from error
-            except VLLMClientError as error:
-                raise Invalid(_reason(error), param=getattr(error, "parameter", None)) from error
+        rendered: Rendered = prompt.engine_input
+        outputs = None
+        finished = False
+        try:
+            outputs = await self._submit(rendered, request)
+            reader = rendered.reader
+            while not finished:
+                output = await outputs.get()
+                if type(output) is Chunk:
+                    finished = checked(output.finish_reason) is not None
+                    if reader is None:
+                        yield output
+                        continue
+                    chunks: Iterable[Chunk] = (output,)
+                else:
+                    finished = output.finished
+                    chunks = chunks_of(output, self._llm.renderer.get_tokenizer())
+                for chunk in chunks:
+                    if reader is None:
+                        yield chunk
+                    elif not request.stream:
+                        yield reader.whole(chunk)
+                    elif (piece := reader.piece(chunk)) is not None:
+                        yield piece
+        except EngineDeadError as error:
+            finished = True  # nothing is left to abort
+            raise Unavailable(DEAD, retry_after_s=30) from error
+        except GracefulHTTPError as error:
+            raise Overloaded(f"The engine's queue is full: {error}", retry_after_s=1) from error
+        except VLLMClientError as error:
+            raise invalid(error) from error
+        finally:
+            if outputs is not None and not finished:
+                await self._llm.abort(outputs.request_id, internal=True)
+
+    async def _submit(self, rendered: Rendered, request: GenerateRequest) -> Any:
+        """Hand the request to the engine; returns what its output can be got from."""
+        llm, params, reader = self._llm, rendered.params, rendered.reader
+        plain = params.n == 1 and params.logprobs is None and params.prompt_logprobs is None
+        if not plain:
+            return await llm.add_request(
+                request.request_id,
+                rendered.engine_input,
+                params,
+                priority=request.priority,
+                reasoning_ended=reader.reasoning_ended if reader else None,
+                reasoning_parser_kwargs=reader.reasoning_kwargs if reader else None,
+            )
+        # The same steps as add_request's, but with a collector of our own.
+        if llm.errored:
+            raise EngineDeadError
+        made = llm.input_processor.process_inputs(
+            request.request_id,
+            rendered.engine_input,
+            params,
+            supported_tasks=await llm.get_supported_tasks(),
+            priority=request.priority,
+        )
+        if reader:
+            made.reasoning_ended = reader.reasoning_ended
+            made.reasoning_parser_kwargs = reader.reasoning_kwargs
+        llm.input_processor.assign_request_id(made)
+        llm._run_output_handler()
+        collector = ChunkCollector(made.request_id)
+        await llm._add_request(made, None, None, 0, collector)
+        return collector
 
     async def check(self) -> None:
         if self._closed or self._llm.errored:
@@ -192,8 +281,3 @@ class VllmEngine:
         if not self._closed:
             self._closed = True
             await asyncio.to_thread(self._llm.shutdown)
-
-
-def _reason(error: Exception) -> str:
-    """The message alone: vLLM's str() appends a value, which may be the prompt."""
-    return str(error.args[0]) if error.args else type(error).__name__

@@ -1,0 +1,96 @@
+"""Our engine settings as vLLM's arguments, and what is refused before vLLM would crash on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm import AsyncEngineArgs
+from vllm.platforms import current_platform
+
+from serve.errors import StartupError
+from serve.settings import EngineSettings
+
+logger = logging.getLogger("packhorse.engine")
+
+GIB = 1024**3
+# Ours under vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
+SHARED = (
+    "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
+    "enforce_eager", "seed",
+)  # fmt: skip
+# Decided elsewhere: the command line's MODEL and name, and the parsers' own settings.
+TAKEN = {"model", "served_model_name", "tokenizer", "skip_tokenizer_init", "runner"}
+
+
+def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngineArgs:
+    """vLLM's arguments; unset ones keep vLLM's defaults, but for the CPU, see EngineSettings.
+
+    Raises StartupError for a name or a value that vLLM does not have.
+    """
+    given: dict[str, Any] = {field: getattr(settings, field) for field in SHARED}
+    if current_platform.is_cpu():
+        if given["enforce_eager"] is None:
+            given["enforce_eager"] = True
+        given["kv_cache_memory_bytes"] = given["kv_cache_memory_bytes"] or GIB
+    given = {field: value for field, value in given.items() if value is not None}
+    if settings.reasoning_parser:
+        given["reasoning_parser"] = settings.reasoning_parser
+    free = settings.model_extra or {}
+    _refuse_unknown(free)
+    try:
+        return AsyncEngineArgs(
+            model=str(folder), served_model_name=name, use_tqdm_on_load=False, **{**given, **free}
+        )
+    except (TypeError, ValueError) as error:
+        raise StartupError(f"vLLM does not take these engine settings: {error}") from error
+
+
+def _refuse_unknown(names: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)} - TAKEN
+    for name in names:
+        if name in TAKEN:
+            raise StartupError(
+                f"engine.{name} is not for the engine section; see docs/settings.md."
+            )
+        if name not in known:
+            ours = set(EngineSettings.model_fields)
+            close = difflib.get_close_matches(name, known | ours, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else "."
+            raise StartupError(
+                f"engine.{name}: neither Packhorse nor vLLM has such an engine setting{hint}"
+            )
+
+
+def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
+    """Raises StartupError for float16 under W8A8 on a CPU: its kernel aborts the whole process."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    rounds_inputs = any(
+        (group.get("input_activations") or {}).get("type") == "int" for group in groups.values()
+    )
+    own = str(config.get("dtype") or config.get("torch_dtype") or "")
+    dtype = own if settings.dtype == "auto" else settings.dtype
+    if current_platform.is_cpu() and rounds_inputs and dtype in ("float16", "half"):
+        raise StartupError(
+            f"{folder} has 8-bit weights and activations, which vLLM's CPU kernel runs in bfloat16 "
+            f"only, not in {dtype}; pass --dtype bfloat16."
+        )
+
+
+def warn_of_missing_scales(folder: Path, settings: EngineSettings) -> None:
+    """An 8-bit KV cache without the checkpoint's own scales loses accuracy for nothing."""
+    if not settings.kv_cache_dtype.startswith("fp8"):
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config") or {}
+    if not quantization.get("kv_cache_scheme"):
+        logger.warning(
+            "The KV cache is %s, but %s has no k/v scales, so they are 1.0 and long contexts lose "
+            "accuracy; quantize with calibrated scales, or use --kv-cache-dtype auto",
+            settings.kv_cache_dtype, folder.name,
+        )  # fmt: skip

@@ -1,0 +1,276 @@
+"""Chat as vLLM's own server does it: messages to a prompt, the answer's text to reasoning and tool
+calls.
+
+Rendering goes through vLLM's renderer, parsing through its parser classes. Those take vLLM's own
+request object, which is built only for requests with tools or on a server with a reasoning parser.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionToolsParam,
+)
+from vllm.exceptions import VLLMClientError
+from vllm.parser import ParserManager
+from vllm.renderers.chat_utils import load_chat_template, make_tool_call_id
+from vllm.renderers.hf import resolve_chat_template, resolve_chat_template_kwargs
+from vllm.renderers.params import ChatParams, merge_kwargs
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from serve.engines.vllm.constraints import check_schema
+from serve.engines.vllm.sampling import invalid
+from serve.errors import Invalid, StartupError
+from serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
+from serve.settings import EngineSettings
+
+
+class Chat:
+    """What an engine knows about chatting: its template, its parsers."""
+
+    def __init__(self, llm: AsyncLLM, settings: EngineSettings) -> None:
+        """Raises StartupError for a parser that vLLM does not have or the tokenizer cannot feed."""
+        self._llm = llm
+        try:
+            self._template = load_chat_template(settings.chat_template)
+        except ValueError as error:
+            raise StartupError(f"engine.chat_template: {error}") from error
+        self._defaults = dict(settings.default_chat_template_kwargs)
+        try:
+            self._parser_class = ParserManager.get_parser(
+                tool_parser_name=settings.tool_call_parser,
+                reasoning_parser_name=settings.reasoning_parser,
+                enable_auto_tools=settings.tool_call_parser is not None,
+                model_name=llm.model_config.model,
+                is_harmony=llm.model_config.hf_config.model_type == "gpt_oss",
+                tokenizer=llm.renderer.tokenizer,
+            )
+        except TypeError as error:
+            raise StartupError(f"{error} (--tool-call-parser, --reasoning-parser).") from error
+        self._parses_tools = bool(self._parser_class and self._parser_class.tool_parser_cls)
+        self._parses_reasoning = bool(
+            self._parser_class and self._parser_class.reasoning_parser_cls
+        )
+
+    def params(self, request: GenerateRequest) -> ChatParams:
+        """What the renderer needs to know. Raises Invalid for what the template would ignore."""
+        options = request.chat
+        self._refuse_ignored(options)
+        variables: dict[str, Any] = {
+            "add_generation_prompt": options.add_generation_prompt,
+            "continue_final_message": options.continue_final_message,
+            "documents": list(options.documents) or None,
+            "reasoning_effort": options.reasoning_effort,
+        }
+        if options.reasoning_effort and "enable_thinking" not in options.template_variables:
+            variables["enable_thinking"] = options.reasoning_effort != "none"
+        # Through vLLM's class, which writes out absent fields: templates print them.
+        tools = [ChatCompletionToolsParam(**tool).model_dump() for tool in options.tools] or None
+        return ChatParams(
+            chat_template=self._template,
+            chat_template_kwargs=merge_kwargs(dict(options.template_variables), variables),
+        ).with_defaults({**self._defaults, "tools": tools, "tokenize": False})
+
+    def _refuse_ignored(self, options: ChatOptions) -> None:
+        asked = dict(options.template_variables)
+        if options.reasoning_effort:
+            asked["reasoning_effort"] = options.reasoning_effort
+        if not asked and not options.documents:
+            return
+        tokenizer = self._llm.renderer.get_tokenizer()
+        template = resolve_chat_template(
+            tokenizer,
+            chat_template=self._template,
+            tools=list(options.tools) or None,
+            model_config=self._llm.model_config,
+        )
+        try:
+            known = resolve_chat_template_kwargs(
+                tokenizer, template or "", {**asked, "enable_thinking": True}
+            )
+        except ValueError as error:
+            raise invalid(error, "chat_template_kwargs") from error
+        if "enable_thinking" in known:
+            known["reasoning_effort"] = True
+        ignored = sorted(set(asked) - set(known))
+        if options.documents and "documents" not in (template or ""):
+            ignored.append("documents")
+        if ignored:
+            raise Invalid(
+                f"The model's chat template has no use for {', '.join(ignored)}; remove it.",
+                param=ignored[0]
+                if ignored[0] in ("reasoning_effort", "documents")
+                else "chat_template_kwargs",
+            )
+
+    def reader(
+        self,
+        request: GenerateRequest,
+        structured: StructuredOutputsParams | None,
+        params: ChatParams,
+        prompt_token_ids: list[int],
+    ) -> AnswerReader | None:
+        """What reads the answer, or None when it is plain text. Raises Invalid."""
+        options = request.chat
+        calls = options.tool_choice != "none"
+        if calls and not self._parses_tools:
+            raise Invalid(
+                f"tool_choice={options.tool_choice!r} needs a server that was started with "
+                "--tool-call-parser (hermes, for instance); with tool_choice='none' the model sees "
+                "the tools and answers in plain text.",
+                param="tool_choice",
+            )
+        if not calls and not self._parses_reasoning:
+            return None
+        for tool in options.tools:
+            check_schema(tool["function"].get("parameters") or {})
+        try:
+            return AnswerReader(self, request, structured, params, prompt_token_ids)
+        except (ValidationError, VLLMClientError, ValueError, TypeError) as error:
+            raise invalid(error, "tools" if options.tools else "messages") from error
+
+    def make_parser(self, request: ChatCompletionRequest, params: ChatParams) -> Any:
+        """A parser of vLLM's; it has state, so one for each choice."""
+        assert self._parser_class is not None
+        return self._parser_class(
+            self._llm.renderer.get_tokenizer(),
+            request.tools,
+            chat_template_kwargs=params.chat_template_kwargs,
+            model_config=self._llm.model_config,
+        )
+
+
+class AnswerReader:
+    """Reads the reasoning and the tool calls out of one request's answer.
+
+    `structured` is what constrains the answer: for tool calls, vLLM's parser changes it.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        request: GenerateRequest,
+        structured: StructuredOutputsParams | None,
+        params: ChatParams,
+        prompt_token_ids: list[int],
+    ) -> None:
+        options = request.chat
+        self._options = options
+        self._prompt_token_ids = prompt_token_ids
+        self._request = _vllm_request(request, structured)
+        self._parsers = [chat.make_parser(self._request, params) for _ in range(request.sampling.n)]
+        first = self._parsers[0]
+        if first.always_adjust_request or first.reasoning_parser or options.tool_choice != "none":
+            self._request = first.adjust_request(self._request)
+        self.structured = self._request.extract_structured_outputs()
+        self.skip_special_tokens: bool = self._request.skip_special_tokens
+        self.reasoning_ended = self._request.resolve_reasoning_ended(first, prompt_token_ids)
+        self.reasoning_kwargs = (
+            {"chat_template_kwargs": params.chat_template_kwargs}
+            if first.reasoning_parser
+            else None
+        )
+        self._called = [False] * request.sampling.n
+        self._token_ids: list[list[int]] = [[] for _ in range(request.sampling.n)]
+
+    def piece(self, chunk: Chunk) -> Chunk | None:
+        """A streamed chunk, read; None when the parser holds it back."""
+        parser = self._parsers[chunk.index]
+        finished = chunk.finish_reason is not None
+        delta = parser.parse_delta(
+            chunk.text,
+            list(chunk.token_ids),
+            self._request,
+            self._prompt_token_ids,
+            finished=finished,
+        )
+        self._token_ids[chunk.index].extend(chunk.token_ids)
+        calls = tuple(
+            ToolCall(
+                call.index,
+                (call.function.arguments if call.function else None) or "",
+                call.id,
+                call.function.name if call.function else None,
+            )
+            for call in (delta.tool_calls if delta else None) or ()
+            if self._options.parallel_tool_calls or call.index == 0
+        )
+        self._called[chunk.index] |= bool(calls)
+        if delta is None and not finished and chunk.logprobs is None:
+            return None
+        reason = chunk.finish_reason
+        named = self._options.tool_choice == "named"
+        if self._called[chunk.index] and reason == "stop" and not named:
+            reason = "tool_calls"
+        return msgspec.structs.replace(
+            chunk,
+            text=(delta.content if delta else None) or "",
+            reasoning=delta.reasoning if delta else None,
+            tool_calls=calls,
+            finish_reason=reason,
+            logprobs=chunk.logprobs if self._options.include_reasoning else None,
+            reasoning_tokens=self._count(chunk.index) if finished else 0,
+        )
+
+    def whole(self, chunk: Chunk) -> Chunk:
+        """A whole answer, read."""
+        parser = self._parsers[chunk.index]
+        parser.set_prompt_token_ids(self._prompt_token_ids)
+        reasoning, content, calls = parser.parse(
+            chunk.text,
+            self._request,
+            enable_auto_tools=parser.tool_parser_cls is not None,
+            model_output_token_ids=chunk.token_ids,
+        )
+        self._token_ids[chunk.index].extend(chunk.token_ids)
+        choice = self._options.tool_choice
+        calls = [] if choice == "none" else list(calls or ())
+        if not self._options.parallel_tool_calls:
+            calls = calls[:1]
+        reason = chunk.finish_reason
+        if (choice == "auto" and calls) or (choice == "required" and reason == "stop"):
+            reason = "tool_calls"
+        return msgspec.structs.replace(
+            chunk,
+            text=content or "",
+            reasoning=reasoning if self._options.include_reasoning else None,
+            tool_calls=tuple(
+                ToolCall(number, call.arguments, call.id or make_tool_call_id(), call.name)
+                for number, call in enumerate(calls)
+            ),
+            finish_reason=reason,
+            logprobs=chunk.logprobs if self._options.include_reasoning else None,
+            reasoning_tokens=self._count(chunk.index),
+        )
+
+    def _count(self, index: int) -> int:
+        counted: int = self._parsers[index].count_reasoning_tokens(tuple(self._token_ids[index]))
+        return counted
+
+
+def _vllm_request(
+    request: GenerateRequest, structured: StructuredOutputsParams | None
+) -> ChatCompletionRequest:
+    """vLLM's own request object, with what its parsers look at."""
+    options = request.chat
+    choice: Any = options.tool_choice
+    if choice == "named":
+        choice = {"type": "function", "function": {"name": options.named_tool}}
+    made = ChatCompletionRequest(
+        model=request.model,
+        messages=[dict(message) for message in request.messages or ()],
+        tools=[dict(tool) for tool in options.tools] or None,
+        tool_choice=choice,
+        parallel_tool_calls=options.parallel_tool_calls,
+        include_reasoning=options.include_reasoning,
+        skip_special_tokens=request.sampling.skip_special_tokens,
+        stream=request.stream,
+        n=request.sampling.n,
+    )
+    made.structured_outputs = structured
+    return made

