@@ -32,7 +32,7 @@ from serve.engines.vllm.arguments import (
 )
 from serve.engines.vllm.chat import AnswerReader, Chat
 from serve.engines.vllm.constraints import structured_outputs
-from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, checked, chunks_of
+from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, chunks_of, refuse_failure
 from serve.engines.vllm.sampling import invalid, sampling_params
 from serve.errors import Invalid, Overloaded, StartupError, Unavailable
 from serve.messages import Chunk, GenerateRequest, Prompt, Route
@@ -207,6 +207,7 @@ class VllmEngine:
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
         rendered: Rendered = prompt.engine_input
+        constrained = rendered.params.structured_outputs is not None
         outputs = None
         finished = False
         try:
@@ -215,7 +216,9 @@ class VllmEngine:
             while not finished:
                 output = await outputs.get()
                 if type(output) is Chunk:
-                    finished = checked(output.finish_reason) is not None
+                    finished = output.finish_reason is not None
+                    if finished:
+                        refuse_failure(output.finish_reason, constrained=constrained)
                     if reader is None:
                         yield output
                         continue
@@ -224,6 +227,7 @@ class VllmEngine:
                     finished = output.finished
                     chunks = chunks_of(output, self._llm.renderer.get_tokenizer())
                 for chunk in chunks:
+                    refuse_failure(chunk.finish_reason, constrained=constrained)
                     if reader is None:
                         yield chunk
                     elif not request.stream:
@@ -236,7 +240,7 @@ class VllmEngine:
         except GracefulHTTPError as error:
             raise Overloaded(f"The engine's queue is full: {error}", retry_after_s=1) from error
         except VLLMClientError as error:
-            raise invalid(error) from error
+            raise invalid(error, "structured_outputs" if constrained else None) from error
         finally:
             if outputs is not None and not finished:
                 await self._llm.abort(outputs.request_id, internal=True)

@@ -15,10 +15,10 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from serve.errors import Unavailable
-from serve.messages import Chunk, FinishReason, TokenLogprob
+from serve.errors import Invalid, Unavailable
+from serve.messages import Chunk, TokenLogprob
 
-REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+REASONS = ("stop", "length")
 LOWEST = -9999.0  # JSON has no minus infinity; vLLM's server writes this
 
 
@@ -93,7 +93,7 @@ class PlainRequestState(RequestState):
         return Chunk(
             text,
             new_token_ids,
-            # An unknown word ("abort", "error") goes through here; `checked` refuses it.
+            # An unknown word ("abort", "error") goes through here, see refuse_failure.
             None if finish_reason is None else str(finish_reason),  # type: ignore[arg-type]
             stop_reason=stop_reason,
             cached_tokens=self.num_cached_tokens,
@@ -129,13 +129,20 @@ class ChunkProcessor(OutputProcessor):
         self._update_admission_stats()
 
 
-def checked(reason: str | None) -> FinishReason | None:
-    """Raises Unavailable for an end that nobody asked for: vLLM's "abort" or "error"."""
-    if reason is None:
-        return None
-    if reason not in REASONS:
-        raise Unavailable(f"The engine gave up on this ({reason}); send it again.")
-    return REASONS[reason]
+def refuse_failure(reason: str | None, *, constrained: bool) -> None:
+    """Raises Invalid or Unavailable for an end that nobody asked for: vLLM's "abort" or "error".
+
+    With a constraint, "error" means that its grammar passed vLLM's checks and did not compile.
+    """
+    if reason is None or reason in REASONS:
+        return
+    if constrained and reason == "error":
+        raise Invalid(
+            "The engine could not compile the constraint on the answer (a schema that refers to "
+            "itself without end, or too large a grammar); simplify it.",
+            param="structured_outputs",
+        )
+    raise Unavailable(f"The engine gave up on this ({reason}); send it again.")
 
 
 def chunks_of(output: RequestOutput, tokenizer: Any) -> Iterable[Chunk]:
@@ -151,7 +158,7 @@ def chunks_of(output: RequestOutput, tokenizer: Any) -> Iterable[Chunk]:
         yield Chunk(
             completion.text,
             token_ids,
-            checked(completion.finish_reason),
+            completion.finish_reason,
             index=completion.index,
             stop_reason=completion.stop_reason,
             logprobs=None

@@ -1,0 +1,127 @@
+"""How answers are worded: log-probabilities, tool calls, echo, usage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
+from serve.rest.body import validated
+from serve.rest.chat_schema import ChatBody
+from serve.rest.schema import CompletionBody
+from serve.rest.shapes import Answer, ChatShape, TextShape, usage_json
+
+PROMPT = Prompt((1, 2), 9, text="ab")
+LOGPROB = TokenLogprob(
+    "é", 5, -1.0, 2, (TokenLogprob("x", 6, -0.5, 1), TokenLogprob("é", 5, -1.0, 2))
+)
+
+
+def chat(**fields: Any) -> ChatShape:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+    return ChatShape(validated(body, ChatBody))
+
+
+def text(**fields: Any) -> TextShape:
+    return TextShape(validated({"model": "m", "prompt": "ab", **fields}, CompletionBody))
+
+
+def answer(*chunks: Chunk) -> Answer:
+    made = Answer()
+    for chunk in chunks:
+        made.add(chunk)
+    return made
+
+
+def test_a_whole_chat_answer_joins_its_chunks() -> None:
+    made = answer(Chunk("a", [1]), Chunk("b", [2], "stop", stop_reason=7))
+    choice = chat(return_token_ids=True).whole(3, made, PROMPT)
+    assert choice == {
+        "index": 3,
+        "message": {"role": "assistant", "content": "ab", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+        "stop_reason": 7,
+        "token_ids": [1, 2],
+    }
+
+
+def test_a_tool_call_has_no_content() -> None:
+    call = ToolCall(0, '{"a": 1}', "id", "f")
+    made = answer(Chunk("", [1], "tool_calls", tool_calls=(call,), reasoning="hm"))
+    message = chat().whole(0, made, PROMPT)["message"]
+    assert message["content"] is None
+    assert message["reasoning"] == "hm"
+    assert message["tool_calls"] == [
+        {"id": "id", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    ]
+
+
+def test_a_streamed_tool_call_is_named_once() -> None:
+    first = Chunk("", [1], tool_calls=(ToolCall(0, "", "id", "f"),))
+    later = Chunk("", [1], tool_calls=(ToolCall(0, "{}"),))
+    assert chat().event(0, first, PROMPT)["delta"] == {
+        "tool_calls": [
+            {
+                "index": 0,
+                "function": {"name": "f", "arguments": ""},
+                "id": "id",
+                "type": "function",
+            }
+        ]
+    }
+    assert chat().event(0, later, PROMPT)["delta"] == {
+        "tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]
+    }
+
+
+def test_chat_log_probabilities_are_as_many_as_asked_for() -> None:
+    chunk = Chunk("é", [5], logprobs=(LOGPROB,))
+    own = {"token": "é", "logprob": -1.0, "bytes": [195, 169]}
+    other = {"token": "x", "logprob": -0.5, "bytes": [120]}
+    for count, top in ((0, []), (1, [other]), (2, [other, own]), (-1, [other, own])):
+        shape = chat(logprobs=True, top_logprobs=count)
+        logprobs = shape.event(0, chunk, PROMPT)["logprobs"]
+        assert logprobs == {"content": [{**own, "top_logprobs": top}]}
+
+
+def test_completion_log_probabilities_keep_their_offsets_over_events() -> None:
+    shape = text(logprobs=1, stream=True)
+    first = shape.event(0, Chunk("é", [5], logprobs=(LOGPROB,)), PROMPT)["logprobs"]
+    second = shape.event(0, Chunk("é", [5], logprobs=(LOGPROB,)), PROMPT)["logprobs"]
+    assert first == {
+        "tokens": ["é"],
+        "token_logprobs": [-1.0],
+        "top_logprobs": [{"é": -1.0, "x": -0.5}],
+        "text_offset": [0],
+    }
+    assert second["text_offset"] == [1]
+
+
+def test_tokens_can_be_named_by_their_ids() -> None:
+    shape = text(logprobs=0, return_tokens_as_token_ids=True)
+    choice = shape.whole(0, answer(Chunk("é", [5], "stop", logprobs=(LOGPROB,))), PROMPT)
+    assert choice["logprobs"]["tokens"] == ["token_id:5"]
+
+
+def test_the_prompt_is_echoed_once_a_choice() -> None:
+    shape = text(echo=True, n=2, stream=True)
+    chunks = [Chunk("c", [3], index=0), Chunk("d", [4], index=1), Chunk("e", [5], index=0)]
+    texts = [shape.event(chunk.index, chunk, PROMPT)["text"] for chunk in chunks]
+    assert texts == ["abc", "abd", "e"]
+
+
+def test_echo_alone_drops_the_token_that_had_to_be_generated() -> None:
+    made = answer(Chunk("c", [3], "length", logprobs=(LOGPROB,), prompt_logprobs=(LOGPROB,)))
+    choice = text(echo=True, max_tokens=0, logprobs=1).whole(0, made, PROMPT)
+    assert choice["text"] == "ab"
+    assert choice["logprobs"]["tokens"] == ["é"]
+
+
+def test_a_batchs_usage_is_the_sum() -> None:
+    assert usage_json([Usage(1, 2, 1), Usage(3, 4, 0, 2)]) == {
+        "prompt_tokens": 4,
+        "completion_tokens": 6,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }

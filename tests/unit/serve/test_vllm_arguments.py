@@ -1,0 +1,101 @@
+"""Engine settings and constraints: what is passed on, what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.engines.vllm.arguments import engine_args, warn_of_missing_scales
+from serve.engines.vllm.constraints import check_schema, structured_outputs
+from serve.errors import Invalid, StartupError
+from serve.messages import Constraint
+from serve.settings import EngineSettings
+
+
+def settings(**fields: Any) -> EngineSettings:
+    return EngineSettings.model_validate(fields)
+
+
+def test_any_vllm_field_goes_through(tiny_checkpoint: Path) -> None:
+    args = engine_args(
+        tiny_checkpoint, "m", settings(max_num_batched_tokens=64, max_num_seqs=3, block_size=32)
+    )
+    assert (args.max_num_batched_tokens, args.max_num_seqs, args.block_size) == (64, 3, 32)
+    assert args.served_model_name == "m"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kv_cache_dtyp": "fp8"}, "engine.kv_cache_dtyp: .* did you mean kv_cache_dtype"),
+        ({"max_num_batched_token": 1}, "did you mean max_num_batched_tokens"),
+        ({"xyzzy": 1}, "neither Packhorse nor vLLM has such an engine setting"),
+        ({"model": "x"}, "engine.model is not for the engine section"),
+    ],
+)
+def test_an_unknown_engine_setting_names_near_misses(
+    tiny_checkpoint: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StartupError, match=message):
+        engine_args(tiny_checkpoint, "m", settings(**fields))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "warns"),
+    [("fp8", None, True), ("fp8", {"num_bits": 8}, False), ("auto", None, False)],
+)
+def test_an_8_bit_cache_without_scales_is_worth_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, scheme: Any, warns: bool
+) -> None:
+    config = {"quantization_config": {"kv_cache_scheme": scheme}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING, "packhorse.engine"):
+        warn_of_missing_scales(tmp_path, settings(kv_cache_dtype=dtype))
+    assert ("has no k/v scales" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (Constraint("regex", "(a{1,999}){999}"), "repeat counts .* multiply to more than 10000"),
+        (Constraint("regex", "a{,99999}"), "repeat counts"),
+        (Constraint("regex", "a" * 70_000), "70000 characters, above the limit of 65536"),
+        (Constraint("choice", tuple("ab" * 501)), "1002 choices, above the limit of 1000"),
+        (Constraint("grammar", "x" * 70_000), "70000 characters"),
+        (Constraint("json", {"maxLength": 20_000}), "maxLength=20000 .* above the limit of 10000"),
+        (Constraint("json", {"items": [{"pattern": "(a{200}){200}"}]}), "repeat counts"),
+    ],
+)
+def test_a_constraint_out_of_bounds_is_refused(constraint: Constraint, message: str) -> None:
+    with pytest.raises(Invalid, match=message):
+        structured_outputs(constraint)
+
+
+def test_a_schema_may_be_32_levels_deep_and_no_deeper() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(31):
+        schema = {"items": schema}
+    check_schema(schema)
+    with pytest.raises(Invalid, match="deeper than 32 levels"):
+        check_schema({"items": schema})
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Constraint("json", {"type": "object", "properties": {"maxLength": {"type": "integer"}}}),
+        Constraint("json_object", True),
+        Constraint("regex", r"\d{3}-\d{4}"),
+        Constraint("choice", ("a", "b")),
+        Constraint("grammar", 'root ::= "a"'),
+    ],
+)
+def test_a_constraint_within_bounds_reaches_vllm_as_it_is(constraint: Constraint) -> None:
+    made = structured_outputs(constraint)
+    sent = getattr(made, constraint.kind)
+    expected = list(constraint.value) if constraint.kind == "choice" else constraint.value
+    assert sent == expected
