@@ -8,6 +8,7 @@ import uuid
 
 from fastapi import FastAPI, Response
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import metrics
@@ -60,20 +61,20 @@ def build_app(service: Service, settings: HttpSettings) -> ASGIApp:
     app.add_exception_handler(Exception, errors.on_unexpected)
     for endpoints in (generate, tokens):
         app.include_router(endpoints.routes(service, max_body_bytes=settings.max_body_bytes))
-    documents.add_schemas(app)
+    documents.add_schemas(app, service.model)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
         """200 while the process can answer at all."""
         return {"status": "live"}
 
-    @app.get("/health/ready")
+    @app.get("/health/ready", responses=documents.answers("Status"))
     async def ready() -> dict[str, str]:
         """200 while new requests are taken; 503 with the reason otherwise."""
         await service.check_ready()
         return {"status": "ready"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         try:
             await service.check_ready()

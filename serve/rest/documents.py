@@ -92,6 +92,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         }
     ),
     "Text": _object({"prompt": STRING}),
+    "Status": _object({"status": STRING}),
     "Version": _object({"version": STRING, "vllm": {"type": ["string", "null"]}}),
 }
 
@@ -118,7 +119,7 @@ def answers(name: str, *, streams: bool = False) -> dict[int | str, dict[str, An
     return documented
 
 
-def add_schemas(app: FastAPI) -> None:
+def add_schemas(app: FastAPI, model: str) -> None:
     """Put the schemas that the endpoints refer to into the app's OpenAPI document."""
     written: Callable[[], dict[str, Any]] = app.openapi
 
@@ -129,6 +130,8 @@ def add_schemas(app: FastAPI) -> None:
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(SCHEMAS, **bodies["$defs"])
+        for body in (ChatBody, CompletionBody):
+            schemas[body.__name__]["properties"]["model"]["enum"] = [model]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from typing import TypeVar
 from fastapi import APIRouter, Request, Response
 
 from serve.errors import ServeError
+from serve.messages import GenerateRequest
 from serve.rest.body import read_body, unless_disconnected
 from serve.rest.chat_schema import ChatBody
 from serve.rest.documents import answers, body_document
@@ -56,19 +57,23 @@ def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
         except ServeError as error:
             service.refused(request_id, error)
             raise
-        streams = await unless_disconnected(request.receive, service.start_all(asked))
-        common = common_fields(shape, request_id, streams[0].route.model)
         if body.stream:
+            streams = await unless_disconnected(request.receive, service.start_all(asked))
             return EventStream(
                 streams,
                 shape,
-                common,
+                common_fields(shape, request_id, streams[0].route.model),
                 include_usage=body.include_usage,
                 continuous_usage=body.continuous_usage,
             )
-        choices = await unless_disconnected(request.receive, collect(streams))
-        document = whole_document(shape, common, choices, streams)
+        document = await unless_disconnected(request.receive, whole(asked, shape, request_id))
         return Response(document, media_type="application/json")
+
+    async def whole(asked: Sequence[GenerateRequest], shape: Shape, request_id: str) -> bytes:
+        streams = await service.start_all(asked)
+        choices = await collect(streams)
+        common = common_fields(shape, request_id, streams[0].route.model)
+        return whole_document(shape, common, choices, streams)
 
     return router
 

@@ -1,0 +1,40 @@
+"""schemathesis over our own OpenAPI document: no 5xx, and no answer that the document does not
+describe. Every phase on the echo engine, for its speed; random bodies on the real one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.conftest import BIN, Server
+
+CHECKS = ",".join(
+    (
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_schema_conformance",
+    )
+)
+
+
+def check_document(server: Server, folder: Path, *options: str) -> None:
+    """Raises AssertionError with schemathesis' report when an answer is not as documented."""
+    url = f"{server.url}/openapi.json"
+    command = [BIN / "schemathesis", "run", url, "--checks", CHECKS, "--generation-deterministic"]
+    result = subprocess.run(
+        [*command, *options], cwd=folder, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_every_answer_is_as_documented(echo_server: Server, tmp_path: Path) -> None:
+    check_document(echo_server, tmp_path, "--max-examples", "40")
+
+
+def test_every_answer_of_the_real_engine_is_as_documented(
+    int8_server: Server, tmp_path: Path
+) -> None:
+    options = ("--phases", "fuzzing", "--max-examples", "50", "--request-timeout", "60")
+    check_document(int8_server, tmp_path, *options)
