@@ -38,8 +38,8 @@ class Chat:
         self._llm = llm
         try:
             self._template = load_chat_template(settings.chat_template)
-        except ValueError as error:
-            raise StartupError(f"engine.chat_template: {error}") from error
+        except (ValueError, VLLMClientError) as error:
+            raise StartupError(f"engine.chat_template: {invalid(error).message}") from error
         self._defaults = dict(settings.default_chat_template_kwargs)
         try:
             self._parser_class = ParserManager.get_parser(

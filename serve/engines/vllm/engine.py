@@ -87,7 +87,9 @@ class VllmEngine:
         self._vocab_size: int = self._llm.model_config.get_vocab_size()
         self._defaults: dict[str, Any] = self._llm.model_config.get_diff_sampling_param()
         self._defaults.pop("max_tokens", None)  # ours to decide, see answer_budget
-        self._by_priority = self._llm.vllm_config.scheduler_config.policy == "priority"
+        scheduler = self._llm.vllm_config.scheduler_config
+        self._by_priority = scheduler.policy == "priority"
+        self._every_token = scheduler.stream_interval == 1
         warn_of_missing_scales(folder, settings)
         self._report()
 
@@ -249,7 +251,7 @@ class VllmEngine:
         """Hand the request to the engine; returns what its output can be got from."""
         llm, params, reader = self._llm, rendered.params, rendered.reader
         plain = params.n == 1 and params.logprobs is None and params.prompt_logprobs is None
-        if not plain:
+        if not (plain and self._every_token):
             return await llm.add_request(
                 request.request_id,
                 rendered.engine_input,
