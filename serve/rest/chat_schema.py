@@ -34,9 +34,13 @@ class ChatMessage(StrictBody):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     reasoning: str | None = None
-    refusal: None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    # Empty in every answer of ours, and clients send answers back whole.
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
@@ -92,7 +96,10 @@ class _Conversation(StrictBody):
         return self
 
     def as_messages(self) -> tuple[Message, ...]:
-        return tuple(message.model_dump(exclude_none=True) for message in self.messages)
+        return tuple(
+            message.model_dump(exclude_none=True, exclude={"annotations"})
+            for message in self.messages
+        )
 
     def as_tools(self) -> tuple[dict[str, Any], ...]:
         return tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())

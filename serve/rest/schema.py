@@ -17,6 +17,7 @@ INT64_MAX = 2**63 - 1
 MAX_CHOICES = 2048  # prompts x n of one call, OpenAI's own limit on prompts
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=4)]  # OpenAI's limit
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -108,7 +109,7 @@ class GenerateBody(StrictBody):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), le=INT64_MAX)
-    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = (
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=4)] | None = (
         None
     )
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None

@@ -60,6 +60,10 @@ class Shape(Protocol):
         """The choice of an event before a choice's first text, or None."""
         ...
 
+    def opening_extras(self, prompt: Prompt) -> dict[str, Any]:
+        """Fields of the first opening beside its choices."""
+        ...
+
     def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
         """The choice of one streamed event."""
         ...
@@ -91,6 +95,9 @@ class ChatShape:
     def opening(self, index: int) -> dict[str, Any] | None:
         # Clients expect the role before the first text.
         return {"index": index, "delta": {"role": "assistant", "content": ""}, **_END_NONE}
+
+    def opening_extras(self, prompt: Prompt) -> dict[str, Any]:
+        return {"prompt_token_ids": list(prompt.token_ids)} if self._body.return_token_ids else {}
 
     def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
         delta: dict[str, Any] = {}
@@ -135,11 +142,9 @@ class ChatShape:
         return choice
 
     def extras(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
-        extras: dict[str, Any] = {}
+        extras = self.opening_extras(prompt)
         if self._body.prompt_logprobs is not None:
             extras["prompt_logprobs"] = prompt_logprobs_json(answer.prompt_logprobs)
-        if self._body.return_token_ids:
-            extras["prompt_token_ids"] = list(prompt.token_ids)
         return extras
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
@@ -176,6 +181,9 @@ class TextShape:
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
+
+    def opening_extras(self, prompt: Prompt) -> dict[str, Any]:
+        return {}
 
     def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
         answer = Answer()

@@ -111,15 +111,18 @@ class EventStream(Response):
         choice = self._shape.opening(index)
         if choice is None:
             return b""
-        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far())
+        extras = {} if index else self._shape.opening_extras(self._streams[0].prompt)
+        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(), extras)
 
     def _usage_so_far(self) -> str | None:
         if self._continuous_usage:
             return json.dumps(usage_json([stream.usage for stream in self._streams]))
         return "null" if self._include_usage else None
 
-    def _wrap(self, choices: str, usage: str | None) -> bytes:
+    def _wrap(self, choices: str, usage: str | None, extras: dict[str, Any] | None = None) -> bytes:
         end = "" if usage is None else f', "usage": {usage}'
+        if extras:
+            end += ", " + json.dumps(extras)[1:-1]
         return f'data: {self._prefix}, "choices": {choices}{end}}}\n\n'.encode()
 
 

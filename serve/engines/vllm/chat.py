@@ -177,9 +177,12 @@ class AnswerReader:
         )
         self._called = [False] * request.sampling.n
         self._token_ids: list[list[int]] = [[] for _ in range(request.sampling.n)]
+        self._num_sent = [0] * request.sampling.n
 
     def piece(self, chunk: Chunk) -> Chunk | None:
-        """A streamed chunk, read; None when the parser holds it back."""
+        """A streamed chunk, read; None when the parser holds it back. Its tokens then come with the
+        next.
+        """
         parser = self._parsers[chunk.index]
         finished = chunk.finish_reason is not None
         delta = parser.parse_delta(
@@ -203,12 +206,15 @@ class AnswerReader:
         self._called[chunk.index] |= bool(calls)
         if delta is None and not finished and chunk.logprobs is None:
             return None
+        token_ids = self._token_ids[chunk.index][self._num_sent[chunk.index] :]
+        self._num_sent[chunk.index] += len(token_ids)
         reason = chunk.finish_reason
         named = self._options.tool_choice == "named"
         if self._called[chunk.index] and reason == "stop" and not named:
             reason = "tool_calls"
         return msgspec.structs.replace(
             chunk,
+            token_ids=token_ids,
             text=(delta.content if delta else None) or "",
             reasoning=delta.reasoning if delta else None,
             tool_calls=calls,

@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import signal
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -35,7 +36,7 @@ from serve.engines.vllm.constraints import structured_outputs
 from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, chunks_of, refuse_failure
 from serve.engines.vllm.sampling import invalid, sampling_params
 from serve.errors import Invalid, Overloaded, StartupError, Unavailable
-from serve.messages import Chunk, GenerateRequest, Prompt, Route
+from serve.messages import Chunk, GenerateRequest, Message, Prompt, Route
 from serve.settings import EngineSettings
 
 logger = logging.getLogger("packhorse.engine")
@@ -168,25 +169,31 @@ class VllmEngine:
         """vLLM's rendered prompt, and for chat what its template was given. Raises Invalid."""
         is_chat = request.messages is not None
         special = request.add_special_tokens
-        limits = TokenizeParams(
-            max_total_tokens=max_total_tokens,
-            truncate_prompt_tokens=request.truncate_prompt_tokens,
-            add_special_tokens=not is_chat if special is None else special,
-            needs_detokenization=request.echo,
-        )
+        truncate = request.truncate_prompt_tokens
+        sampling = request.sampling
         renderer = self._llm.renderer
         prompt = request.prompt
         try:
+            limits = TokenizeParams(
+                max_total_tokens=max_total_tokens,
+                # -1 cuts the prompt to what leaves room for the answer.
+                max_output_tokens=0
+                if truncate is None
+                else sampling.max_tokens or sampling.default_max_tokens or 0,
+                truncate_prompt_tokens=truncate,
+                add_special_tokens=not is_chat if special is None else special,
+                needs_detokenization=request.echo,
+            )
             if request.messages is not None:
                 template = self._chat.params(request)
-                messages = [dict(message) for message in request.messages]
+                messages = [_own_copy(message) for message in request.messages]
                 _, (rendered,) = await renderer.render_chat_async([messages], template, limits)
                 return rendered, template
             if isinstance(prompt, str):
                 (rendered,) = await renderer.render_cmpl_async([{"prompt": prompt}], limits)
                 return rendered, None
             token_ids = self._known_tokens(prompt or (), "prompt")
-            if not (request.echo or request.truncate_prompt_tokens):
+            if truncate is None and not request.echo:
                 return tokens_input(token_ids), None
             prompts = [{"prompt_token_ids": token_ids}]
             (rendered,) = await renderer.render_cmpl_async(prompts, limits)
@@ -287,3 +294,11 @@ class VllmEngine:
         if not self._closed:
             self._closed = True
             await asyncio.to_thread(self._llm.shutdown)
+
+
+def _own_copy(message: Message) -> dict[str, Any]:
+    """vLLM's renderer turns the arguments of tool calls into objects, in place."""
+    copied = dict(message)
+    if "tool_calls" in copied:
+        copied["tool_calls"] = copy.deepcopy(copied["tool_calls"])
+    return copied

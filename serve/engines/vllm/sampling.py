@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -66,5 +67,9 @@ def invalid(error: Exception, param: str | None = None) -> Invalid:
     """vLLM's refusal as ours. Its first argument alone: str() appends a value, which may be the
     prompt.
     """
-    message = str(error.args[0]) if error.args else type(error).__name__
+    if isinstance(error, ValidationError):
+        fault = error.errors(include_url=False, include_input=False)[0]
+        message = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}."
+    else:
+        message = str(error.args[0]) if error.args else type(error).__name__
     return Invalid(message, param=getattr(error, "parameter", None) or param)
