@@ -31,8 +31,11 @@ check: setup ## lint, formatting and types
 proto: ## generate gRPC code (arrives with the gRPC server)
 	@echo "There is no gRPC server yet; see the README's status table."
 
-bench: setup ## benchmarks; each prints one JSON line, kept figures are in bench/results
+bench: setup ## benchmarks (most of an hour); each ends in one JSON line, kept figures are in bench/results
 	@"$(PY)" bench/quality.py
+	@"$(PY)" bench/kv_cache.py
+	@"$(PY)" bench/serve_load.py --layers
+	@"$(PY)" bench/serve_load.py --compare --ceiling
 
 clean: ## remove .venv and outputs
 	rm -rf "$(CURDIR)/.venv" out

@@ -1,0 +1,125 @@
+"""Load on a server: what one cell of it is, and `run_cell`, which has a client process run it.
+
+The client is bench/load_client.py. Between it and this process goes: the job on stdin, `ready`, an
+empty line, the result as one line of JSON; the server's CPU is read on both sides of that. The
+client ends, and with it its connections, when its stdin is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+CLIENT = Path(__file__).resolve().parent / "load_client.py"
+Kind = Literal["ids", "text", "chat"]
+
+
+class LoadError(Exception):
+    """The load could not be run to its end; the message has what the server said."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One cell: how many requests, how many at a time, of what size."""
+
+    requests: int
+    concurrency: int
+    stream: bool
+    seed: str
+    """Different seeds share no prompt; equal ones make equal prompts on every machine."""
+    prompt_tokens: int = 64
+    output_tokens: int = 64
+    kind: Kind = "ids"
+    timeout_s: float = 300.0
+
+    @property
+    def tokens(self) -> int:
+        return self.requests * self.output_tokens
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who gets it. `url` has no path: http://127.0.0.1:8000."""
+
+    url: str
+    model: str
+
+
+def token_prompts(load: Load) -> list[list[int]]:
+    """Token ids, `prompt_tokens` each, all prompts different. Ids are between 100 and 2000, which
+    all but toy vocabularies have.
+    """
+    chooser = random.Random(load.seed)
+    return [
+        [chooser.randrange(100, 2000) for _ in range(load.prompt_tokens)]
+        for _ in range(load.requests)
+    ]
+
+
+def bodies(load: Load, model: str) -> list[dict[str, Any]]:
+    """The requests' JSON. As text and in chats a prompt is that many words, not tokens."""
+    common = {
+        "model": model,
+        "max_tokens": load.output_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": load.stream,
+    }
+    found: list[dict[str, Any]] = []
+    for ids in token_prompts(load):
+        words = " ".join(map(str, ids))
+        match load.kind:
+            case "ids":
+                found.append({**common, "prompt": ids})
+            case "text":
+                found.append({**common, "prompt": words})
+            case "chat":
+                found.append({**common, "messages": [{"role": "user", "content": words}]})
+    return found
+
+
+def path_of(kind: Kind) -> str:
+    return "/v1/chat/completions" if kind == "chat" else "/v1/completions"
+
+
+def run_cell(target: Target, load: Load, reading: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+    """Run one cell in a client process. Returns its result and (before, after) of `reading`, which
+    is called while the client is connected and nothing is in flight. Raises LoadError.
+    """
+    command = [sys.executable, str(CLIENT)]
+    job = json.dumps({"target": asdict(target), "load": asdict(load)})
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+
+        def answer() -> Any:
+            line = client.stdout.readline()  # type: ignore[union-attr]
+            if not line:
+                raise LoadError(f"the client process ended with {client.wait()}")
+            document = json.loads(line)
+            if "error" in document:
+                raise LoadError(f"{target.url}, {load}: {document['error']}")
+            return document
+
+        try:
+            print(job, file=client.stdin, flush=True)
+            answer()
+            time.sleep(0.2)  # the server's work of accepting is no part of the cell
+            before = reading()
+            print(file=client.stdin, flush=True)
+            result = answer()
+            time.sleep(0.2)  # nor shall what a request's end leaves to do be missed
+            return result, (before, reading())
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                client.stdin.close()
