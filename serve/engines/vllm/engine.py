@@ -283,7 +283,11 @@ class VllmEngine:
         llm.input_processor.assign_request_id(made)
         llm._run_output_handler()
         collector = ChunkCollector(made.request_id)
-        await llm._add_request(made, None, None, 0, collector)
+        try:
+            await llm._add_request(made, None, None, 0, collector)
+        except BaseException:  # a caller that leaves now may leave it half handed over
+            await llm.abort(made.request_id, internal=True)
+            raise
         return collector
 
     async def check(self) -> None:

@@ -1,0 +1,204 @@
+"""The same requests to plain vLLM and to us, on the same checkpoint: same answers, same refusals.
+
+Plain vLLM answers every row first and is gone before our server starts: two engines at once would
+share two cores, and the second would not fit everywhere. Requests go one after another, because
+bf16 sums depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import DEMO, running_server
+from tests.e2e.conformance import (
+    KV_CACHE_BYTES,
+    MAX_MODEL_LEN,
+    MODEL,
+    Answer,
+    Row,
+    chat,
+    differences,
+    plain_vllm,
+    send,
+    text,
+    view,
+)
+from tests.e2e.conformance_bad import BAD
+from tests.e2e.conformance_good import CUT_SHORT, GOOD, STREAMED
+from tests.e2e.conformance_prompts import PROMPTS, TEXTS
+
+TOKENIZE = {
+    name: Row(name, "/tokenize", {"model": MODEL, **body})
+    for name, body in {**PROMPTS, **TEXTS}.items()
+}
+# The same conversations through the chat endpoint, which renders tools and defaults by itself.
+RENDERED = {
+    name: chat(name, **body, return_token_ids=True, max_completion_tokens=1)
+    for name, body in PROMPTS.items()
+}
+
+
+@dataclass
+class Recording:
+    """Plain vLLM's answers by the name of the row."""
+
+    good: dict[str, Answer] = field(default_factory=dict)
+    streamed: dict[str, Answer] = field(default_factory=dict)
+    bad: dict[str, Answer] = field(default_factory=dict)
+    tokenized: dict[str, Answer] = field(default_factory=dict)
+    rendered: dict[str, Answer] = field(default_factory=dict)
+    get: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    found = Recording()
+    with plain_vllm(tmp_path_factory.mktemp("plain")) as http:
+        found.good = {row.name: send(http, row) for row in GOOD}
+        found.streamed = {row.name: send(http, row.streamed()) for row in STREAMED}
+        found.tokenized = {name: send(http, row) for name, row in TOKENIZE.items()}
+        found.rendered = {name: send(http, row) for name, row in RENDERED.items()}
+        found.bad = {row.name: send(http, row) for row in BAD}
+        found.get = {path: http.get(path).json() for path in ("/v1/models", "/version")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ours(plain: Recording, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Our server with the settings of the plain one; starts when that is gone."""
+    folder = tmp_path_factory.mktemp("ours")
+    config = folder / "serve.yaml"
+    config.write_text("engine: {enable_prefix_caching: false, enforce_eager: true}\n")
+    flags = {
+        "--config": config,
+        "--served-model-name": MODEL,
+        "--max-model-len": MAX_MODEL_LEN,
+        "--kv-cache-memory-bytes": KV_CACHE_BYTES,
+        "--tool-call-parser": "hermes",
+    }
+    arguments = [str(part) for pair in flags.items() for part in pair]
+    with (
+        running_server(folder, str(DEMO / "model"), *arguments) as server,
+        httpx.Client(base_url=server.url, timeout=120) as http,
+    ):
+        yield http
+
+
+def rows(table: list[Row]) -> Any:
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in table])
+
+
+def test_the_tables_are_as_large_as_promised_and_every_row_has_its_own_name() -> None:
+    assert len(GOOD) + len(BAD) >= 100
+    assert len(PROMPTS) >= 12
+    for names in ([row.name for row in GOOD], [row.name for row in BAD]):
+        assert len(set(names)) == len(names)
+    assert all(row.why for row in BAD if row.ours is not None), "a difference needs its reason"
+    assert not [row.name for row in GOOD if row.status != 200 or row.ours is not None]
+
+
+@rows(GOOD)
+def test_a_good_request_is_answered_as_plain_vllm_does(
+    plain: Recording, ours: httpx.Client, row: Row
+) -> None:
+    expected, answer = plain.good[row.name], send(ours, row)
+    assert expected.status == 200, expected.body
+    assert answer.status == 200, answer.body
+    assert not differences(view(row, expected), view(row, answer))
+
+
+@rows(STREAMED)
+def test_a_stream_joins_to_the_whole_answer(plain: Recording, ours: httpx.Client, row: Row) -> None:
+    """The test above holds our whole answers to plain vLLM's, so those are what to join to."""
+    answer = send(ours, row.streamed())
+    assert answer.status == 200, answer.body
+    assert not differences(view(row, plain.streamed[row.name]), view(row, answer))
+    if row.name not in CUT_SHORT:
+        assert not differences(view(row, plain.good[row.name]), view(row, answer))
+
+
+@rows(BAD)
+def test_a_bad_request_is_refused_with_the_status_of_plain_vllm(
+    plain: Recording, ours: httpx.Client, row: Row
+) -> None:
+    expected = plain.bad[row.name]
+    assert expected.status == row.status, "vLLM has changed; mend the table"
+    answer = send(ours, row)
+    if row.ours is None:
+        assert answer.status // 100 == expected.status // 100, answer.body
+    else:
+        assert answer.status == row.ours, answer.body
+    if answer.status >= 400:
+        error = answer.body["error"]
+        assert {"message", "type", "param", "code"} <= error.keys()
+        assert error["message"]
+    assert ours.get("/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("name", [*PROMPTS, *TEXTS])
+def test_tokenize_gives_the_token_ids_of_plain_vllm(
+    plain: Recording, ours: httpx.Client, name: str
+) -> None:
+    expected, answer = plain.tokenized[name], send(ours, TOKENIZE[name])
+    assert (answer.status, answer.body) == (expected.status, expected.body)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_chat_renders_the_prompt_of_plain_vllm(
+    plain: Recording, ours: httpx.Client, name: str
+) -> None:
+    expected, answer = plain.rendered[name], send(ours, RENDERED[name])
+    assert answer.status == expected.status == 200, (expected.body, answer.body)
+    assert answer.body["prompt_token_ids"] == expected.body["prompt_token_ids"]
+    assert answer.body["usage"]["prompt_tokens"] == len(answer.body["prompt_token_ids"])
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_detokenize_gives_the_text_back(ours: httpx.Client, name: str) -> None:
+    tokens = send(ours, TOKENIZE[name]).body["tokens"]
+    row = Row(name, "/detokenize", {"model": MODEL, "tokens": tokens})
+    assert send(ours, row).body == {"prompt": TEXTS[name]["prompt"]}
+
+
+def test_the_model_card_and_the_version_are_those_of_plain_vllm(
+    plain: Recording, ours: httpx.Client
+) -> None:
+    cards = ours.get("/v1/models").json()
+    assert cards["object"] == plain.get["/v1/models"]["object"] == "list"
+    for name in ("id", "object", "max_model_len"):
+        assert cards["data"][0][name] == plain.get["/v1/models"]["data"][0][name]
+    assert ours.get(f"/v1/models/{MODEL}").json() == cards["data"][0]
+    assert ours.get("/version").json().keys() >= plain.get["/version"].keys()
+
+
+@pytest.mark.parametrize("path", ["chat", "text"])
+def test_a_stream_counts_its_tokens_as_it_goes_when_asked(ours: httpx.Client, path: str) -> None:
+    row = chat(path) if path == "chat" else text(path)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**row.body, "stream": True, "stream_options": options}
+    chunks = send(ours, Row(row.name, row.path, body)).body
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == send(ours, row).body["usage"]["completion_tokens"] > 1
+    assert len(set(counts)) > 2
+    assert chunks[-1]["choices"] == []
+
+
+@pytest.mark.parametrize("path", ["chat", "text"])
+def test_a_stream_has_no_usage_unasked_and_tells_its_end_once(
+    ours: httpx.Client, path: str
+) -> None:
+    row = chat(path) if path == "chat" else text(path)
+    chunks = send(ours, Row(row.name, row.path, {**row.body, "stream": True})).body
+    assert not [chunk for chunk in chunks if chunk.get("usage")]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    reasons = [chunk["choices"][0].get("finish_reason") for chunk in chunks]
+    assert [reason for reason in reasons if reason] == reasons[-1:]
+    if path == "chat":
+        roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
+        assert roles == ["assistant"] + [None] * (len(chunks) - 1)
