@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 from serve import metrics
 from serve.engines.base import Engine
@@ -20,6 +21,8 @@ from serve.errors import ErrorKind, Internal, ServeError, Unavailable, UnknownMo
 from serve.messages import Chunk, GenerateRequest, Prompt, Route, Usage
 
 logger = logging.getLogger("packhorse.request")
+
+Step = TypeVar("Step")
 
 
 class Stream:
@@ -44,20 +47,46 @@ class Stream:
         self._first_s = 0.0
         self._chunks: AsyncGenerator[Chunk, None] | None = None
         self._first: Chunk | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._unfinished = request.sampling.n
         self._completion_tokens = 0
         self._cached_tokens = 0
         self._reasoning_tokens = 0
         self._outcome: str | None = None
 
+    async def render(self) -> None:
+        """Make the prompt. Raises ServeError."""
+        self.prompt = await self._guarded(self._engine.render(self.request, self.route))
+
     async def open(self) -> None:
-        """Render, start the engine and wait for the first chunk. Raises ServeError."""
-        self.prompt = await self._engine.render(self.request, self.route)
+        """Start the engine and wait for the first chunk. Raises ServeError."""
         self._chunks = self._engine.generate(self.prompt, self.request, self.route)
-        self._first = await anext(self._chunks)
+        self._first = await self._guarded(anext(self._chunks))
         self._first_s = time.monotonic() - self._arrived_s
         if self.request.stream:  # otherwise the first chunk is also the last
             metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
+
+    def open_meanwhile(self) -> asyncio.Task[None]:
+        """Open in a task of its own, which the first step of an iteration waits for."""
+        self._opening = asyncio.create_task(self.open())
+        return self._opening
+
+    async def _guarded(self, step: Awaitable[Step]) -> Step:
+        """Await a step of the start; if it fails, this request has ended."""
+        try:
+            return await step
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        except ServeError as error:
+            self.end(error.kind)
+            raise
+        except Exception as error:
+            self._service.log_unexpected(self.request.request_id)
+            self.end(ErrorKind.INTERNAL)
+            raise Internal(
+                "The server failed on this request; the request id leads to its log."
+            ) from error
 
     @property
     def usage(self) -> Usage:
@@ -71,6 +100,8 @@ class Stream:
 
     async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
         """The chunks. Raises ServeError when the engine fails on the way; closes in every case."""
+        if self._opening is not None:
+            await self._opening
         assert self._chunks is not None
         assert self._first is not None
         try:
@@ -107,6 +138,12 @@ class Stream:
 
     async def close(self) -> None:
         """Abort what is still running. Safe to call twice, and after the end."""
+        opening = self._opening
+        if opening is not None and opening is not asyncio.current_task():
+            opening.cancel()
+            await asyncio.wait([opening])
+            if not opening.cancelled():
+                opening.exception()  # looked at, so that asyncio does not complain
         if self._chunks is not None:
             await self._chunks.aclose()
         self.end(ErrorKind.CANCELLED)
@@ -198,6 +235,37 @@ class Service:
 
         Raises ServeError.
         """
+        stream = self._admitted(request)
+        await stream.render()
+        await stream.open()
+        return stream
+
+    async def start_all(self, requests: Sequence[GenerateRequest]) -> list[Stream]:
+        """Start the requests of one call; return once the first of them has its first chunk.
+
+        All are rendered before any is generated, so that a bad one costs nothing; when one is
+        refused, or the caller leaves, all others are ended too. Raises ServeError.
+        """
+        if len(requests) == 1:
+            return [await self.start(requests[0])]
+        streams: list[Stream] = []
+        try:
+            for request in requests:
+                stream = self._admitted(request)
+                streams.append(stream)
+                await stream.render()
+            openings = [stream.open_meanwhile() for stream in streams]
+            done, _ = await asyncio.wait(openings, return_when=asyncio.FIRST_COMPLETED)
+            for opening in done:
+                opening.result()
+        except BaseException:
+            for stream in streams:
+                await stream.close()
+            raise
+        return streams
+
+    def _admitted(self, request: GenerateRequest) -> Stream:
+        """A new stream, counted as in flight until its end. Raises ServeError."""
         arrived_s = time.monotonic()
         try:
             if self._draining:
@@ -211,37 +279,7 @@ class Service:
         self._in_flight += 1
         self._idle.clear()
         metrics.IN_FLIGHT.set(self._in_flight)
-        try:
-            await stream.open()
-        except asyncio.CancelledError:
-            await stream.close()
-            raise
-        except ServeError as error:
-            stream.end(error.kind)
-            raise
-        except Exception as error:
-            self.log_unexpected(request.request_id)
-            stream.end(ErrorKind.INTERNAL)
-            raise Internal(
-                "The server failed on this request; the request id leads to its log."
-            ) from error
         return stream
-
-    async def start_all(self, requests: Sequence[GenerateRequest]) -> list[Stream]:
-        """Start several at once. When one is refused, the others are aborted.
-
-        Raises the ServeError of the first that was refused.
-        """
-        if len(requests) == 1:
-            return [await self.start(requests[0])]
-        started = await asyncio.gather(*map(self.start, requests), return_exceptions=True)
-        refusals = [result for result in started if isinstance(result, BaseException)]
-        if not refusals:
-            return [stream for stream in started if isinstance(stream, Stream)]
-        for result in started:
-            if isinstance(result, Stream):
-                await result.close()
-        raise refusals[0]
 
     async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
         """Token ids of the request's prompt, as its generation would see them."""

@@ -29,7 +29,7 @@ class Engine(Protocol):
         """Their text. Raises Invalid for an id outside the vocabulary."""
         ...
 
-    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary spells it."""
         ...
 

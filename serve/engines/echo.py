@@ -50,7 +50,7 @@ class EchoEngine:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return " ".join(map(str, token_ids))
 
-    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         return list(map(str, token_ids))
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:

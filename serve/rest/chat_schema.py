@@ -123,12 +123,18 @@ class ChatBody(_Conversation, GenerateBody):
     @model_validator(mode="after")
     def _tools_and_logprobs(self) -> ChatBody:
         choice = self.tool_choice
+        if self.return_tokens_as_token_ids and not self.logprobs:
+            raise ValueError("return_tokens_as_token_ids is about logprobs; ask for them too")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         if choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice needs tools; send them, or leave it out")
         if self.parallel_tool_calls is not None and not self.tools:
             raise ValueError("parallel_tool_calls needs tools; send them, or leave it out")
+        if not self.include_reasoning and (self.return_token_ids or self.logprobs):
+            raise ValueError(
+                "include_reasoning=false hides tokens that return_token_ids and logprobs would show"
+            )
         if isinstance(choice, NamedTool):
             names = [tool.function.name for tool in self.tools or ()]
             if choice.function.name not in names:

@@ -71,7 +71,11 @@ def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
 
     async def whole(asked: Sequence[GenerateRequest], shape: Shape, request_id: str) -> bytes:
         streams = await service.start_all(asked)
-        choices = await collect(streams)
+        try:
+            choices = await collect(streams)
+        finally:
+            for stream in streams:
+                await stream.close()
         common = common_fields(shape, request_id, streams[0].route.model)
         return whole_document(shape, common, choices, streams)
 

@@ -14,7 +14,7 @@ from serve.messages import Constraint, GenerateRequest, Sampling
 
 INT32_MAX = 2**31 - 1  # what the engine's own integers hold
 INT64_MAX = 2**63 - 1
-MAX_CHOICES = 2048  # prompts x n of one call, OpenAI's own limit on prompts
+MAX_ANSWERS = 2048  # prompts x n of one call, OpenAI's own limit on prompts
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=4)]  # OpenAI's limit
@@ -109,9 +109,7 @@ class GenerateBody(StrictBody):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), le=INT64_MAX)
-    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=4)] | None = (
-        None
-    )
+    stop: StopString | StopStrings | None = None
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -229,8 +227,8 @@ class CompletionBody(GenerateBody):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_ANSWERS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_ANSWERS)]
     )
     max_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
     echo: bool | None = None
@@ -238,11 +236,13 @@ class CompletionBody(GenerateBody):
 
     @model_validator(mode="after")
     def _fits(self) -> CompletionBody:
+        if self.return_tokens_as_token_ids and self.logprobs is None:
+            raise ValueError("return_tokens_as_token_ids is about logprobs; ask for them too")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 needs echo=true; ask for at least one token")
         choices = len(self.prompts()) * (self.n or 1)
-        if choices > MAX_CHOICES:
-            raise ValueError(f"prompts x n is {choices}, above the limit of {MAX_CHOICES}")
+        if choices > MAX_ANSWERS:
+            raise ValueError(f"prompts x n is {choices}, above the limit of {MAX_ANSWERS}")
         return self
 
     def prompts(self) -> list[str | tuple[int, ...]]:

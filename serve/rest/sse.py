@@ -32,7 +32,7 @@ class EventStream(Response):
 
     An error after the first byte becomes the last event but one. `common` are the fields that all
     events share. With `include_usage` every event but the last has `"usage": null`, as OpenAI's do;
-    with `continuous_usage` each has the count so far.
+    with `continuous_usage` each has the count of its own prompt so far.
     """
 
     def __init__(
@@ -105,18 +105,19 @@ class EventStream(Response):
         stream = self._streams[number]
         index = number * self._choices + chunk.index
         choice = self._shape.event(index, chunk, stream.prompt)
-        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far())
+        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(stream))
 
     def _opening(self, index: int) -> bytes:
         choice = self._shape.opening(index)
         if choice is None:
             return b""
-        extras = {} if index else self._shape.opening_extras(self._streams[0].prompt)
-        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(), extras)
+        stream = self._streams[index // self._choices]
+        extras = {} if index else self._shape.opening_extras(stream.prompt)
+        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(stream), extras)
 
-    def _usage_so_far(self) -> str | None:
+    def _usage_so_far(self, stream: Stream) -> str | None:
         if self._continuous_usage:
-            return json.dumps(usage_json([stream.usage for stream in self._streams]))
+            return json.dumps(usage_json([stream.usage]))
         return "null" if self._include_usage else None
 
     def _wrap(self, choices: str, usage: str | None, extras: dict[str, Any] | None = None) -> bytes:

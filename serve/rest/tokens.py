@@ -50,7 +50,9 @@ def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
             body = validated(document, TokenizeTextBody)
         asked = body.to_request(request.state.request_id, service.model)
         token_ids = list(await service.tokenize(asked))
-        strings = service.engine.token_strings(token_ids) if body.return_token_strs else None
+        strings = None
+        if body.return_token_strs:
+            strings = await service.engine.token_strings(token_ids)
         return _json(
             {
                 "count": len(token_ids),

@@ -147,12 +147,13 @@ def test_a_body_of_a_million_faults_is_refused_quickly(http: httpx.Client) -> No
 def test_a_client_that_leaves_while_uploading_is_no_error(
     http: httpx.Client, echo_server: Server
 ) -> None:
+    name = 'packhorse_requests_total{outcome="cancelled"}'
+    before = metric(http, name)
     with socket.create_connection(address_of(echo_server)) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"
         )
-    name = 'packhorse_requests_total{outcome="cancelled"}'
-    wait_for(lambda: name in http.get("/metrics").text)
+    wait_for(lambda: metric(http, name) == before + 1)
     assert "Traceback" not in echo_server.log().rpartition("outcome=cancelled")[2]
 
 

@@ -23,8 +23,8 @@ SHARED = (
     "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
     "enforce_eager", "seed",
 )  # fmt: skip
-# Decided elsewhere: the command line's MODEL and name, and the parsers' own settings.
-TAKEN = {"model", "served_model_name", "tokenizer", "skip_tokenizer_init", "runner"}
+# MODEL and its name are the command line's; without a tokenizer nothing here works.
+TAKEN = {"model", "served_model_name", "skip_tokenizer_init"}
 
 
 def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngineArgs:

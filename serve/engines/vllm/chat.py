@@ -18,16 +18,48 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.exceptions import VLLMClientError
 from vllm.parser import ParserManager
 from vllm.renderers.chat_utils import load_chat_template, make_tool_call_id
-from vllm.renderers.hf import resolve_chat_template, resolve_chat_template_kwargs
+from vllm.renderers.hf import _cached_resolve_chat_template_kwargs, resolve_chat_template
 from vllm.renderers.params import ChatParams, merge_kwargs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from serve.engines.vllm.constraints import check_schema
+from serve.engines.vllm.constraints import check_integers, check_tools
 from serve.engines.vllm.sampling import invalid
 from serve.errors import Invalid, StartupError
 from serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
 from serve.settings import EngineSettings
+
+# Template variables that other fields of a request, or the tokenizer, decide.
+OURS = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+)
+
+
+def template_of(settings: EngineSettings) -> str | None:
+    """The chat template that the settings name. Raises StartupError when it is not there."""
+    try:
+        template: str | None = load_chat_template(settings.chat_template)
+    except (ValueError, VLLMClientError) as error:
+        raise StartupError(f"engine.chat_template: {invalid(error).message}") from error
+    return template
+
+
+def parser_class(
+    settings: EngineSettings, *, is_harmony: bool = False, tokenizer: Any = None
+) -> Any:
+    """vLLM's parser for the settings, or None. Without a tokenizer only the names are checked,
+    which takes no engine. Raises StartupError.
+    """
+    try:
+        return ParserManager.get_parser(
+            tool_parser_name=settings.tool_call_parser,
+            reasoning_parser_name=settings.reasoning_parser,
+            enable_auto_tools=settings.tool_call_parser is not None,
+            is_harmony=is_harmony,
+            tokenizer=tokenizer,
+        )
+    except TypeError as error:
+        raise StartupError(f"{error} (--tool-call-parser, --reasoning-parser).") from error
 
 
 class Chat:
@@ -36,22 +68,13 @@ class Chat:
     def __init__(self, llm: AsyncLLM, settings: EngineSettings) -> None:
         """Raises StartupError for a parser that vLLM does not have or the tokenizer cannot feed."""
         self._llm = llm
-        try:
-            self._template = load_chat_template(settings.chat_template)
-        except (ValueError, VLLMClientError) as error:
-            raise StartupError(f"engine.chat_template: {invalid(error).message}") from error
+        self._template = template_of(settings)
         self._defaults = dict(settings.default_chat_template_kwargs)
-        try:
-            self._parser_class = ParserManager.get_parser(
-                tool_parser_name=settings.tool_call_parser,
-                reasoning_parser_name=settings.reasoning_parser,
-                enable_auto_tools=settings.tool_call_parser is not None,
-                model_name=llm.model_config.model,
-                is_harmony=llm.model_config.hf_config.model_type == "gpt_oss",
-                tokenizer=llm.renderer.tokenizer,
-            )
-        except TypeError as error:
-            raise StartupError(f"{error} (--tool-call-parser, --reasoning-parser).") from error
+        self._parser_class = parser_class(
+            settings,
+            is_harmony=llm.model_config.hf_config.model_type == "gpt_oss",
+            tokenizer=llm.renderer.tokenizer,
+        )
         self._parses_tools = bool(self._parser_class and self._parser_class.tool_parser_cls)
         self._parses_reasoning = bool(
             self._parser_class and self._parser_class.reasoning_parser_cls
@@ -61,6 +84,7 @@ class Chat:
         """What the renderer needs to know. Raises Invalid for what the template would ignore."""
         options = request.chat
         self._refuse_ignored(options)
+        check_integers(dict(options.template_variables), param="chat_template_kwargs")
         variables: dict[str, Any] = {
             "add_generation_prompt": options.add_generation_prompt,
             "continue_final_message": options.continue_final_message,
@@ -77,32 +101,28 @@ class Chat:
         ).with_defaults({**self._defaults, "tools": tools, "tokenize": False})
 
     def _refuse_ignored(self, options: ChatOptions) -> None:
-        asked = dict(options.template_variables)
+        """A variable that the template does not use, or that is not the caller's to set."""
+        asked = set(options.template_variables)
         if options.reasoning_effort:
-            asked["reasoning_effort"] = options.reasoning_effort
-        if not asked and not options.documents:
+            asked.add("reasoning_effort")
+        if options.documents:
+            asked.add("documents")
+        if not asked:
             return
-        tokenizer = self._llm.renderer.get_tokenizer()
         template = resolve_chat_template(
-            tokenizer,
+            self._llm.renderer.get_tokenizer(),
             chat_template=self._template,
             tools=list(options.tools) or None,
             model_config=self._llm.model_config,
         )
-        try:
-            known = resolve_chat_template_kwargs(
-                tokenizer, template or "", {**asked, "enable_thinking": True}
-            )
-        except ValueError as error:
-            raise invalid(error, "chat_template_kwargs") from error
+        known = set(_cached_resolve_chat_template_kwargs(template or ""))
         if "enable_thinking" in known:
-            known["reasoning_effort"] = True
-        ignored = sorted(set(asked) - set(known))
-        if options.documents and "documents" not in (template or ""):
-            ignored.append("documents")
+            known.add("reasoning_effort")  # it becomes that variable, see `params`
+        ignored = sorted(asked - known) or sorted(set(options.template_variables) & OURS)
         if ignored:
             raise Invalid(
-                f"The model's chat template has no use for {', '.join(ignored)}; remove it.",
+                f"The model's chat template has no use for {', '.join(ignored)} from a request; "
+                "remove it.",
                 param=ignored[0]
                 if ignored[0] in ("reasoning_effort", "documents")
                 else "chat_template_kwargs",
@@ -127,8 +147,7 @@ class Chat:
             )
         if not calls and not self._parses_reasoning:
             return None
-        for tool in options.tools:
-            check_schema(tool["function"].get("parameters") or {})
+        check_tools(options.tools)
         try:
             return AnswerReader(self, request, structured, params, prompt_token_ids)
         except (ValidationError, VLLMClientError, ValueError, TypeError) as error:
@@ -163,8 +182,9 @@ class AnswerReader:
         self._options = options
         self._prompt_token_ids = prompt_token_ids
         self._request = _vllm_request(request, structured)
-        self._parsers = [chat.make_parser(self._request, params) for _ in range(request.sampling.n)]
-        first = self._parsers[0]
+        first = chat.make_parser(self._request, params)
+        self._parsers = {0: first}
+        self._chat, self._params = chat, params
         if first.always_adjust_request or first.reasoning_parser or options.tool_choice != "none":
             self._request = first.adjust_request(self._request)
         self.structured = self._request.extract_structured_outputs()
@@ -183,7 +203,7 @@ class AnswerReader:
         """A streamed chunk, read; None when the parser holds it back. Its tokens then come with the
         next.
         """
-        parser = self._parsers[chunk.index]
+        parser = self._parser(chunk.index)
         finished = chunk.finish_reason is not None
         delta = parser.parse_delta(
             chunk.text,
@@ -225,7 +245,7 @@ class AnswerReader:
 
     def whole(self, chunk: Chunk) -> Chunk:
         """A whole answer, read."""
-        parser = self._parsers[chunk.index]
+        parser = self._parser(chunk.index)
         parser.set_prompt_token_ids(self._prompt_token_ids)
         reasoning, content, calls = parser.parse(
             chunk.text,
@@ -253,6 +273,12 @@ class AnswerReader:
             logprobs=chunk.logprobs if self._options.include_reasoning else None,
             reasoning_tokens=self._count(chunk.index),
         )
+
+    def _parser(self, index: int) -> Any:
+        """Made when the choice has its first chunk: a hundred at once would hold up the loop."""
+        if index not in self._parsers:
+            self._parsers[index] = self._chat.make_parser(self._request, self._params)
+        return self._parsers[index]
 
     def _count(self, index: int) -> int:
         counted: int = self._parsers[index].count_reasoning_tokens(tuple(self._token_ids[index]))

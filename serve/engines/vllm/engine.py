@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import logging
 import signal
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -22,6 +23,7 @@ from vllm import SamplingParams
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -31,7 +33,7 @@ from serve.engines.vllm.arguments import (
     refuse_what_would_crash,
     warn_of_missing_scales,
 )
-from serve.engines.vllm.chat import AnswerReader, Chat
+from serve.engines.vllm.chat import AnswerReader, Chat, parser_class, template_of
 from serve.engines.vllm.constraints import structured_outputs
 from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, chunks_of, refuse_failure
 from serve.engines.vllm.sampling import invalid, sampling_params
@@ -59,30 +61,34 @@ class VllmEngine:
     def __init__(self, folder: Path, name: str, settings: EngineSettings) -> None:
         refuse_what_would_crash(folder, settings)
         args = engine_args(folder, name, settings)
+        # Mistakes that need no engine to be told.
+        template_of(settings)
+        parser_class(settings)
         # The engine's processes inherit this thread's mask: a terminal's Ctrl-C, which goes to the
         # whole process group, must reach only us, or there is nothing left to drain.
         # (The resource tracker first: its start, part of the first spawn, would unblock SIGINT.)
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._llm = AsyncLLM.from_engine_args(args)
+            self._llm = AsyncLLM.from_engine_args(
+                # The context decides the batch limits: as `vllm serve` has them.
+                args,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+            )
         except Exception as error:
             # vLLM raises many classes here, its child's failure among them.
             raise StartupError(f"vLLM could not load {folder}: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._closed = False
+        self._numbers = itertools.count()
         try:
             self._chat = Chat(self._llm, settings)
-        except StartupError:
+        except Exception:
             self._llm.shutdown()
             raise
         # Before the first request, which starts the handler that uses it.
-        self._llm.output_processor = ChunkProcessor(
-            self._llm.renderer.tokenizer,
-            log_stats=self._llm.log_stats,
-            stream_interval=self._llm.vllm_config.scheduler_config.stream_interval,
-        )
+        self._llm.output_processor = ChunkProcessor.in_place_of(self._llm.output_processor)
         vllm.envs.enable_envs_cache()  # else vLLM asks the environment once a token
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._vocab_size: int = self._llm.model_config.get_vocab_size()
@@ -126,13 +132,12 @@ class VllmEngine:
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         known = self._known_tokens(token_ids, "tokens")
-        text: str = self._llm.renderer.get_tokenizer().decode(known)
+        text: str = await asyncio.to_thread(self._llm.renderer.get_tokenizer().decode, known)
         return text
 
-    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
-        strings: list[str] = self._llm.renderer.get_tokenizer().convert_ids_to_tokens(
-            list(token_ids)
-        )
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        convert = self._llm.renderer.get_tokenizer().convert_ids_to_tokens
+        strings: list[str] = await asyncio.to_thread(convert, list(token_ids))
         return strings
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
@@ -170,16 +175,15 @@ class VllmEngine:
         is_chat = request.messages is not None
         special = request.add_special_tokens
         truncate = request.truncate_prompt_tokens
-        sampling = request.sampling
+        if truncate == -1:  # to what leaves room for the answer
+            wanted = request.sampling.max_tokens or request.sampling.default_max_tokens or 1
+            truncate = max(1, self.max_model_len - wanted)
         renderer = self._llm.renderer
         prompt = request.prompt
         try:
             limits = TokenizeParams(
                 max_total_tokens=max_total_tokens,
-                # -1 cuts the prompt to what leaves room for the answer.
-                max_output_tokens=0
-                if truncate is None
-                else sampling.max_tokens or sampling.default_max_tokens or 0,
+                max_output_tokens=0,  # ours to decide, see answer_budget
                 truncate_prompt_tokens=truncate,
                 add_special_tokens=not is_chat if special is None else special,
                 needs_detokenization=request.echo,
@@ -258,28 +262,29 @@ class VllmEngine:
         """Hand the request to the engine; returns what its output can be got from."""
         llm, params, reader = self._llm, rendered.params, rendered.reader
         plain = params.n == 1 and params.logprobs is None and params.prompt_logprobs is None
+        ended = reader.reasoning_ended if reader else None
+        reading = reader.reasoning_kwargs if reader else None
         if not (plain and self._every_token):
-            return await llm.add_request(
-                request.request_id,
-                rendered.engine_input,
-                params,
-                priority=request.priority,
-                reasoning_ended=reader.reasoning_ended if reader else None,
-                reasoning_parser_kwargs=reader.reasoning_kwargs if reader else None,
-            )
+            # Of its own, because an abort by this id ends all requests that have it.
+            external_id = f"{request.request_id}-{next(self._numbers)}"
+            try:
+                return await llm.add_request(
+                    external_id,
+                    rendered.engine_input,
+                    params,
+                    priority=request.priority,
+                    reasoning_ended=ended,
+                    reasoning_parser_kwargs=reading,
+                )
+            except BaseException:  # half handed over, or refused
+                await llm.abort(external_id)
+                raise
         # The same steps as add_request's, but with a collector of our own.
         if llm.errored:
             raise EngineDeadError
-        made = llm.input_processor.process_inputs(
-            request.request_id,
-            rendered.engine_input,
-            params,
-            supported_tasks=await llm.get_supported_tasks(),
-            priority=request.priority,
-        )
-        if reader:
-            made.reasoning_ended = reader.reasoning_ended
-            made.reasoning_parser_kwargs = reader.reasoning_kwargs
+        made = await self._engine_request(rendered, request)
+        made.reasoning_ended = ended
+        made.reasoning_parser_kwargs = reading
         llm.input_processor.assign_request_id(made)
         llm._run_output_handler()
         collector = ChunkCollector(made.request_id)
@@ -289,6 +294,19 @@ class VllmEngine:
             await llm.abort(made.request_id, internal=True)
             raise
         return collector
+
+    async def _engine_request(self, rendered: Rendered, request: GenerateRequest) -> Any:
+        """vLLM's request, validated; in a thread where that means compiling a constraint."""
+        processor = self._llm.input_processor
+        process = processor.process_inputs
+        arguments = (request.request_id, rendered.engine_input, rendered.params)
+        keywords = {
+            "supported_tasks": await self._llm.get_supported_tasks(),
+            "priority": request.priority,
+        }
+        if rendered.params.structured_outputs is None:
+            return process(*arguments, **keywords)
+        return await asyncio.to_thread(process, *arguments, **keywords)
 
     async def check(self) -> None:
         if self._closed or self._llm.errored:

@@ -41,7 +41,7 @@ class ChunkCollector:
         elif self._waiting is None:
             self._waiting = item
         else:
-            self._waiting = merged(self._waiting, item)
+            self._waiting = joined(self._waiting, item)
         reader = self._reader
         if reader is not None:
             self._reader = None
@@ -59,7 +59,7 @@ class ChunkCollector:
         return chunk
 
 
-def merged(first: Chunk, second: Chunk) -> Chunk:
+def joined(first: Chunk, second: Chunk) -> Chunk:
     """Two consecutive plain chunks as one."""
     return Chunk(
         first.text + second.text,
@@ -102,6 +102,17 @@ class PlainRequestState(RequestState):
 
 class ChunkProcessor(OutputProcessor):
     """vLLM's output processor, which makes Chunks for requests that bring a ChunkCollector."""
+
+    @classmethod
+    def in_place_of(cls, made: OutputProcessor) -> ChunkProcessor:
+        """One with the settings of vLLM's own, which has no request yet."""
+        return cls(
+            made.tokenizer,
+            log_stats=made.log_stats,
+            stream_interval=made.stream_interval,
+            tracing_enabled=made.tracing_enabled,
+            admission_stats=made.admission_stats,
+        )
 
     def add_request(
         self,

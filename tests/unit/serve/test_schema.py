@@ -155,6 +155,9 @@ def test_echo_alone_asks_the_engine_for_one_token() -> None:
             None,
         ),
         ({"tool_choice": "auto"}, "tool_choice needs tools", None),
+        ({"return_tokens_as_token_ids": True}, "is about logprobs", None),
+        ({"include_reasoning": False, "return_token_ids": True}, "hides tokens", None),
+        ({"stop": list("abcde")}, "stop", "stop"),
         ({"tools": []}, "tools: ", "tools"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},

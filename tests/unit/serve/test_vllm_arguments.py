@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve.engines.vllm.arguments import engine_args, warn_of_missing_scales
-from serve.engines.vllm.constraints import check_schema, structured_outputs
+from serve.engines.vllm.constraints import check_schema, check_tools, structured_outputs
 from serve.errors import Invalid, StartupError
 from serve.messages import Constraint
 from serve.settings import EngineSettings
@@ -61,18 +61,32 @@ def test_an_8_bit_cache_without_scales_is_worth_a_warning(
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [
-        (Constraint("regex", "(a{1,999}){999}"), "repeat counts .* multiply to more than 10000"),
+        (Constraint("regex", "(a{1,999}){999}"), "repeat counts multiply to more than 10000"),
         (Constraint("regex", "a{,99999}"), "repeat counts"),
         (Constraint("regex", "a" * 70_000), "70000 characters, above the limit of 65536"),
         (Constraint("choice", tuple("ab" * 501)), "1002 choices, above the limit of 1000"),
         (Constraint("grammar", "x" * 70_000), "70000 characters"),
         (Constraint("json", {"maxLength": 20_000}), "maxLength=20000 .* above the limit of 10000"),
-        (Constraint("json", {"items": [{"pattern": "(a{200}){200}"}]}), "repeat counts"),
+        (Constraint("regex", "a{" + "9" * 5000 + "}"), "repeat counts"),
+        (Constraint("grammar", 'root ::= ("a"{1000}){1000}'), "repeat counts"),
+        (Constraint("json", {"items": [{"pattern": "(a{200}){200}"}]}), "come to 40000, above"),
+        (
+            Constraint("json", {"anyOf": [{"pattern": "a{400}"} for _ in range(3)]}),
+            "come to 1200, above the limit of 1000",
+        ),
+        (Constraint("json", {"enum": [2**70]}), "does not fit into 64 bits"),
     ],
 )
 def test_a_constraint_out_of_bounds_is_refused(constraint: Constraint, message: str) -> None:
     with pytest.raises(Invalid, match=message):
         structured_outputs(constraint)
+
+
+def test_tools_are_bounded_together() -> None:
+    tool = {"function": {"parameters": {"properties": {"p": {"description": "y" * 40_000}}}}}
+    check_tools([tool])
+    with pytest.raises(Invalid, match=r"parameters have \d+ characters, above the limit of 65536"):
+        check_tools([tool, tool])
 
 
 def test_a_schema_may_be_32_levels_deep_and_no_deeper() -> None:

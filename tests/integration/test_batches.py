@@ -1,0 +1,153 @@
+"""Several prompts in one call, and several choices: shapes, refusals, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.engines.echo import EchoEngine
+from serve.errors import Invalid, Unavailable
+from serve.messages import GenerateRequest, Sampling
+from serve.service import Service, merged
+from serve.settings import EngineSettings
+from tests.client import TEXT, address_of, events, metric, send_raw, wait_for
+from tests.conftest import Server, running_server
+
+
+@pytest.fixture
+def http(echo_server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=echo_server.url, timeout=30) as client:
+        yield client
+
+
+def complete(prompt: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "echo", "prompt": prompt, **fields}
+
+
+def texts(choices: list[dict[str, Any]]) -> dict[int, str]:
+    joined: dict[int, str] = {}
+    for choice in choices:
+        joined[choice["index"]] = joined.get(choice["index"], "") + choice["text"]
+    return joined
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_choices_are_numbered_prompt_by_prompt(http: httpx.Client, n: int) -> None:
+    body = complete(["a b", "c", "d e f"], n=n)
+    whole = http.post(TEXT, json=body).json()
+    expected = dict(enumerate(text for text in ["a b", "c", "d e f"] for _ in range(n)))
+    assert texts(whole["choices"]) == expected
+    assert whole["usage"]["prompt_tokens"] == 6
+    assert whole["usage"]["completion_tokens"] == 6 * n
+    streamed = events(
+        http.post(TEXT, json={**body, "stream": True, "stream_options": {"include_usage": True}})
+    )
+    assert texts([choice for event in streamed for choice in event["choices"]]) == expected
+    assert streamed[-1]["usage"] == whole["usage"]
+    reasons = [c["finish_reason"] for event in streamed for c in event["choices"]]
+    assert reasons.count("stop") == 3 * n
+
+
+def test_one_bad_prompt_refuses_the_call(http: httpx.Client) -> None:
+    for stream in (False, True):
+        response = http.post(TEXT, json=complete(["a", "w " * 3000], stream=stream))
+        assert response.status_code == 400
+        assert "3000 tokens" in response.json()["error"]["message"]
+
+
+def test_a_failure_in_one_stream_ends_the_call_with_it(http: httpx.Client) -> None:
+    response = http.post(TEXT, json=complete(["a b c", "!dead-later"], stream=True))
+    assert response.status_code == 200
+    assert '"code": "unavailable"' in response.text
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert http.post(TEXT, json=complete(["a b c", "!dead-later"])).status_code == 503
+    wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_takes_all_its_prompts_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setenv("PACKHORSE_ENGINE__ECHO_DELAY_S", "0.05")
+    with (
+        running_server(tmp_path, "--engine", "echo") as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        with socket.create_connection(address_of(server)) as connection:
+            body = complete(["word " * 500, "word " * 300, "word"], stream=stream)
+            send_raw(connection, TEXT, body)
+            wait_for(lambda: metric(http, "packhorse_requests_in_flight") >= 2)
+        wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 0)
+
+
+class SlowEngine(EchoEngine):
+    """Prompts that begin with `slow` wait for `go` before their first word."""
+
+    def __init__(self) -> None:
+        super().__init__(EngineSettings(kind="echo"))
+        self.go = asyncio.Event()
+
+    async def generate(self, prompt: Any, request: Any, route: Any) -> Any:
+        if str(prompt.text).startswith("slow"):
+            await self.go.wait()
+        async for chunk in super().generate(prompt, request, route):
+            yield chunk
+
+
+def requests(*prompts: str) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(f"id-{number}", "echo", Sampling(), prompt=prompt, stream=True)
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def slow_service() -> tuple[Service, SlowEngine]:
+    engine = SlowEngine()
+    service = Service("echo")
+    service.attach(engine)
+    return service, engine
+
+
+async def test_a_ready_prompt_does_not_wait_for_a_slow_one() -> None:
+    service, engine = slow_service()
+    streams = await service.start_all(requests("slow one", "fast"))
+    chunks = merged(streams)
+    assert (await anext(chunks))[0] == 1
+    engine.go.set()
+    assert [chunk.text async for _, chunk in chunks] == ["slow", " one"]
+    assert await service.drain(1)
+
+
+async def test_a_bad_prompt_is_found_before_any_is_generated() -> None:
+    service, engine = slow_service()
+    with pytest.raises(Invalid):
+        await service.start_all(requests("fast", "slow", "w " * 3000))
+    assert engine.running == 0
+    assert await service.drain(1)
+
+
+async def test_a_caller_that_leaves_while_a_batch_starts_leaves_nothing() -> None:
+    service, _ = slow_service()
+    starting = asyncio.create_task(service.start_all(requests("slow one", "slow two")))
+    await asyncio.sleep(0.01)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert await service.drain(1)
+
+
+async def test_a_stream_that_fails_to_open_ends_the_others() -> None:
+    service, engine = slow_service()
+    streams = await service.start_all(requests("fast one", "slow one", "!dead-later"))
+    with pytest.raises(Unavailable):
+        [item async for item in merged(streams)]
+    for stream in streams:
+        await stream.close()
+    assert engine.running == 0
+    assert await service.drain(1)
