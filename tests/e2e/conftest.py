@@ -12,6 +12,13 @@ from tests.conftest import BIN, DEMO, Server, running_server
 from tests.e2e.questions import QUESTIONS, Score, ask_all
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of int8_server last: it stays up from the first of them on, and other modules start
+    engines of their own. One at a time, see docs/lab-log.md.
+    """
+    items.sort(key=lambda item: "int8_server" in getattr(item, "fixturenames", ()))
+
+
 def quantize(method: str, folder: Path, *options: str) -> Path:
     """`quantize model demo/model`, run as a user runs it."""
     out = folder / f"demo-{method}"

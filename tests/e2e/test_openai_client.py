@@ -164,17 +164,6 @@ async def test_parse_of_the_async_client_brings_back_a_model(aclient: AsyncOpenA
     assert isinstance(parsed.choices[0].message.parsed, City)
 
 
-def test_parse_brings_back_a_tools_arguments(client: OpenAI) -> None:
-    tool: Any = openai.pydantic_function_tool(City, name="describe_city")
-    choice: Any = {"type": "function", "function": {"name": "describe_city"}}
-    parsed = client.chat.completions.parse(
-        **GREEDY, messages=CAPITAL, tools=[tool], tool_choice=choice
-    )
-    calls = parsed.choices[0].message.tool_calls
-    assert calls
-    assert isinstance(calls[0].function.parsed_arguments, City)
-
-
 def test_logprobs_have_the_clients_shape(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         **GREEDY, messages=CAPITAL, logprobs=True, top_logprobs=2
