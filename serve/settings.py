@@ -63,7 +63,7 @@ class EngineSettings(_Section):
     dtype: str = "auto"
     max_model_len: int | None = Field(None, ge=16)
     max_num_seqs: int | None = Field(None, ge=1)
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     kv_cache_memory_bytes: int | None = Field(None, ge=1024 * 1024)
     """Size of the KV-cache pool. On CPU the default is 1 GiB: vLLM's own takes a large share of the
     memory.

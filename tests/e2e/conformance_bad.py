@@ -205,6 +205,10 @@ BAD: list[Row] = [
     ours_only(tokenize("a prompt and messages", 200, prompt="a", messages=[HELLO]), DROPPED),
     ours_only(chat("a variable unknown to the template", chat_template_kwargs={"x": 1}), DROPPED),
     ours_only(
+        chat("a field sent as a variable", chat_template_kwargs={"add_generation_prompt": False}),
+        DROPPED,
+    ),
+    ours_only(
         tokenize("the same for tokenize", 200, messages=[HELLO], chat_template_kwargs={"x": 1}),
         DROPPED,
     ),

@@ -158,7 +158,6 @@ GOOD: list[Row] = [
         add_generation_prompt=False,
     ),
     chat("no generation prompt", "Hello!", add_generation_prompt=False, max_completion_tokens=5),
-    chat("chat_template_kwargs", "Hello!", chat_template_kwargs={"add_generation_prompt": True}),
     chat("include_reasoning", "Tell me what 7 + 8 is.", include_reasoning=False),
     # Structured outputs.
     chat("a format of text", "Hello!", response_format={"type": "text"}),

@@ -148,10 +148,6 @@ PROMPTS: dict[str, dict[str, Any]] = {
     },
     "special tokens added": {"messages": [user("Hello!")], "add_special_tokens": True},
     # On both servers the field of the same name wins.
-    "a template variable": {
-        "messages": [user("Hello!")],
-        "chat_template_kwargs": {"add_generation_prompt": False},
-    },
 }
 
 TEXTS: dict[str, dict[str, Any]] = {

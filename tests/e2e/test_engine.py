@@ -324,18 +324,17 @@ class TestPreemption:
         assert cache_line(client.server) == (512, "auto", 2.0, 256)
 
     def test_preempted_requests_still_get_right_answers(self, client: Client) -> None:
-        alone = [client.stream_whole(question) for question in STORIES]
         assert client.vllm("num_preemptions_total") == 0
-        with ThreadPoolExecutor(len(STORIES)) as pool:
-            together = list(pool.map(client.stream_whole, STORIES))
-        # These requests end with their answer, so each was preempted in the middle of one.
-        assert client.vllm("num_preemptions_total") >= 3
-        right = [question.answer for question in STORIES]
-        assert [answer.text for answer in alone] == right
-        assert [answer.text for answer in together] == right
-        assert {answer.finish_reason for answer in together} == {"stop"}
-        usages = [answer.usage["completion_tokens"] for answer in together]
-        assert usages == [answer.usage["completion_tokens"] for answer in alone]
+        # Eight that go on after their answer need three times the room there is.
+        questions = STORIES[:8]
+        fields = {"max_tokens": 150, "ignore_eos": True}
+        with ThreadPoolExecutor(len(questions)) as pool:
+            pending = [pool.submit(client.stream_whole, each, **fields) for each in questions]
+            answers = [each.result() for each in pending]
+        assert client.vllm("num_preemptions_total") >= 1
+        for question, answer in zip(questions, answers, strict=True):
+            assert answer.text.startswith(question.answer)
+            assert answer.usage["completion_tokens"] == 150
         wait_for(lambda: client.vllm("num_requests_running") == 0)
         assert client.vllm("kv_cache_usage_perc") == 0
 
