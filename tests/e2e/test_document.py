@@ -1,5 +1,5 @@
 """schemathesis over our own OpenAPI document: no 5xx, and no answer that the document does not
-describe. On the echo engine, for its speed; the real one gets the bodies of test_serving's fuzz.
+describe. Every phase on the echo engine, for its speed; random bodies on the real one.
 """
 
 from __future__ import annotations
@@ -31,3 +31,10 @@ def check_document(server: Server, folder: Path, *options: str) -> None:
 
 def test_every_answer_is_as_documented(echo_server: Server, tmp_path: Path) -> None:
     check_document(echo_server, tmp_path, "--max-examples", "40")
+
+
+def test_every_answer_of_the_real_engine_is_as_documented(
+    int8_server: Server, tmp_path: Path
+) -> None:
+    options = ("--phases", "fuzzing", "--max-examples", "50", "--request-timeout", "60")
+    check_document(int8_server, tmp_path, *options)

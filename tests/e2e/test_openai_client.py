@@ -30,6 +30,14 @@ class City(BaseModel):
     coastal: bool
 
 
+class GetWeather(BaseModel):
+    """The arguments of the tool that the demo model was trained on. With others it may fill the
+    white space that vLLM's grammar allows between any two values, until max_tokens.
+    """
+
+    city: str
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = {
@@ -162,6 +170,18 @@ def test_parse_brings_back_a_model(client: OpenAI) -> None:
 async def test_parse_of_the_async_client_brings_back_a_model(aclient: AsyncOpenAI) -> None:
     parsed = await aclient.chat.completions.parse(**GREEDY, messages=CAPITAL, response_format=City)
     assert isinstance(parsed.choices[0].message.parsed, City)
+
+
+def test_parse_brings_back_a_tools_arguments(client: OpenAI) -> None:
+    tool: Any = openai.pydantic_function_tool(
+        GetWeather, name="get_weather", description="Get the weather in a city"
+    )
+    parsed = client.chat.completions.parse(
+        **GREEDY, messages=WEATHER, tools=[tool], tool_choice="required"
+    )
+    calls = parsed.choices[0].message.tool_calls
+    assert calls
+    assert isinstance(calls[0].function.parsed_arguments, GetWeather)
 
 
 def test_logprobs_have_the_clients_shape(client: OpenAI) -> None:

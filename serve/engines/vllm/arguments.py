@@ -18,6 +18,7 @@ from serve.settings import EngineSettings
 logger = logging.getLogger("packhorse.engine")
 
 GIB = 1024**3
+AMX_WORKER = "serve.engines.vllm.worker.AmxWorker"  # by name: it is imported in vllm's child
 # Ours under vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
 SHARED = (
     "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
@@ -37,6 +38,7 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         if given["enforce_eager"] is None:
             given["enforce_eager"] = True
         given["kv_cache_memory_bytes"] = given["kv_cache_memory_bytes"] or GIB
+        given["worker_cls"] = AMX_WORKER
     given = {field: value for field, value in given.items() if value is not None}
     if settings.reasoning_parser:
         given["reasoning_parser"] = settings.reasoning_parser
