@@ -83,7 +83,7 @@ def four_bit_llama(work_folder: Path) -> Path:
         quantize = Path(sys.executable).parent / "quantize"
         base = random_llama(work_folder / "llama-25m")
         command = [
-            str(quantize), "model", str(base), "--method", "rtn", "--no-quality",
+            str(quantize), "model", str(base), "--method", "rtn", "--no-quality", "--no-verify",
             "--out", str(folder),
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=sys.stderr)

@@ -204,7 +204,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if not folders:
             int8 = Path(scratch) / "int8"
-            settings = Settings(str(DEMO / "model"), int8, "int8", quality=False)
+            settings = Settings(str(DEMO / "model"), int8, "int8", quality=False, verify=False)
             run(settings, lambda label, steps: lambda done: None)
             folders = {"bf16": DEMO / "model", "int8": int8}
         for name, folder in folders.items():

@@ -41,7 +41,7 @@ def base_of(adapter: str) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rtn"
         run(
-            Settings(str(DEMO / "model"), out, "rtn", quality=False),
+            Settings(str(DEMO / "model"), out, "rtn", quality=False, verify=False),
             lambda label, steps: lambda done: None,
         )
         return simulate.load(out).float()

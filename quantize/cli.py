@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from quantize.errors import QuantizeError
+from quantize.errors import BadInput, QuantizeError
 from quantize.settings import Settings
 
 app = typer.Typer(
@@ -40,15 +40,62 @@ def model(
         str, typer.Argument(help="Model folder with config.json and *.safetensors, or a hub name.")
     ],
     method: Annotated[
-        str, typer.Option(help="int8: W8A8, the safe choice. rtn: 4 bits, rounded to nearest.")
+        str,
+        typer.Option(
+            help="gptq: 4 bits, the most exact. awq: 4 bits, asymmetric. int8: W8A8. fp8: W8A8 in "
+            "float8. rtn: rounded to nearest, for any model."
+        ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder to make; it appears when everything is done, not before.")
-    ],
+        Path | None,
+        typer.Option(help="Folder to make; it appears when everything is done, not before."),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Of a weight: 4, or 8 with --target cuda. [default: 4; int8, fp8: 8]"),
+    ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale, for rtn: 32, 64 or 128. [default: 128]"),
+        typer.Option(
+            help="Inputs that share a scale: 32, 64, 128, or -1 for one scale an output. "
+            "[default: 128, or the largest that divides all layers]"
+        ),
     ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(help="Whether 4-bit grids are centred on zero. [default: yes, but for awq]"),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(help="fp8: calibrate and write scales for an 8-bit KV cache."),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="compressed-tensors, or for other readers gptq or awq. "
+            "[default: compressed-tensors]",
+        ),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="Where vLLM must be able to run it: cpu, cuda or both.")
+    ] = "cpu,cuda",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be made and what it takes; do nothing.")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help='Text like what the model will see: JSON lines {"messages"} or {"text"}, .txt, or '
+            "a folder of them. [default: calibration.jsonl beside the model folder, if there]"
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 128 * 512,
+    row_tokens: Annotated[int, typer.Option(help="Tokens of it that are seen together.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the order in which texts are taken.")] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with too little calibration text.")
+    ] = False,
     eval_file: Annotated[
         Path | None,
         typer.Option(
@@ -68,6 +115,9 @@ def model(
     quality: Annotated[
         bool, typer.Option(help="Measure score and perplexity before and after.")
     ] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Load the result in vLLM and compare it with the original.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace --out when it exists.")] = False,
 ) -> None:
     """Quantize MODEL into a new folder that stock vLLM loads.
@@ -81,13 +131,41 @@ def model(
     sha256. A run that is killed leaves no such folder. Exit code 2: it cannot be done as asked; the
     message says why.
     """
-    settings = Settings(model, out, method, group_size, eval_file, text_file, quality, overwrite)
-    with _errors(), _bars() as progress:
+    console = Console()
+    settings = Settings(
+        model=model,
+        out=out or Path(),
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        kv=kv,
+        format=layout,
+        targets=tuple(name.strip() for name in target.split(",")),
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        row_tokens=row_tokens,
+        seed=seed,
+        force=force,
+        eval_file=eval_file,
+        text_file=text_file,
+        quality=quality,
+        verify=verify,
+        overwrite=overwrite,
+    )
+    with _errors():
         # Imported late: torch takes seconds, --help and mistakes should not.
+        if plan:
+            from quantize.run import decide
+
+            console.print(decide(settings)[2].as_table())
+            return
+        if out is None:
+            raise BadInput("--out is missing: name the folder to make.")
         from quantize.run import run
 
-        report = run(settings, progress)
-    console = Console()
+        with _bars() as progress:
+            report = run(settings, progress)
     console.print(report.as_table())
     for note in report.notes:
         console.print(f"note: {note}", style="yellow", markup=False)

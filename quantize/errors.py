@@ -11,3 +11,7 @@ class BadInput(QuantizeError):
 
 class Unsupported(QuantizeError):
     """A model or combination that this version cannot quantize, or that vLLM would not load."""
+
+
+class Unloadable(QuantizeError):
+    """vLLM does not load the finished checkpoint, or dies of it."""

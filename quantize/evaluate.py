@@ -119,6 +119,17 @@ def visible(text: str) -> str:
     return text.rpartition("</think>")[2].strip()
 
 
+def prompt_of(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the question, up to where the answer begins."""
+    ids = tokenizer.apply_chat_template(
+        question.messages,
+        tools=question.tools or None,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return list(ids)
+
+
 @torch.inference_mode()
 def greedy_answers(
     model: PreTrainedModel,
@@ -132,15 +143,7 @@ def greedy_answers(
     """What the model answers with temperature 0, in the order of the questions. `advance` is told
     of each batch.
     """
-    prompts = [
-        tokenizer.apply_chat_template(
-            question.messages,
-            tools=question.tools or None,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for question in questions
-    ]
+    prompts = [prompt_of(question, tokenizer) for question in questions]
     # Prompts of like length share a batch, so that padding costs little.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)

@@ -1,97 +1,240 @@
-"""Pure maths of integer grids: scales, rounding, dequantizing, packing. Tensors in, tensors out;
-knows torch only.
+"""Pure maths of quantization grids: scales, rounding, dequantizing, packing. Tensors in, tensors
+out; knows torch only.
 
-Shapes: O = outputs, I = inputs, G = groups along I (one group: G = 1), P = packed int32 words.
+Shapes: O = outputs, I = inputs, G = groups along I (one group: G = 1), P = packed int32 words,
+T = tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
 
 @dataclass(frozen=True)
 class Grid:
-    """A symmetric signed integer grid. group_size None means one scale for a whole output row."""
+    """What values a weight may take: 2^bits integers times a scale, or 8-bit floats times a scale.
+
+    Symmetric integers are signed; asymmetric ones are 0 .. 2^bits - 1 around a zero point.
+    group_size None means one scale for a whole output row.
+    """
 
     bits: int
     group_size: int | None = None
+    symmetric: bool = True
+    floating: bool = False
 
     @property
     def low(self) -> int:
-        return -(1 << (self.bits - 1))
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def high(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """What holds a code; a zero point too."""
+        if self.floating:
+            return FP8
+        return torch.int8 if self.symmetric else torch.uint8
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How linear layers are held and run: the grid of their weights, and the bits their inputs are
+    rounded to while serving (16: not at all; 8: one scale a token).
+    """
+
+    grid: Grid
+    activation_bits: int = 16
+
+    def __str__(self) -> str:
+        if self.grid.floating:
+            return "FP8 (W8A8)"
+        return f"W{self.grid.bits}A{self.activation_bits}"
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized weight: codes_OI int8 within the grid, scales_OG; weight = code * scale of its
+    """A quantized weight: codes_OI within the grid, scales_OG, and for an asymmetric grid
+    zeros_OG; codes and zeros in the grid's code_dtype. weight = (code - zero) * scale, both of its
     group.
     """
 
     codes_OI: Tensor
     scales_OG: Tensor
     grid: Grid
+    zeros_OG: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 (O, I)."""
-        per_group = self.codes_OI.shape[1] // self.scales_OG.shape[1]
-        return self.codes_OI.float() * self.scales_OG.float().repeat_interleave(per_group, dim=1)
+        values_OI = self.codes_OI.float()
+        if self.zeros_OG is not None:
+            values_OI = values_OI - _each_input(self.zeros_OG, values_OI.shape[1])
+        return values_OI * _each_input(self.scales_OG, values_OI.shape[1])
 
 
-def absmax_scales(weight_OI: Tensor, grid: Grid) -> Tensor:
-    """Scales float32 (O, G) that spread the grid's 2^bits steps over twice each group's largest
-    magnitude.
-
-    An all-zero group gets scale 1. Raises ValueError when group_size does not divide I.
+@dataclass(frozen=True)
+class Placement:
+    """Where a grid lies over a weight: the scale of each group, and the zero points of an
+    asymmetric one. The scales are as they will be stored, so that codes fit what a kernel reads.
     """
+
+    grid: Grid
+    scales_OG: Tensor
+    zeros_OG: Tensor | None = None
+
+    def round(self, weight_OI: Tensor) -> Codes:
+        """The nearest code for each weight."""
+        steps_OI = weight_OI.float() / _each_input(self.scales_OG, weight_OI.shape[1])
+        if self.grid.floating:
+            codes_OI = steps_OI.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+            return Codes(codes_OI, self.scales_OG, self.grid)
+        if self.zeros_OG is not None:
+            steps_OI += _each_input(self.zeros_OG, weight_OI.shape[1])
+        codes_OI = steps_OI.round_().clamp_(self.grid.low, self.grid.high)
+        return Codes(codes_OI.to(self.grid.code_dtype), self.scales_OG, self.grid, self.zeros_OG)
+
+
+def _each_input(per_group_OG: Tensor, inputs: int) -> Tensor:
+    """(O, G) -> float32 (O, I)."""
+    return per_group_OG.float().repeat_interleave(inputs // per_group_OG.shape[1], dim=1)
+
+
+def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
+    """float32 (O, G, inputs of a group). Raises ValueError when group_size does not divide I."""
     outputs, inputs = weight_OI.shape
     group_size = grid.group_size or inputs
     if inputs % group_size:
         raise ValueError(f"group_size={group_size} does not divide the {inputs} inputs")
-    absmax_OG = (
-        weight_OI.float().reshape(outputs, inputs // group_size, group_size).abs().amax(dim=2)
-    )
-    scales_OG = absmax_OG * 2 / (2**grid.bits - 1)
-    return torch.where(scales_OG == 0, 1.0, scales_OG)
+    return weight_OI.float().reshape(outputs, inputs // group_size, group_size)
+
+
+def place(weight_OI: Tensor, grid: Grid, *, scale_dtype: torch.dtype) -> Placement:
+    """The grid spread over each group's whole range: its largest magnitude, or its smallest and
+    largest value and zero. A group of nothing but zeros gets scale 1.
+    """
+    return _candidate(_grouped(weight_OI, grid), grid, scale_dtype, shrink=1.0)
+
+
+def search_placement(
+    weight_OI: Tensor,
+    grid: Grid,
+    importance_I: Tensor,
+    *,
+    scale_dtype: torch.dtype,
+    num_candidates: int = 24,
+) -> Placement:
+    """The placement with the least rounding error, each input's error weighed by its importance
+    (its mean square in the data; not negative). Never worse than `place`, the first candidate.
+
+    Tries ranges from the whole down to 0.6 of it. A symmetric grid reaches one step further down
+    than up, so it is also tried with its low end on the group's extreme value; its scale is then
+    negative where that value is positive, which kernels do not mind.
+    """
+    weight_OGI = _grouped(weight_OI, grid)
+    importance_GI = importance_I.float().reshape(1, weight_OGI.shape[1], weight_OGI.shape[2])
+    best: Placement | None = None
+    least_OG = torch.full(weight_OGI.shape[:2], torch.inf, device=weight_OI.device)
+    for candidate in _candidates(weight_OGI, grid, scale_dtype, num_candidates):
+        scale_OG1 = candidate.scales_OG.float().unsqueeze(2)
+        rounded_OGI = weight_OGI / scale_OG1
+        if grid.floating:
+            rounded_OGI = rounded_OGI.clamp_(-FP8_MAX, FP8_MAX).to(FP8).float()
+        elif candidate.zeros_OG is None:
+            rounded_OGI.round_().clamp_(grid.low, grid.high)
+        else:
+            zero_OG1 = candidate.zeros_OG.float().unsqueeze(2)
+            rounded_OGI.add_(zero_OG1).round_().clamp_(grid.low, grid.high).sub_(zero_OG1)
+        errors_OGI = rounded_OGI.mul_(scale_OG1).sub_(weight_OGI).square_().mul_(importance_GI)
+        error_OG = errors_OGI.sum(dim=2)
+        better_OG = error_OG < least_OG
+        least_OG = torch.where(better_OG, error_OG, least_OG)
+        best = candidate if best is None else _where(better_OG, candidate, best)
+    assert best is not None
+    return best
+
+
+def _candidates(
+    weight_OGI: Tensor, grid: Grid, scale_dtype: torch.dtype, count: int
+) -> Iterator[Placement]:
+    shrinks = [1 - 0.4 * step / count for step in range(count)]
+    for shrink in shrinks:
+        yield _candidate(weight_OGI, grid, scale_dtype, shrink)
+    if grid.symmetric and not grid.floating:
+        extreme_OG = weight_OGI.gather(2, weight_OGI.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+        for shrink in shrinks:
+            yield Placement(grid, _storable(extreme_OG / grid.low * shrink, scale_dtype))
+
+
+def _candidate(
+    weight_OGI: Tensor, grid: Grid, scale_dtype: torch.dtype, shrink: float
+) -> Placement:
+    if grid.symmetric:
+        absmax_OG = weight_OGI.abs().amax(dim=2) * shrink
+        steps = FP8_MAX if grid.floating else (2**grid.bits - 1) / 2
+        return Placement(grid, _storable(absmax_OG / steps, scale_dtype))
+    low_OG = weight_OGI.amin(dim=2).clamp_max(0) * shrink
+    high_OG = weight_OGI.amax(dim=2).clamp_min(0) * shrink
+    scales_OG = _storable((high_OG - low_OG) / grid.high, scale_dtype)
+    zeros_OG = (-low_OG / scales_OG.float()).round().clamp(grid.low, grid.high)
+    return Placement(grid, scales_OG, zeros_OG.to(grid.code_dtype))
+
+
+def _storable(scales_OG: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to dtype; what is zero or too small for it becomes 1."""
+    stored_OG = scales_OG.to(dtype)
+    return torch.where(stored_OG == 0, 1.0, stored_OG)
+
+
+def _where(choice_OG: Tensor, one: Placement, other: Placement) -> Placement:
+    zeros_OG = None
+    if one.zeros_OG is not None and other.zeros_OG is not None:
+        zeros_OG = torch.where(choice_OG, one.zeros_OG, other.zeros_OG)
+    return Placement(one.grid, torch.where(choice_OG, one.scales_OG, other.scales_OG), zeros_OG)
 
 
 def round_to_nearest(weight_OI: Tensor, grid: Grid, *, scale_dtype: torch.dtype) -> Codes:
-    """Round each weight to the nearest step. Scales are rounded to `scale_dtype` first: the codes
-    fit what is stored.
-    """
-    scales_OG = absmax_scales(weight_OI, grid).to(scale_dtype)
-    scales_OG = torch.where(scales_OG == 0, 1.0, scales_OG)  # too small for scale_dtype
-    per_group = weight_OI.shape[1] // scales_OG.shape[1]
-    steps_OI = weight_OI.float() / scales_OG.float().repeat_interleave(per_group, dim=1)
-    return Codes(steps_OI.round().clamp(grid.low, grid.high).to(torch.int8), scales_OG, grid)
+    """Each weight to the nearest step of the grid over its group's whole range."""
+    return place(weight_OI, grid, scale_dtype=scale_dtype).round(weight_OI)
 
 
-def pack_int4(codes_OI: Tensor) -> Tensor:
-    """Unsigned 4-bit codes (O, I), values 0..15, as int32 (O, I/8): eight along I, the first in the
-    lowest bits.
+def pack(codes_OI: Tensor, bits: int) -> Tensor:
+    """Unsigned codes (O, I), values 0 .. 2^bits - 1, as int32 (O, I*bits/32): 32/bits along I, the
+    first in the lowest bits. Raises ValueError when the last word would not be full.
     """
     outputs, inputs = codes_OI.shape
-    nibbles = codes_OI.to(torch.int64).reshape(outputs, inputs // 8, 8)
-    words_OP = (nibbles << (4 * torch.arange(8))).sum(dim=2)
+    per_word = 32 // bits
+    if inputs % per_word:
+        raise ValueError(f"{inputs} codes of {bits} bits a row do not fill whole 32-bit words")
+    shifts = bits * torch.arange(per_word, device=codes_OI.device)
+    parts = codes_OI.to(torch.int64).reshape(outputs, inputs // per_word, per_word)
+    words_OP = (parts << shifts).sum(dim=2)
     # int64 0..2^32-1 to the int32 of the same bits.
     return torch.where(words_OP >= 2**31, words_OP - 2**32, words_OP).to(torch.int32)
 
 
-def unpack_int4(words_OP: Tensor) -> Tensor:
-    """The inverse of pack_int4: uint8 (O, 8 P), values 0..15."""
-    nibbles = (words_OP.to(torch.int64).unsqueeze(2) >> (4 * torch.arange(8))) & 15
-    return nibbles.reshape(words_OP.shape[0], -1).to(torch.uint8)
+def unpack(words_OP: Tensor, bits: int) -> Tensor:
+    """The inverse of pack: uint8 (O, P*32/bits), values 0 .. 2^bits - 1."""
+    shifts = bits * torch.arange(32 // bits, device=words_OP.device)
+    parts = (words_OP.to(torch.int64).unsqueeze(2) >> shifts) & ((1 << bits) - 1)
+    return parts.reshape(words_OP.shape[0], -1).to(torch.uint8)
 
 
-def round_activations(x_TI: Tensor) -> Tensor:
+def round_activations(x_TI: Tensor, *, floating: bool = False) -> Tensor:
     """What a W8A8 kernel makes of its input: 8-bit symmetric, one scale a token, in x's dtype."""
-    scales_T1 = x_TI.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-10) / 127
+    absmax_T1 = x_TI.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-10)
+    if floating:
+        scales_T1 = absmax_T1 / FP8_MAX
+        return ((x_TI.float() / scales_T1).to(FP8).float() * scales_T1).to(x_TI.dtype)
+    scales_T1 = absmax_T1 / 127
     return ((x_TI.float() / scales_T1).round().clamp(-128, 127) * scales_T1).to(x_TI.dtype)
 
 

@@ -58,20 +58,48 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 
 def _quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One kind of layer in full; `others` are the further kinds of a mixed checkpoint."""
     if config is None:
         return None
-    groups = config.get("config_groups") or {}
-    group: dict[str, Any] = next(iter(groups.values()), {})
-    weights = group.get("weights", config)
-    activations = group.get("input_activations")
+    groups = (config.get("config_groups") or {"": {"weights": config}}).values()
+    kinds = [_kind(group) for group in groups if isinstance(group, dict)]
     return {
         "method": config.get("quant_method"),
-        "format": config.get("format", config.get("checkpoint_format")),
-        "weight_bits": weights.get("num_bits", weights.get("bits")),
-        "group_size": weights.get("group_size"),
-        "activation_bits": activations["num_bits"] if activations else 16,
+        "format": config.get("format", config.get("checkpoint_format", config.get("version"))),
+        **(kinds[0] if kinds else _kind({})),
+        "others": kinds[1:],
         "kv_cache": bool(config.get("kv_cache_scheme")),
     }
+
+
+def _kind(group: dict[str, Any]) -> dict[str, Any]:
+    weights = group.get("weights") or {}
+    activations = group.get("input_activations")
+    group_size = weights.get("group_size", weights.get("q_group_size"))
+    symmetric = weights.get("symmetric", weights.get("sym"))
+    if symmetric is None and "zero_point" in weights:
+        symmetric = not weights["zero_point"]
+    return {
+        "type": weights.get("type", "int"),
+        "weight_bits": _bits(weights),
+        "group_size": None if group_size == -1 else group_size,
+        "symmetric": symmetric,
+        "activation_bits": _bits(activations) if activations else 16,
+    }
+
+
+def _bits(number: dict[str, Any]) -> int | None:
+    return number.get("num_bits", number.get("bits", number.get("w_bit")))
+
+
+def _in_words(kind: dict[str, Any]) -> str:
+    floating = "float " if kind["type"] == "float" else ""
+    grid = "asymmetric, " if kind["symmetric"] is False else ""
+    scales = f"groups of {kind['group_size']}" if kind["group_size"] else "one scale a channel"
+    return (
+        f"{kind['weight_bits']}-bit {floating}weights, {grid}{scales}, "
+        f"{kind['activation_bits']}-bit activations"
+    )
 
 
 def as_table(folder: Path, facts: dict[str, Any]) -> Table:
@@ -86,14 +114,12 @@ def as_table(folder: Path, facts: dict[str, Any]) -> Table:
     if quantization is None:
         table.add_row("quantization", "none")
     else:
-        group = quantization["group_size"]
-        scales = f"groups of {group}" if group else "one scale a channel"
+        kinds = "; ".join(_in_words(kind) for kind in (quantization, *quantization["others"]))
         table.add_row(
-            "quantization",
-            f"{quantization['method']} ({quantization['format']}): "
-            f"{quantization['weight_bits']}-bit weights, {scales}, "
-            f"{quantization['activation_bits']}-bit activations",
+            "quantization", f"{quantization['method']} ({quantization['format']}): {kinds}"
         )
+        if quantization["kv_cache"]:
+            table.add_row("KV cache", "scales for 8-bit floats")
     parts = ", ".join(
         f"{dtype} {size / 1e6:.2f} MB" for dtype, size in facts["bytes_by_dtype"].items()
     )

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from quantize import simulate
 from quantize.checkpoint import sha256_of
 from quantize.errors import BadInput
 from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
+from quantize.inputs import Inputs
+from quantize.methods import Rounded
 
 # (what is being measured, how many steps) -> a function to call with each finished step count
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -71,11 +74,35 @@ def measure(folder: Path, yardstick: Yardstick, stage: str, progress: Progress) 
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized linear layer; relative_error is of its weights, squared."""
+    """One quantized linear layer. relative_error is of its weights, squared; output_error of what
+    it puts out on the calibration rows, where there were any.
+    """
 
     name: str
     bits: int
     relative_error: float
+    output_error: float | None = None
+    note: str | None = None
+
+    @classmethod
+    def of(
+        cls, name: str, weight_OI: Tensor, rounded: Rounded, inputs: Inputs | None = None
+    ) -> Layer:
+        weight_OI = weight_OI.float()
+        error_OI = rounded.codes.dequantize() - weight_OI
+        relative = error_OI.square().sum() / weight_OI.square().sum().clamp_min(1e-30)
+        output = None
+        if inputs is not None:
+            lost = ((error_OI @ inputs.hessian_II) * error_OI).sum()
+            whole = ((weight_OI @ inputs.hessian_II) * weight_OI).sum()
+            output = (lost / whole.clamp_min(1e-30)).item()
+        return cls(name, rounded.codes.grid.bits, relative.item(), output, rounded.note)
+
+    def as_json(self) -> dict[str, Any]:
+        figures = {"relative_error": self.relative_error, "output_error": self.output_error}
+        rounded = {k: float(f"{v:.3e}") for k, v in figures.items() if v is not None}
+        noted = {"note": self.note} if self.note else {}
+        return {"name": self.name, "bits": self.bits, **rounded, **noted}
 
 
 @dataclass
@@ -83,10 +110,7 @@ class Report:
     """All that `quantize_report.json` holds; filled in as the run goes."""
 
     source: str
-    method: str
-    format: str
-    bits: int
-    group_size: int | None
+    plan: dict[str, Any]
     bytes_before: int
     bytes_after: int = 0
     seconds: float = 0.0
@@ -94,6 +118,8 @@ class Report:
     quality_before: dict[str, Any] = field(default_factory=dict)
     quality_after: dict[str, Any] = field(default_factory=dict)
     yardstick: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    proof: dict[str, Any] | None = None
     layers: list[Layer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -101,10 +127,9 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "source": self.source,
-            "method": self.method,
-            "format": self.format,
-            "bits": self.bits,
-            "group_size": self.group_size,
+            **{key: self.plan[key] for key in ("method", "format", "bits", "group_size")},
+            "plan": self.plan,
+            "calibration": self.calibration,
             "bytes": {
                 "before": self.bytes_before,
                 "after": self.bytes_after,
@@ -118,14 +143,8 @@ class Report:
                 "before": self.quality_before,
                 "after": self.quality_after,
             },
-            "layers": [
-                {
-                    "name": layer.name,
-                    "bits": layer.bits,
-                    "relative_error": float(f"{layer.relative_error:.3e}"),
-                }
-                for layer in self.layers
-            ],
+            "proof": self.proof,
+            "layers": [layer.as_json() for layer in self.layers],
             "notes": self.notes,
             "versions": self.versions,
         }
@@ -133,7 +152,7 @@ class Report:
     def as_table(self) -> Table:
         """Before and after, side by side."""
         table = Table(
-            title=f"{self.method}: {Path(self.source).name}, {self.seconds:.1f} s",
+            title=f"{self.plan['method']}: {Path(self.source).name}, {self.seconds:.1f} s",
             title_justify="left",
         )
         table.add_column("")

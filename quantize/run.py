@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoTokenizer
 
-from quantize import families, formats, methods
-from quantize.blocks import Block, count_blocks, walk
+from quantize import calibration, families, formats, methods
+from quantize.blocks import Block, LiveBlock, Runner, count_blocks, walk
+from quantize.calibration import Calibration
 from quantize.checkpoint import REPORT, Checkpoint, Writer, find, sha256_of
-from quantize.errors import BadInput, Unsupported
+from quantize.errors import BadInput
+from quantize.evaluate import prompt_of, read_questions, read_texts
 from quantize.families import Family
-from quantize.grid import relative_error
-from quantize.methods import Method
+from quantize.formats import Format
+from quantize.grid import FP8_MAX, Codes
+from quantize.methods import Method, Rounded
+from quantize.planner import Plan, plan
 from quantize.report import Layer, Progress, Report, Yardstick, measure
 from quantize.settings import Settings
+from quantize.verify import verify
 
-GROUP_SIZES = (32, 64, 128)
+PROOF_PROMPTS = 16
+KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 
+def decide(settings: Settings) -> tuple[Checkpoint, Family | None, Plan]:
+    """What a run will do, without doing it. Raises QuantizeError when it cannot be done."""
+    source = Checkpoint(find(settings.model))
+    family = families.FAMILIES.get(str(source.config.get("model_type")))
+    return source, family, plan(settings, source, family)
+
+
+@torch.inference_mode()
 def run(settings: Settings, progress: Progress) -> Report:
     """Quantize one checkpoint into a new folder and return its report, which also lies in the
     folder.
@@ -29,115 +46,209 @@ def run(settings: Settings, progress: Progress) -> Report:
     Raises QuantizeError before any long work when something cannot be done; leaves no half-written
     folder behind.
     """
-    source = Checkpoint(find(settings.model))
-    family = _family(source)
-    group_size = _group_size(source, family, settings)
-    method = methods.make(settings.method, group_size=group_size)
-    if settings.group_size and method.grid.group_size is None:
-        raise BadInput(f"--group-size: {method.name} has one scale per output; leave it out.")
-    layout = formats.by_name(method.format)
+    source, family, planned = decide(settings)
+    method = methods.make(planned.method, planned.scheme)
+    layout = formats.make(planned.format, planned.scheme)
     yardstick = _yardstick(source.folder, settings)
-    notes = _notes(source, method, yardstick, settings)
     report = Report(
         source=settings.model,
-        method=method.name,
-        format=method.format,
-        bits=method.grid.bits,
-        group_size=method.grid.group_size,
+        plan=planned.as_json(),
         bytes_before=source.weight_bytes(),
         yardstick=yardstick.as_json(),
-        notes=notes,
+        notes=[*planned.notes, *_notes(yardstick, settings)],
         versions={
             name: importlib.metadata.version(name)
             for name in ("packhorse", "torch", "transformers")
         },
     )
     with Writer(settings.out, source.folder, overwrite=settings.overwrite) as writer:
+        text = _calibration(source, planned, settings, report)
         report.quality_before = measure(source.folder, yardstick, "before", progress)
         started_s = time.monotonic()
-        advance = progress("quantizing blocks", count_blocks(source, family))
-        for block in walk(source, family):
-            writer.add(_quantize_block(block, family, method, layout, report))
-            if block.index >= 0:
-                advance(1)
+        if text is None or family is None:
+            parts = _one_by_one(source, planned, method, layout, report, progress)
+        else:
+            parts = _block_by_block(source, family, planned, method, layout, text, report, progress)
+        for tensors in parts:
+            writer.add(tensors)
         writer.finish_weights()
         writer.copy_side_files(source)
-        writer.write_json("config.json", _config(source, method, layout))
-        if method.format == "gptq":
+        config = layout.config(ignore=planned.ignored, kv_scales=planned.kv)
+        writer.write_json("config.json", _config(source, config, planned))
+        if planned.format == "gptq":
             # Readers older than `quantization_config` look here.
-            writer.write_json("quantize_config.json", layout.config(method.grid))
+            writer.write_json("quantize_config.json", config)
         made = Checkpoint(writer.folder)
         report.bytes_after = made.weight_bytes()
         report.weights_sha256 = sha256_of(made.weight_files())
         report.seconds = time.monotonic() - started_s
         report.quality_after = measure(writer.folder, yardstick, "after", progress)
+        if settings.verify:
+            prompts = _prompts(source.folder, yardstick, text)
+            report.proof = verify(source.folder, writer.folder, prompts, progress)
         writer.write_json(REPORT, report.as_json())
         writer.publish()
     return report
 
 
-def _quantize_block(
-    block: Block, family: Family, method: Method, layout: formats.Format, report: Report
-) -> dict[str, torch.Tensor]:
-    """The block's tensors as they go to disk: linear weights as codes, the rest as they are (W8A8:
-    in bf16).
-    """
-    written: dict[str, torch.Tensor] = {}
-    linear_weights = (
-        {f"{block.prefix}{name}.weight" for name in family.linears} if block.index >= 0 else set()
-    )
-    for name, tensor in block.tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise BadInput(f"Tensor {name} holds NaN or infinity; the checkpoint is broken.")
-        if name in linear_weights:
-            prefix = name.removesuffix(".weight")
-            codes = method.quantize(tensor)
-            report.layers.append(Layer(prefix, codes.grid.bits, relative_error(tensor, codes)))
-            written |= layout.tensors(prefix, codes)
-        elif block.index >= 0 and tensor.ndim > 1:
-            raise Unsupported(f"{name} is a weight that this version does not know how to treat.")
+def _one_by_one(
+    source: Checkpoint,
+    planned: Plan,
+    method: Method,
+    layout: Format,
+    report: Report,
+    progress: Progress,
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors as they go to disk, for methods that look at nothing but the weights."""
+    linears = set(planned.linears)
+    advance = progress("quantizing layers", len(linears))
+    for name in source.names():
+        tensor = _finite(name, source.get(name))
+        prefix = name.removesuffix(".weight")
+        if prefix in linears and prefix != name:
+            rounded = method.quantize(tensor, None, _scale_dtype(tensor, planned))
+            report.layers.append(Layer.of(prefix, tensor, rounded))
+            yield layout.tensors(prefix, rounded.codes)
+            advance(1)
         else:
-            written[name] = tensor.to(torch.bfloat16) if method.activation_bits == 8 else tensor
-    if missing := linear_weights - block.tensors.keys():
-        raise BadInput(f"The checkpoint has no tensor {min(missing)}; it is incomplete.")
+            yield {name: _stored(tensor, planned)}
+
+
+def _block_by_block(
+    source: Checkpoint,
+    family: Family,
+    planned: Plan,
+    method: Method,
+    layout: Format,
+    text: Calibration,
+    report: Report,
+    progress: Progress,
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors as they go to disk, each block quantized for what it is given by the quantized
+    blocks before it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runner = Runner(source, family, text.rows, device)
+    advance = progress("quantizing blocks", count_blocks(source, family))
+    for block in walk(source, family):
+        for name, tensor in block.tensors.items():
+            _finite(name, tensor)
+        if block.index < 0:
+            yield {name: _stored(tensor, planned) for name, tensor in block.tensors.items()}
+            continue
+        live = runner.enter(block)
+        yield _quantize_block(block, live, family, planned, method, layout, report)
+        runner.leave(live)
+        advance(1)
+
+
+def _quantize_block(
+    block: Block,
+    live: LiveBlock,
+    family: Family,
+    planned: Plan,
+    method: Method,
+    layout: Format,
+    report: Report,
+) -> dict[str, Tensor]:
+    """Quantize the live block in place; returns its tensors as they go to disk."""
+    if method.calibrated:
+        notes = method.prepare(live.module, family, lambda: live.inputs(family.fused))
+        report.notes += [f"block {block.index}: {note}" for note in notes]
+        live.keep_original()
+    written: dict[str, Tensor] = {}
+    for name, tensor in block.tensors.items():
+        inner = name.removeprefix(block.prefix)
+        if inner.removesuffix(".weight") not in family.linears:
+            # Scales that were moved into it are rounded here, before others make up for it.
+            written[name] = _stored(live.tensor(inner).to(tensor.dtype), planned).cpu()
+            live.tensor(inner).copy_(written[name])
+    for group in family.fused:
+        inputs = live.inputs([group])[group[0]] if method.calibrated else None
+        for name in group:
+            weight_OI = live.weight(name)
+            stored = block.tensors[f"{block.prefix}{name}.weight"]
+            rounded = method.quantize(weight_OI, inputs, _scale_dtype(stored, planned))
+            report.layers.append(Layer.of(block.prefix + name, weight_OI, rounded, inputs))
+            written |= layout.tensors(block.prefix + name, _on_cpu(rounded).codes)
+            weight_OI.copy_(rounded.codes.dequantize())
+    if planned.kv:
+        seen_range = live.key_value_range()
+        for name, largest in zip(KV_SCALES, seen_range, strict=True):
+            written[block.prefix + name] = torch.tensor([largest / FP8_MAX])
     return written
 
 
-def _config(source: Checkpoint, method: Method, layout: formats.Format) -> dict[str, Any]:
-    config = {**source.config, "quantization_config": layout.config(method.grid)}
-    if method.activation_bits == 8:
-        config.pop("torch_dtype", None)
-        config["dtype"] = "bfloat16"
-    return config
-
-
-def _family(source: Checkpoint) -> Family:
-    if source.config.get("quantization_config"):
-        method = source.config["quantization_config"].get("quant_method")
-        raise Unsupported(
-            f"{source.folder} is quantized already ({method}); start from the original checkpoint."
-        )
-    return families.family_of(str(source.config.get("model_type")))
-
-
-def _group_size(source: Checkpoint, family: Family, settings: Settings) -> int:
-    """The wanted group size, or the largest below it that divides every linear layer's inputs."""
-    wanted = settings.group_size or max(GROUP_SIZES)
-    if wanted not in GROUP_SIZES:
-        raise BadInput(f"--group-size {wanted}: vLLM loads groups of 32, 64 or 128.")
-    widths = set()
-    for name in family.linears:
-        prefix = f"{family.block_prefix}0.{name}.weight"
-        if prefix not in source:
-            raise BadInput(f"{source.folder} has no tensor {prefix}; it is incomplete.")
-        (outputs, inputs), _ = source.shape_and_dtype(prefix)
-        if outputs % 32 or inputs % 32:
-            raise Unsupported(
-                f"{name} is {outputs} x {inputs}; vLLM's kernels need multiples of 32."
+def _calibration(
+    source: Checkpoint, planned: Plan, settings: Settings, report: Report
+) -> Calibration | None:
+    """The text that layers are looked at with, or None where the method does without."""
+    if not planned.calibrated:
+        if settings.calibration:
+            raise BadInput(f"--calibration: {planned.method} does not use it; leave it out.")
+        return None
+    usual = source.folder.absolute().parent / "calibration.jsonl"
+    place = settings.calibration or (usual if usual.is_file() else None)
+    if place is None:
+        if planned.needs_text:
+            raise BadInput(
+                f"{planned.method} needs calibration text of the kind that the model will see: "
+                'pass --calibration FILE_OR_DIR (JSON lines {"messages"} or {"text"}, or .txt).'
             )
-        widths.add(inputs)
-    fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
-    return max(size for size in fitting if size <= wanted)
+        report.notes.append(
+            "weights only: no --calibration text, so activations were not looked at"
+        )
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{source.folder} has no tokenizer that loads, which calibration needs: {error}"
+        ) from error
+    text = calibration.read(
+        place,
+        tokenizer,
+        max_tokens=settings.calibration_tokens,
+        row_tokens=settings.row_tokens,
+        seed=settings.seed,
+        force=settings.force,
+    )
+    report.calibration = text.as_json()
+    return text
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise BadInput(f"Tensor {name} holds NaN or infinity; the checkpoint is broken.")
+    return tensor
+
+
+def _stored(tensor: Tensor, planned: Plan) -> Tensor:
+    return tensor.to(getattr(torch, planned.convert_to)) if planned.convert_to else tensor
+
+
+def _scale_dtype(weight: Tensor, planned: Plan) -> torch.dtype:
+    """float32 for W8A8, as its kernels read them; else the model's dtype."""
+    if planned.scheme.activation_bits == 8:
+        return torch.float32
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return weight.dtype if half else torch.bfloat16
+
+
+def _on_cpu(rounded: Rounded) -> Rounded:
+    codes = rounded.codes
+    zeros_OG = None if codes.zeros_OG is None else codes.zeros_OG.cpu()
+    return Rounded(
+        Codes(codes.codes_OI.cpu(), codes.scales_OG.cpu(), codes.grid, zeros_OG), rounded.note
+    )
+
+
+def _config(source: Checkpoint, quantization: dict[str, Any], planned: Plan) -> dict[str, Any]:
+    config = {**source.config, "quantization_config": quantization}
+    if planned.convert_to:
+        config.pop("torch_dtype", None)
+        config["dtype"] = planned.convert_to
+    return config
 
 
 def _yardstick(folder: Path, settings: Settings) -> Yardstick:
@@ -156,18 +267,23 @@ def _yardstick(folder: Path, settings: Settings) -> Yardstick:
     return Yardstick(chosen["eval"], chosen["text"])
 
 
-def _notes(
-    source: Checkpoint, method: Method, yardstick: Yardstick, settings: Settings
-) -> list[str]:
+def _prompts(folder: Path, yardstick: Yardstick, text: Calibration | None) -> list[list[int]]:
+    """What the load proof asks: the evaluation's questions, else its text, else calibration rows;
+    nothing (so that verify takes random tokens) without any.
+    """
+    if not (yardstick.eval_file or yardstick.text_file):
+        return [] if text is None else [row.tolist() for row in text.rows[:PROOF_PROMPTS]]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if yardstick.eval_file:
+        questions = read_questions(yardstick.eval_file)
+        chosen = questions[:: max(1, len(questions) // PROOF_PROMPTS)][:PROOF_PROMPTS]
+        return [prompt_of(question, tokenizer) for question in chosen]
+    assert yardstick.text_file is not None
+    return read_texts(yardstick.text_file, tokenizer)[:PROOF_PROMPTS]
+
+
+def _notes(yardstick: Yardstick, settings: Settings) -> list[str]:
     notes = []
-    _, dtype = source.shape_and_dtype(source.names()[0])
-    if method.activation_bits == 8 and dtype != "BF16":
-        notes.append(f"converted from {dtype} to bfloat16: W8A8 kernels need it")
-    wanted = settings.group_size or max(GROUP_SIZES)
-    if method.grid.group_size not in (None, wanted):
-        notes.append(
-            f"group size {method.grid.group_size} instead of {wanted}: it divides all layers"
-        )
     if settings.quality and not yardstick.text_file:
         notes.append("perplexity not measured: no --text file")
     if settings.quality and not yardstick.eval_file:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+CHANNEL = -1
+"""As a group size: one scale for a whole output row."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -16,9 +19,30 @@ class Settings:
     """Folder to make."""
     method: str
     """A name of methods.METHODS."""
+    bits: int | None = None
+    """Bits of a weight; unset: what the method is best at (4, or 8 for int8 and fp8)."""
     group_size: int | None = None
-    """Inputs that share one scale, for methods with groups: 32, 64 or 128 (the default), and made
+    """Inputs that share one scale, for methods with groups: 32, 64, 128 or CHANNEL. Unset: 128, and
     smaller where the model's sizes ask for it."""
+    symmetric: bool | None = None
+    """Whether the grid is centred on zero; unset: yes, but for awq."""
+    kv: str | None = None
+    """`fp8`: calibrate scales for an 8-bit KV cache and write them into the checkpoint."""
+    format: str | None = None
+    """compressed-tensors, gptq or awq; unset: compressed-tensors."""
+    targets: tuple[str, ...] = ("cpu", "cuda")
+    """Where vLLM must be able to run the result."""
+    calibration: Path | None = None
+    """File or folder of text for methods that look at activations; unset:
+    `../calibration.jsonl` seen from the model folder, if there."""
+    calibration_tokens: int = 128 * 512
+    """How much of it is used."""
+    row_tokens: int = 512
+    """Tokens that are seen together."""
+    seed: int = 0
+    """Of the order in which calibration texts are taken."""
+    force: bool = False
+    """Go on with too little calibration text."""
     eval_file: Path | None = None
     """Questions for the score; unset: `../eval/general.jsonl` seen from the model folder, if there.
     """
@@ -28,5 +52,7 @@ class Settings:
     """
     quality: bool = True
     """Measure before and after."""
+    verify: bool = True
+    """Load the finished checkpoint in the real engine, and compare it with the original."""
     overwrite: bool = False
     """Replace `out` when it exists."""

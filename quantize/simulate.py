@@ -2,11 +2,15 @@
 kernel rounds them.
 
 What it computes is what vLLM's kernels compute up to their own arithmetic, so figures from it are
-marked "simulated". Reads what is on disk, not what is in memory: a packing mistake shows.
+marked "simulated". Reads what is on disk, not what is in memory: a packing mistake shows. Ours and
+other tools' checkpoints alike.
+
+Not simulated: an 8-bit KV cache, and kernels that round the activations of a weight-only scheme.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,62 +19,69 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantize import formats
 from quantize.checkpoint import Checkpoint
-from quantize.errors import BadInput, Unsupported
+from quantize.errors import BadInput
 from quantize.grid import round_activations
+
+# Scales of the KV cache, and what transformers computes by itself nowadays.
+_NOT_WEIGHTS = (".k_scale", ".v_scale", ".q_scale", "rotary_emb.inv_freq")
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The model of a folder, quantized or not, in the dtype of its config. Raises BadInput when
-    tensors are missing.
+    """The model of a folder, quantized or not, in the dtype of its config. One layer at a time is
+    dequantized. Raises BadInput when tensors are missing, too many or of another shape, and
+    Unsupported for a quantization that cannot be read.
     """
     checkpoint = Checkpoint(folder)
-    quantization = checkpoint.config.get("quantization_config")
-    state = {name: checkpoint.get(name) for name in checkpoint.names()}
+    names = [name for name in checkpoint.names() if not name.endswith(_NOT_WEIGHTS)]
     config = AutoConfig.from_pretrained(folder)
-    dtype = config.dtype or torch.bfloat16
-    quantized: list[str] = []
-    if quantization:
-        layout = formats.by_name(quantization["quant_method"])
-        if quantization.get("format", "int-quantized") != "int-quantized":
-            raise Unsupported(f"{folder}: format {quantization['format']} cannot be read yet.")
-        quantized = layout.linears(list(state))
-        weights = {
-            f"{prefix}.weight": layout.read(prefix, state.__getitem__, quantization)
-            for prefix in quantized
-        }
-        state = {
-            name: tensor
-            for name, tensor in state.items()
-            if name.rpartition(".")[0] not in quantized or name.endswith(".bias")
-        }
-        state |= {name: codes.dequantize() for name, codes in weights.items()}
+    layout, quantized = None, list[str]()
+    if quantization := checkpoint.config.get("quantization_config"):
+        layout = formats.of(quantization)
+        quantized = layout.linears(names)
+        if not quantized:
+            raise BadInput(f"{folder}: its config says quantized, but no layer is.")
         del config.quantization_config
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # Older checkpoints carry what transformers now computes.
-    state = {
-        name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")
-    }
-    missing, unexpected = model.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in state.items()}, strict=False
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=config.dtype or torch.bfloat16
     )
-    # A tied head has no tensor of its own.
-    missing = [
-        name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    packed = set(quantized)
+    plain = [
+        name for name in names if name.endswith(".bias") or name.rpartition(".")[0] not in packed
     ]
-    if missing or unexpected:
-        raise BadInput(f"{folder}: missing {missing[:3]}, unexpected {unexpected[:3]} tensors.")
-    if quantization and _rounds_activations(quantization):
+    state = model.state_dict()  # the model's own tensors, so copying into them fills it
+    _check_names(folder, state, {*plain, *(f"{prefix}.weight" for prefix in quantized)}, config)
+    for name in plain:
+        _copy(state[name], checkpoint.get(name), f"{folder}: {name}")
+    if layout is not None:
         for prefix in quantized:
-            model.get_submodule(prefix).register_forward_pre_hook(_round_input)
+            weight_OI = layout.read(prefix, checkpoint.get).dequantize()
+            _copy(state[f"{prefix}.weight"], weight_OI, f"{folder}: {prefix}")
+            if layout.scheme.activation_bits == 8:
+                hook = partial(_round_input, floating=layout.scheme.grid.floating)
+                model.get_submodule(prefix).register_forward_pre_hook(hook)
     return model.eval()
 
 
-def _rounds_activations(quantization: dict[str, object]) -> bool:
-    groups = quantization.get("config_groups")
-    return isinstance(groups, dict) and any(
-        group.get("input_activations") for group in groups.values()
-    )
+def _check_names(
+    folder: Path, state: dict[str, Tensor], found: set[str], config: AutoConfig
+) -> None:
+    missing = state.keys() - found
+    if config.tie_word_embeddings:
+        missing.discard("lm_head.weight")  # a tied head has no tensor of its own
+    unexpected = found - state.keys()
+    if missing or unexpected:
+        raise BadInput(
+            f"{folder}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]} tensors."
+        )
 
 
-def _round_input(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (round_activations(inputs[0]), *inputs[1:])
+def _copy(place: Tensor, tensor: Tensor, what: str) -> None:
+    if place.shape != tensor.shape:
+        raise BadInput(f"{what} is {tuple(tensor.shape)}, but the model has {tuple(place.shape)}.")
+    place.copy_(tensor)
+
+
+def _round_input(
+    module: torch.nn.Module, inputs: tuple[Tensor, ...], *, floating: bool
+) -> tuple[Tensor, ...]:
+    return (round_activations(inputs[0], floating=floating), *inputs[1:])

@@ -1,48 +1,82 @@
 """On-disk layouts by name. One layout is one file: which tensors a weight becomes, what the config
-says, how to read it.
+says, how to read it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from quantize.errors import Unsupported
-from quantize.grid import Codes, Grid
+from quantize.grid import Codes, Scheme
+
+FORMATS = ("compressed-tensors", "gptq", "awq")
 
 
 class Format(Protocol):
-    """What each module of this package offers."""
+    """One layout for one scheme: all quantized layers of a checkpoint are alike."""
+
+    @property
+    def name(self) -> str:
+        """config.json's `quant_method`."""
+        ...
+
+    @property
+    def scheme(self) -> Scheme: ...
 
     def tensors(self, prefix: str, codes: Codes) -> dict[str, Tensor]:
-        """The tensors of one linear layer, by full name."""
+        """The tensors of one linear layer, by full name. Raises ValueError when the layer's sizes
+        do not fill whole 32-bit words.
+        """
         ...
 
-    def config(self, grid: Grid) -> dict[str, Any]:
-        """config.json's `quantization_config`."""
+    def config(self, *, ignore: Sequence[str], kv_scales: bool) -> dict[str, Any]:
+        """config.json's `quantization_config`. `ignore` names the linear layers that stay as they
+        are; `kv_scales` says that the checkpoint has k_scale and v_scale tensors. Raises
+        Unsupported for what the layout cannot say.
+        """
         ...
 
-    def read(self, prefix: str, get: Callable[[str], Tensor], config: dict[str, Any]) -> Codes:
-        """The codes back from the tensors."""
-        ...
-
-    def linears(self, names: list[str]) -> list[str]:
+    def linears(self, names: Sequence[str]) -> list[str]:
         """The prefixes of the quantized linear layers among tensor names."""
         ...
 
+    def read(self, prefix: str, get: Callable[[str], Tensor]) -> Codes:
+        """The codes back from the tensors."""
+        ...
 
-def by_name(name: str) -> Format:
-    """The layout called `name` in config.json's `quant_method`. Raises Unsupported for an unknown
-    one.
+
+def make(name: str, scheme: Scheme) -> Format:
+    """The layout for checkpoints that are to be written. Raises Unsupported for an unknown name, or
+    a scheme that the layout cannot hold.
     """
-    if name == "compressed-tensors":
-        from quantize.formats import compressed_tensors
+    from quantize.formats import awq, compressed_tensors, gptq
 
-        return compressed_tensors
-    if name == "gptq":
-        from quantize.formats import gptq
+    match name:
+        case "compressed-tensors":
+            return compressed_tensors.make(scheme)
+        case "gptq":
+            return gptq.make(scheme)
+        case "awq":
+            return awq.make(scheme)
+    raise Unsupported(f"format {name!r} is not known; known are {', '.join(FORMATS)}.")
 
-        return gptq
-    raise Unsupported(f"quant_method {name!r} is not known; known are compressed-tensors and gptq.")
+
+def of(config: dict[str, Any]) -> Format:
+    """The layout of a checkpoint with this `quantization_config`, ours or another tool's. Raises
+    Unsupported.
+    """
+    from quantize.formats import awq, compressed_tensors, gptq
+
+    match config.get("quant_method"):
+        case "compressed-tensors":
+            return compressed_tensors.of(config)
+        case "gptq":
+            return gptq.of(config)
+        case "awq":
+            return awq.of(config)
+    raise Unsupported(
+        f"quant_method {config.get('quant_method')!r} is not known; known are {', '.join(FORMATS)}."
+    )

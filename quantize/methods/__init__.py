@@ -4,46 +4,97 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from quantize.errors import BadInput
-from quantize.grid import Codes, Grid
+from quantize.families import Family
+from quantize.grid import Codes, Scheme
+from quantize.inputs import Inputs
 
 
 @dataclass(frozen=True)
-class Method:
-    """How one linear weight becomes codes, and what that needs.
+class Rounded:
+    """A weight's codes, and what the report should say about how they came to be, if anything."""
 
-    `format` is the layout it is written in; `activation_bits` is 8 where the kernel also rounds its
-    inputs (W8A8), which then needs bf16 around it: vLLM's CPU kernel aborts the process on float16.
+    codes: Codes
+    note: str | None = None
+
+
+class Method(Protocol):
+    """How the weights of linear layers become codes. Scales are made in `scale_dtype`, in which the
+    engine reads them.
     """
 
-    name: str
-    summary: str
-    grid: Grid
-    format: str
-    quantize: Callable[[Tensor], Codes]
-    activation_bits: int = 16
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at what layers are given: `prepare` is called, `quantize` gets inputs
+        (or None after all, where there is no calibration text and it can do without).
+        """
+        ...
+
+    def prepare(
+        self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
+    ) -> list[str]:
+        """Move scales between the layers of a block (float32, changed in place) where that makes
+        them easier to round; the block's function stays. Returns notes. `inputs` runs the rows
+        through the block: what each fused group is given, by its first layer's name.
+        """
+        ...
+
+    def quantize(
+        self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
+    ) -> Rounded:
+        """The codes of one layer."""
+        ...
 
 
-def _int8(group_size: int) -> Method:
-    from quantize.methods import int8
+def _int8(scheme: Scheme) -> Method:
+    from quantize.methods.int8 import Int8
 
-    return int8.method()
-
-
-def _rtn(group_size: int) -> Method:
-    from quantize.methods import rtn
-
-    return rtn.method(group_size)
+    return Int8(scheme)
 
 
-METHODS: dict[str, Callable[[int], Method]] = {"int8": _int8, "rtn": _rtn}
+def _fp8(scheme: Scheme) -> Method:
+    from quantize.methods.rtn import RoundToNearest
+
+    return RoundToNearest(scheme)
 
 
-def make(name: str, *, group_size: int) -> Method:
+def _rtn(scheme: Scheme) -> Method:
+    from quantize.methods.rtn import RoundToNearest
+
+    return RoundToNearest(scheme)
+
+
+def _gptq(scheme: Scheme) -> Method:
+    from quantize.methods.gptq import Gptq
+
+    return Gptq(scheme)
+
+
+def _awq(scheme: Scheme) -> Method:
+    from quantize.methods.awq import Awq
+
+    return Awq(scheme)
+
+
+METHODS: dict[str, Callable[[Scheme], Method]] = {
+    "awq": _awq,
+    "fp8": _fp8,
+    "gptq": _gptq,
+    "int8": _int8,
+    "rtn": _rtn,
+}
+
+
+def make(name: str, scheme: Scheme) -> Method:
     """Raises BadInput with the known methods."""
     if name not in METHODS:
         raise BadInput(f"--method {name} is not known; choose one of {', '.join(sorted(METHODS))}.")
-    return METHODS[name](group_size)
+    return METHODS[name](scheme)

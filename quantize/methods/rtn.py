@@ -1,27 +1,34 @@
-"""Round to nearest, 4-bit weights in groups: the baseline that GPTQ and AWQ have to beat.
+"""Round to nearest: the baseline that GPTQ and AWQ have to beat, and all that FP8 needs.
 
-Needs no calibration. Activations stay as they are (but see the README: on CPUs with AMX vLLM runs
-4-bit checkpoints with 8-bit activations unless told otherwise).
+Needs no calibration. (But see the README: on CPUs with AMX vLLM runs 4-bit checkpoints with 8-bit
+activations unless told otherwise.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quantize.grid import Codes, Grid, round_to_nearest
-from quantize.methods import Method
+from quantize.families import Family
+from quantize.grid import Scheme, round_to_nearest
+from quantize.inputs import Inputs
+from quantize.methods import Rounded
 
 
-def method(group_size: int) -> Method:
-    grid = Grid(bits=4, group_size=group_size)
+@dataclass(frozen=True)
+class RoundToNearest:
+    scheme: Scheme
+    calibrated: bool = False
 
-    def quantize(weight_OI: Tensor) -> Codes:
-        # vLLM keeps scales in the model's dtype.
-        half = weight_OI.dtype in (torch.float16, torch.bfloat16)
-        scale_dtype = weight_OI.dtype if half else torch.bfloat16
-        return round_to_nearest(weight_OI, grid, scale_dtype=scale_dtype)
+    def prepare(
+        self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
+    ) -> list[str]:
+        return []
 
-    return Method(
-        "rtn", f"4-bit weights in groups of {group_size}, round to nearest", grid, "gptq", quantize
-    )
+    def quantize(
+        self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
+    ) -> Rounded:
+        return Rounded(round_to_nearest(weight_OI, self.scheme.grid, scale_dtype=scale_dtype))

@@ -23,7 +23,7 @@ def quantize(*arguments: str | Path) -> Result:
         (("model", "nowhere", "--method", "int8", "--out", "out"), "nowhere is not a folder"),
         (
             ("model", "MODEL", "--method", "int9", "--out", "out"),
-            "int9 is not known; choose one of int8, rtn",
+            "int9 is not known; choose one of gptq, awq, int8, fp8, rtn",
         ),
         (
             ("model", "MODEL", "--method", "rtn", "--out", "out", "--group-size", "7"),
@@ -55,13 +55,15 @@ def test_a_mistake_is_exit_code_2_and_one_clear_line(
 
 def test_model_then_inspect(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    made = quantize("model", tiny_checkpoint, "--method", "int8", "--out", out, "--no-quality")
+    alone = ("--no-quality", "--no-verify")
+    made = quantize("model", tiny_checkpoint, "--method", "int8", "--out", out, *alone)
     assert made.exit_code == 0, made.output
     assert f"Wrote {out}" in made.stdout
     facts = json.loads(quantize("inspect", out, "--json").stdout)
     assert facts["quantization"] == {
         "method": "compressed-tensors", "format": "int-quantized", "weight_bits": 8,
         "group_size": None, "activation_bits": 8, "kv_cache": False,
+        "type": "int", "symmetric": True, "others": [],
     }  # fmt: skip
     assert facts["report"]["method"] == "int8"
     assert "8-bit weights" in quantize("inspect", out).stdout

@@ -9,52 +9,107 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.grid import (
+    FP8,
+    Codes,
     Grid,
-    absmax_scales,
-    pack_int4,
+    Placement,
+    pack,
+    place,
     relative_error,
     round_activations,
     round_to_nearest,
-    unpack_int4,
+    search_placement,
+    unpack,
 )
+
+SEEDS = st.integers(0, 2**32)
+FLOATS = Grid(8, floating=True)
+GRIDS = [
+    Grid(bits, group_size, symmetric)
+    for bits in (4, 8)
+    for group_size in (32, None)
+    for symmetric in (True, False)
+]
 
 
 def random_weight(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
 
 
-def test_scales_of_a_group_span_its_largest_magnitude() -> None:
+def weighed_errors(
+    weight_OI: torch.Tensor, codes: Codes, importance_I: torch.Tensor
+) -> list[float]:
+    """Of each group, one after the other."""
+    errors_OI = (codes.dequantize() - weight_OI).square() * importance_I
+    return errors_OI.reshape(codes.scales_OG.numel(), -1).sum(dim=1).tolist()
+
+
+def test_symmetric_steps_span_the_largest_magnitude_of_a_group() -> None:
     weight_OI = torch.tensor([[1.0, -3.0, 0.5, 0.0]])
-    scales_OG = absmax_scales(weight_OI, Grid(bits=4, group_size=2))
-    assert scales_OG[0].tolist() == pytest.approx([3.0 * 2 / 15, 0.5 * 2 / 15])
+    placement = place(weight_OI, Grid(4, 2), scale_dtype=torch.float32)
+    assert placement.scales_OG[0].tolist() == pytest.approx([3.0 * 2 / 15, 0.5 * 2 / 15])
+    assert placement.zeros_OG is None
 
 
-def test_an_all_zero_group_stays_zero() -> None:
-    codes = round_to_nearest(torch.zeros(2, 4), Grid(4, 2), scale_dtype=torch.float32)
+def test_asymmetric_steps_span_smallest_to_largest_and_zero() -> None:
+    weight_OI = torch.tensor([[-1.0, 2.0, 3.0, 6.0]])
+    placement = place(weight_OI, Grid(4, 2, symmetric=False), scale_dtype=torch.float32)
+    assert placement.scales_OG[0].tolist() == pytest.approx([3 / 15, 6 / 15])
+    assert placement.zeros_OG is not None
+    assert placement.zeros_OG.tolist() == [[5, 0]]
+    assert placement.round(weight_OI).codes_OI.tolist() == [[0, 15, 8, 15]]
+
+
+def test_float_steps_put_the_largest_magnitude_on_the_largest_float() -> None:
+    codes = round_to_nearest(torch.tensor([[4.48, -2.24, 0.0]]), FLOATS, scale_dtype=torch.float32)
+    assert codes.codes_OI.dtype == FP8
+    assert codes.codes_OI.float().tolist() == [[448.0, -224.0, 0.0]]
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, FLOATS], ids=str)
+def test_an_all_zero_group_stays_zero(grid: Grid) -> None:
+    codes = round_to_nearest(torch.zeros(2, 64), grid, scale_dtype=torch.float32)
     assert codes.dequantize().eq(0).all()
     assert torch.isfinite(codes.scales_OG).all()
 
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="group_size=3 does not divide the 4 inputs"):
-        absmax_scales(torch.ones(1, 4), Grid(4, 3))
+        place(torch.ones(1, 4), Grid(4, 3), scale_dtype=torch.float32)
 
 
-@given(st.integers(0, 2**32), st.sampled_from([(4, 32), (4, None), (8, None), (8, 64)]))
+@given(SEEDS, st.sampled_from(GRIDS))
 @settings(max_examples=25, deadline=None)
-def test_rounding_equals_the_slow_version(seed: int, grid: tuple[int, int | None]) -> None:
-    bits, group_size = grid
+def test_rounding_equals_the_slow_version(seed: int, grid: Grid) -> None:
     weight_OI = random_weight(3, 128, seed)
-    codes = round_to_nearest(weight_OI, Grid(bits, group_size), scale_dtype=torch.float32)
-    high = 2 ** (bits - 1) - 1
+    codes = round_to_nearest(weight_OI, grid, scale_dtype=torch.float32)
+    dequantized_OI = codes.dequantize()
     for row in range(3):
         for column in range(128):
-            scale = codes.scales_OG[row, column // (group_size or 128)].item()
-            wanted = max(-high - 1, min(high, round(weight_OI[row, column].item() / scale)))
+            group = column // (grid.group_size or 128)
+            scale = codes.scales_OG[row, group].item()
+            zero = 0 if codes.zeros_OG is None else codes.zeros_OG[row, group].item()
+            weight = weight_OI[row, column].item()
+            wanted = max(grid.low, min(grid.high, round(weight / scale) + zero))
+            code = codes.codes_OI[row, column].item()
             # Ties may fall either way: float32 division differs from Python's in the last bit.
-            assert abs(codes.codes_OI[row, column].item() - wanted) <= 1
-            error = abs(codes.dequantize()[row, column].item() - weight_OI[row, column].item())
-            assert error <= 0.51 * scale
+            assert abs(code - wanted) <= 1
+            assert dequantized_OI[row, column].item() == pytest.approx((code - zero) * scale)
+            # A zero point is rounded too, so the ends of the range may lie half a step off.
+            assert abs(dequantized_OI[row, column].item() - weight) <= (
+                0.51 if grid.symmetric else 1.01
+            ) * abs(scale)
+
+
+@given(SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_floats_are_within_a_sixteenth(seed: int) -> None:
+    """Three bits of mantissa: half a step is 1/16 of the power of two below."""
+    weight_OI = random_weight(3, 64, seed)
+    codes = round_to_nearest(weight_OI, FLOATS, scale_dtype=torch.float32)
+    # Below 2^-6 the floats are evenly spaced, 2^-9 apart.
+    bound_OI = torch.maximum(weight_OI.abs() / 16, codes.scales_OG * 2**-10) * 1.001
+    assert ((codes.dequantize() - weight_OI).abs() <= bound_OI).all()
 
 
 def test_codes_fit_the_scales_as_stored() -> None:
@@ -76,15 +131,71 @@ def test_more_bits_and_smaller_groups_err_less() -> None:
     assert errors[-1] < errors[0] / 100  # four bits more are a factor of 256 in squared error
 
 
-@given(st.integers(0, 2**32))
+def test_a_zero_point_helps_where_weights_lie_to_one_side() -> None:
+    weight_OI = random_weight(16, 256) + 2
+    symmetric, asymmetric = (
+        relative_error(
+            weight_OI, round_to_nearest(weight_OI, Grid(4, 32, sym), scale_dtype=torch.float32)
+        )
+        for sym in (True, False)
+    )
+    assert asymmetric < symmetric
+
+
+@given(SEEDS, st.sampled_from([*GRIDS, FLOATS]), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_a_searched_placement_is_never_worse(seed: int, grid: Grid, dtype: torch.dtype) -> None:
+    weight_OI = random_weight(4, 64, seed)
+    importance_I = random_weight(1, 64, seed + 1)[0].exp()
+    plain = place(weight_OI, grid, scale_dtype=dtype).round(weight_OI)
+    searched = search_placement(weight_OI, grid, importance_I, scale_dtype=dtype).round(weight_OI)
+    assert searched.scales_OG.dtype == dtype
+    pairs = zip(
+        weighed_errors(weight_OI, searched, importance_I),
+        weighed_errors(weight_OI, plain, importance_I),
+        strict=True,
+    )
+    # The two sums run in another order here than in the search.
+    assert all(found <= first * (1 + 1e-5) for found, first in pairs)
+
+
+def test_a_search_gains_where_it_matters() -> None:
+    """One outlier that the data never excites: a narrower range suits the rest."""
+    weight_OI = random_weight(8, 64)
+    weight_OI[:, 0] = 8.0
+    importance_I = torch.ones(64)
+    importance_I[0] = 0.0
+    plain = round_to_nearest(weight_OI, Grid(4), scale_dtype=torch.float32)
+    searched = search_placement(weight_OI, Grid(4), importance_I, scale_dtype=torch.float32)
+    found = weighed_errors(weight_OI, searched.round(weight_OI), importance_I)
+    assert sum(found) < 0.6 * sum(weighed_errors(weight_OI, plain, importance_I))
+
+
+def test_a_negative_scale_reaches_one_step_further_up() -> None:
+    weight_OI = torch.tensor([[8.0, -7.0, 3.0, 1.0]])
+    codes = Placement(Grid(4), torch.tensor([[-1.0]])).round(weight_OI)
+    assert codes.codes_OI.tolist() == [[-8, 7, -3, -1]]
+    found = search_placement(weight_OI, Grid(4), torch.ones(4), scale_dtype=torch.float32)
+    assert found.round(weight_OI).dequantize().equal(weight_OI)
+
+
+@given(SEEDS, st.sampled_from([4, 8]), st.integers(1, 5), st.integers(1, 5))
 @settings(max_examples=25, deadline=None)
-def test_packing_round_trips_and_equals_compressed_tensors(seed: int) -> None:
+def test_packing_round_trips_and_equals_compressed_tensors(
+    seed: int, bits: int, outputs: int, words: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    codes_OI = torch.randint(0, 16, (5, 32), generator=generator)
-    words_OP = pack_int4(codes_OI)
-    assert unpack_int4(words_OP).equal(codes_OI.to(torch.uint8))
-    signed = (codes_OI - 8).to(torch.int8)
-    assert words_OP.equal(pack_to_int32(signed, num_bits=4))
+    codes_OI = torch.randint(0, 2**bits, (outputs, words * 32 // bits), generator=generator)
+    words_OP = pack(codes_OI, bits)
+    assert words_OP.dtype == torch.int32
+    assert unpack(words_OP, bits).equal(codes_OI.to(torch.uint8))
+    signed = (codes_OI - 2 ** (bits - 1)).to(torch.int8)
+    assert words_OP.equal(pack_to_int32(signed, num_bits=bits))
+
+
+def test_packing_refuses_half_a_word() -> None:
+    with pytest.raises(ValueError, match="12 codes of 4 bits a row do not fill whole"):
+        pack(torch.zeros(1, 12, dtype=torch.int64), 4)
 
 
 def test_activations_are_rounded_token_by_token() -> None:
@@ -92,3 +203,11 @@ def test_activations_are_rounded_token_by_token() -> None:
     rounded = round_activations(x_TI)
     assert rounded[0].tolist() == pytest.approx([127.0, 0.0, -127.0])
     assert rounded[1].tolist() == pytest.approx([0.0127, 0.0, 0.0], abs=1e-6)
+
+
+def test_float_activations_keep_small_values_beside_large_ones() -> None:
+    x_TI = torch.tensor([[448.0, 1.0, 0.3], [0.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    rounded = round_activations(x_TI, floating=True)
+    assert rounded.dtype == torch.bfloat16
+    assert rounded[0].tolist() == pytest.approx([448.0, 1.0, 0.3], rel=1 / 16)
+    assert rounded[1].tolist() == [0.0, 0.0, 0.0]

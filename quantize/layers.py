@@ -1,0 +1,107 @@
+"""Which linear layers of a checkpoint are quantized, found from tensor names and headers alone.
+
+Called by `planner`. What a layer is for is known for the families of `families`; in other models
+every plain linear layer of a decoder block counts.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+from quantize.checkpoint import Checkpoint
+from quantize.errors import BadInput, Unsupported
+from quantize.estimates import Shapes
+from quantize.families import Family
+
+MULTIPLE = 32
+"""vLLM's kernels want both sizes of a layer to be multiples of it."""
+_IN_BLOCK = re.compile(r"^(?!.*(vision|visual|audio)).*?(^|\.)(layers|h)\.\d+\.")
+_EMBEDDING = re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$")
+_NOT_LINEAR = re.compile(r"embed|norm|head\.weight$|\.(gate|router|shared_expert_gate)\.weight$")
+"""In a block of an unknown model. vLLM never quantizes what chooses the experts."""
+_TRANSPOSED = ("gpt2", "openai-gpt")
+
+
+def number(source: Checkpoint, key: str) -> int:
+    """A whole number of the config, or of its text part; 0 when neither has it."""
+    value = source.config.get(key, (source.config.get("text_config") or {}).get(key))
+    return value if isinstance(value, int) else 0
+
+
+def of_family(source: Checkpoint, family: Family) -> Shapes:
+    """The layers of a known family, once every block of the config is whole."""
+    blocks: dict[str, list[str]] = {}
+    for name in source.names():
+        if name.startswith(family.block_prefix):
+            blocks.setdefault(name.removeprefix(family.block_prefix).split(".")[0], []).append(name)
+    expected = number(source, "num_hidden_layers")
+    if blocks.keys() != {str(index) for index in range(expected)} or not expected:
+        raise BadInput(
+            f"{source.folder}: config.json speaks of {expected} blocks, the weights hold "
+            f"{len(blocks)}; the checkpoint is incomplete."
+        )
+    layers = {}
+    for index in range(expected):
+        prefix = f"{family.block_prefix}{index}."
+        for linear in family.linears:
+            name = f"{prefix}{linear}.weight"
+            if name not in source:
+                raise BadInput(f"{source.folder} has no tensor {name}; it is incomplete.")
+            shape, _ = source.shape_and_dtype(name)
+            if len(shape) != 2:
+                raise BadInput(f"{name} has {len(shape)} dimensions, not 2; the file is broken.")
+            layers[f"{prefix}{linear}"] = (shape[0], shape[1])
+        for name in blocks[str(index)]:
+            shape, _ = source.shape_and_dtype(name)
+            if len(shape) > 1 and name.removesuffix(".weight") not in layers:
+                raise Unsupported(
+                    f"{name} is a weight that this version does not know how to treat."
+                )
+    return layers
+
+
+def of_unknown(source: Checkpoint) -> Shapes:
+    """The linear layers in the blocks of a model of no known family, which may only be rounded.
+    Raises Unsupported where they are not most of the model.
+    """
+    model_type = source.config.get("model_type")
+    if model_type in _TRANSPOSED:
+        raise Unsupported(f"model_type {model_type!r} keeps its weights transposed; not supported.")
+    layers, left_out = {}, {}
+    for name in source.names():
+        shape, _ = source.shape_and_dtype(name)
+        if not _IN_BLOCK.search(name) or len(shape) < 2:
+            continue
+        if len(shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.search(name):
+            layers[name.removesuffix(".weight")] = (shape[0], shape[1])
+        else:
+            left_out[name] = prod(shape)
+    if sum(left_out.values()) >= sum(map(prod, layers.values())):
+        largest = f", such as {max(left_out, key=lambda name: left_out[name])}" if left_out else ""
+        raise Unsupported(
+            f"model_type {model_type!r} is not known, and most of its weights are not plain linear "
+            f"layers in blocks{largest}; this version cannot quantize it."
+        )
+    return layers
+
+
+def check_sizes(layers: Shapes) -> None:
+    """Raises Unsupported for a layer that vLLM's kernels do not take."""
+    for prefix, (outputs, inputs) in layers.items():
+        if outputs % MULTIPLE or inputs % MULTIPLE:
+            raise Unsupported(
+                f"{prefix} is {outputs} x {inputs}; vLLM's kernels need multiples of {MULTIPLE}."
+            )
+
+
+def left_alone(source: Checkpoint, layers: Shapes) -> tuple[str, ...]:
+    """Linear layers that stay as they are: lm_head, tied or not, and what is outside the blocks."""
+    left = {"lm_head"}
+    for name in source.names():
+        prefix = name.removesuffix(".weight")
+        if prefix != name and prefix not in layers and not _EMBEDDING.search(prefix):
+            shape, _ = source.shape_and_dtype(name)
+            if len(shape) == 2:
+                left.add(prefix)
+    return tuple(sorted(left))

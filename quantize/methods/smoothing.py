@@ -1,0 +1,64 @@
+"""Move a factor per channel from what a norm or layer puts out into what the next layers take in:
+the block computes the same, its weights (and activations) are easier to round.
+"""
+
+# Shapes: O = outputs, I = inputs of the layers behind, which are the outputs of the source.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantize.families import Family
+
+
+def weight_of(block: nn.Module, name: str) -> Tensor:
+    """A layer's or norm's weight itself, not a copy."""
+    return block.get_parameter(f"{name}.weight").data
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source and the layers it feeds; group is the name of the first layer of the fused group
+    they are."""
+
+    source: str
+    layers: tuple[str, ...]
+
+    def weights(self, block: nn.Module) -> list[Tensor]:
+        return [weight_of(block, name) for name in self.layers]
+
+
+def pairs(block: nn.Module, family: Family) -> Iterator[Pair]:
+    """The family's pairs that this block's shapes allow: behind grouped-query attention, v has
+    fewer outputs than o has inputs.
+    """
+    for source, layers in family.smoothing:
+        feeding = weight_of(block, source)
+        taking = weight_of(block, layers[0])
+        if feeding.shape[0] == taking.shape[1]:
+            yield Pair(source, layers)
+
+
+def apply(block: nn.Module, family: Family, pair: Pair, scales_I: Tensor) -> None:
+    """Divide what the source puts out by scales_I and multiply it into the layers' inputs."""
+    weight = weight_of(block, pair.source)
+    if weight.ndim == 1:
+        weight.add_(family.norm_offset).div_(scales_I).sub_(family.norm_offset)
+    else:
+        weight.div_(scales_I[:, None])
+    bias = getattr(block.get_submodule(pair.source), "bias", None)
+    if isinstance(bias, Tensor):
+        bias.data.div_(scales_I)
+    for name in pair.layers:
+        weight_of(block, name).mul_(scales_I)
+
+
+def normalized(scales_I: Tensor) -> Tensor:
+    """Scales around 1, none of them zero or endless; ones where they cannot be used."""
+    scales_I = scales_I.clamp_min(1e-4)
+    scales_I = scales_I / (scales_I.max() * scales_I.min()).sqrt()
+    return scales_I if scales_I.isfinite().all() else torch.ones_like(scales_I)

@@ -1,0 +1,133 @@
+"""The load proof with the real engine: what it finds out, how it fails, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from quantize.errors import Unloadable
+from quantize.verify import verify
+from tests.conftest import DEMO
+
+MODEL = DEMO / "model"
+SCALES = [(0.011 + index / 100, 0.021 + index / 100) for index in range(5)]
+
+
+def test_an_int8_checkpoint_loads_and_answers_as_the_original(int8_folder: Path) -> None:
+    lines = (DEMO / "eval" / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": json.loads(line)["prompt"]}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for line in lines[:20]
+    ]
+    steps: list[int] = []
+    found = verify(MODEL, int8_folder, prompts, lambda label, total: steps.append)
+    assert steps == [1, 1]
+    assert found["kernel"].startswith("W8A8 int8 by ")
+    assert found["dtype"] == "bfloat16"
+    # q, k, v are one layer there, gate and up too.
+    assert found["layers"][found["kernel"]] == 5 * 4
+    compared = found["compared"]
+    assert compared["prompts"] == 16
+    assert compared["prompt_tokens"] > 50
+    # Rounding to 8 bits moves log-probabilities by some hundredths; a wrong scale by whole units.
+    assert 0 < compared["logprob_difference_mean"] < 0.1
+    assert compared["answers_until_difference"] > 0.5
+
+
+def with_kv_scales(source: Path, folder: Path) -> Path:
+    """The source with scales for an 8-bit KV cache, each one different."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for index, scales in enumerate(SCALES):
+        for part, scale in zip("kv", scales, strict=True):
+            tensors[f"model.layers.{index}.self_attn.{part}_scale"] = torch.tensor([scale])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {
+        "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_kv_scales_are_read_back_and_a_failing_original_is_noted(
+    int8_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "config.json").write_text('{"model_type": "nothing"}')
+    made = with_kv_scales(int8_folder, tmp_path / "made")
+    found = verify(tmp_path / "original", made)
+    assert found["kv_cache_dtype"].startswith("fp8")
+    assert found["kv_scales"] == {
+        f"model.layers.{index}.self_attn": pytest.approx({"k": k, "v": v})
+        for index, (k, v) in enumerate(SCALES)
+    }
+    assert found["original"].startswith("not compared: vLLM does not run the original")
+    assert "compared" not in found
+
+
+def test_a_checkpoint_that_does_not_load_is_an_error_with_the_cause(
+    int8_folder: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(int8_folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.3.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:, :-32].contiguous()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Unloadable, match=r"not published.*last words: \w+Error: ") as caught:
+        verify(MODEL, broken)
+    assert "640" in str(caught.value) or "608" in str(caught.value)
+
+
+def test_an_engine_that_takes_too_long_is_ended(int8_folder: Path) -> None:
+    with pytest.raises(Unloadable, match="took longer than 2 s"):
+        verify(MODEL, int8_folder, timeout_s=2)
+    assert not psutil.Process().children(recursive=True)
+
+
+RUN = """
+import sys
+from pathlib import Path
+from quantize.verify import verify
+
+verify(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_caller(int8_folder: Path, ending: signal.Signals) -> None:
+    caller = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(MODEL), str(int8_folder)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    deadline_s = time.monotonic() + 120
+    descendants: list[psutil.Process] = []
+    # The child, its engine's process and that one's worker.
+    while len(descendants) < 3:
+        assert caller.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+        descendants = psutil.Process(caller.pid).children(recursive=True)
+    caller.send_signal(ending)
+    caller.wait(60)
+    _, alive = psutil.wait_procs(descendants, timeout=20)
+    assert not alive

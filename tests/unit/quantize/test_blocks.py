@@ -1,0 +1,146 @@
+"""Running a model block by block gives what the whole model gives, for every family."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantize import blocks
+from quantize.blocks import Runner, walk
+from quantize.checkpoint import Checkpoint
+from quantize.families import FAMILIES
+from quantize.grid import Grid, Scheme
+from quantize.methods import gptq
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole models in these tests compute in float32, so the blocks do too."""
+    monkeypatch.setattr(blocks, "fast_products", contextlib.nullcontext)
+
+
+COMMON = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+SPECIAL = {
+    "mistral": {"sliding_window": 16},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 32},
+}
+
+
+def made(model_type: str, folder: Path) -> Path:
+    """A tiny random model, with norms and biases that are not all alike."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**COMMON, **SPECIAL.get(model_type, {})})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            offset = 0.0 if "bias" in name or model_type.startswith("gemma") else 1.0
+            torch.nn.init.normal_(parameter, offset, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def last_hidden(folder: Path, rows: torch.Tensor) -> torch.Tensor:
+    """What the whole model gives its final norm."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: list[torch.Tensor] = []
+    model.get_decoder().norm.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model(rows)
+    return seen[0]
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@torch.inference_mode()
+def test_blocks_one_by_one_equal_the_whole_model(model_type: str, tmp_path: Path) -> None:
+    source = Checkpoint(made(model_type, tmp_path))
+    family = FAMILIES[model_type]
+    rows = torch.randint(3, 128, (10, 48), generator=torch.Generator().manual_seed(1))
+    wanted = last_hidden(tmp_path, rows)
+    runner = Runner(source, family, rows, torch.device("cpu"))
+    for block in walk(source, family):
+        if block.index >= 0:
+            live = runner.enter(block)
+            live.keep_original()
+            runner.leave(live)
+    torch.testing.assert_close(torch.cat(runner.quantized), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(runner.original), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@torch.inference_mode()
+def test_a_smoothed_block_computes_the_same(model_type: str, tmp_path: Path) -> None:
+    """The family's table of what may be rescaled, held against the real modules."""
+    from quantize.methods import smoothing
+
+    source = Checkpoint(made(model_type, tmp_path))
+    family = FAMILIES[model_type]
+    rows = torch.randint(3, 128, (4, 48), generator=torch.Generator().manual_seed(1))
+    runner = Runner(source, family, rows, torch.device("cpu"))
+    for block in walk(source, family):
+        if block.index < 0:
+            continue
+        live = runner.enter(block)
+        live.keep_original()
+        pairs = list(smoothing.pairs(live.module, family))
+        assert len(pairs) >= 3
+        for pair in pairs:
+            width = smoothing.weight_of(live.module, pair.layers[0]).shape[1]
+            factors = torch.linspace(0.5, 2, width)
+            smoothing.apply(live.module, family, pair, factors)
+        runner.leave(live)
+    torch.testing.assert_close(
+        torch.cat(runner.quantized), torch.cat(runner.original), rtol=1e-3, atol=1e-4
+    )
+
+
+@torch.inference_mode()
+def test_the_correction_brings_later_blocks_nearer(tmp_path: Path) -> None:
+    source = Checkpoint(made("llama", tmp_path))
+    family = FAMILIES["llama"]
+    rows = torch.randint(3, 128, (16, 64), generator=torch.Generator().manual_seed(1))
+    method = gptq.Gptq(Scheme(Grid(3, 32)))
+    wanted = last_hidden(tmp_path, rows)
+    distances = []
+    for drift in (False, True):
+        runner = Runner(source, family, rows, torch.device("cpu"))
+        for block in walk(source, family):
+            if block.index < 0:
+                continue
+            live = runner.enter(block)
+            if drift:
+                live.keep_original()
+            for group in family.fused:
+                seen = live.inputs([group])[group[0]]
+                for name in group:
+                    rounded = method.quantize(live.weight(name), seen, torch.float32)
+                    live.weight(name).copy_(rounded.codes.dequantize())
+            runner.leave(live)
+        distances.append((torch.cat(runner.quantized) - wanted).square().mean().item())
+    assert distances[1] < 0.9 * distances[0]
+
+
+@torch.inference_mode()
+def test_the_range_of_keys_and_values_is_what_attention_is_given(tmp_path: Path) -> None:
+    source = Checkpoint(made("qwen3", tmp_path))
+    family = FAMILIES["qwen3"]
+    rows = torch.randint(3, 128, (4, 48), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    cache = model(rows, use_cache=True).past_key_values
+    runner = Runner(source, family, rows, torch.device("cpu"))
+    for block in walk(source, family):
+        if block.index < 0:
+            continue
+        live = runner.enter(block)
+        key, value = live.key_value_range()
+        layer = cache.layers[block.index]
+        assert key == pytest.approx(layer.keys.abs().max().item(), rel=1e-4)
+        assert value == pytest.approx(layer.values.abs().max().item(), rel=1e-4)
+        runner.leave(live)
