@@ -98,6 +98,11 @@ def serving_notes(targets: tuple[str, ...], scheme: Scheme, host: Host, *, kv: b
             )
         if kv:
             notes.append("this host has no AVX-512: vLLM has no 8-bit KV cache on it")
+    if "cpu" in targets and scheme.grid.floating:
+        notes.append(
+            "on a CPU vLLM computes float8 with torch's reference product, hundreds of times "
+            "slower than INT8: for CPUs use --method int8"
+        )
     if "cuda" in targets:
         if scheme.grid.floating:
             notes.append("on GPUs below compute capability 8.9 it runs as W8A16 (Marlin)")

@@ -3,7 +3,8 @@ what feeds them.
 
 For each pair of a source and the layers behind it, the exponent that loses least on the
 calibration inputs is searched; no scaling is always a candidate, and stays where nothing is better.
-Then each group's range is clipped where that loses less (`search_placement`), and rounded.
+Then the weight is corrected for the errors of the layers before it (correction.py; not part of the
+paper), each group's range is clipped where that loses less (`search_placement`), and rounded.
 Source: AWQ, arXiv:2306.00978. The loss is computed from the mean of x x^T instead of from the
 inputs themselves: for a linear layer both are the same number.
 """
@@ -22,6 +23,7 @@ from quantize.families import Family
 from quantize.grid import Grid, Scheme, round_to_nearest, search_placement
 from quantize.inputs import Inputs
 from quantize.methods import Rounded, smoothing
+from quantize.methods.correction import correct
 
 EXPONENTS = [step / 20 for step in range(1, 21)]
 
@@ -49,11 +51,12 @@ class Awq:
         self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
     ) -> Rounded:
         assert inputs is not None
+        corrected_OI = correct(weight_OI, inputs)
         importance_I = inputs.hessian_II.diagonal()
         placement = search_placement(
-            weight_OI, self.scheme.grid, importance_I, scale_dtype=scale_dtype
+            corrected_OI, self.scheme.grid, importance_I, scale_dtype=scale_dtype
         )
-        return Rounded(placement.round(weight_OI))
+        return Rounded(placement.round(corrected_OI))
 
 
 def search_scales(weights: Sequence[Tensor], inputs: Inputs, grid: Grid) -> Tensor | None:

@@ -4,13 +4,10 @@ Scales are fixed first, from the weight as it was ("static groups"), by a search
 input by its size in the calibration data. Then columns are rounded in the order of falling
 importance ("act-order"), which static groups allow without a g_idx on disk.
 
-Before all that, the weight is moved to where the layer's output is nearest to the original model's,
-given that the layers before it are quantized already: their errors are part of its inputs, and
-what follows from the inputs linearly can be taken back here.
+Before all that, the weight is corrected for the errors of the layers before it (correction.py).
 
-Source: GPTQ, arXiv:2210.17323, algorithm 1; for the correction, the least-squares problem that
-GPTAQ (arXiv:2504.02692) starts from. Checked in the tests against a version that solves the problem
-anew after every column.
+Source: GPTQ, arXiv:2210.17323, algorithm 1. Checked in the tests against a version that solves the
+least-squares problem anew after every column.
 """
 
 # Shapes: O = outputs, I = inputs, G = groups along I, B = columns of a block.
@@ -27,10 +24,10 @@ from quantize.families import Family
 from quantize.grid import Codes, Placement, Scheme, search_placement
 from quantize.inputs import Inputs
 from quantize.methods import Rounded
+from quantize.methods.correction import correct
 
 BLOCK = 128  # columns whose errors are gathered before they are spread over the rest
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean diagonal, until the factorization succeeds
-CORRECTION_DAMPING = 0.003  # of the mean diagonal; 0.0005 to 0.01 give the same within noise
 
 
 @dataclass(frozen=True)
@@ -52,23 +49,6 @@ class Gptq:
             corrected_OI, self.scheme.grid, inputs.hessian_II.diagonal(), scale_dtype=scale_dtype
         )
         return solve(corrected_OI, inputs.hessian_II, placement)
-
-
-def correct(weight_OI: Tensor, inputs: Inputs) -> Tensor:
-    """The weight whose output on the quantized model's inputs is nearest to that of weight_OI on
-    the original's, each added to its own residual; damped towards weight_OI.
-    """
-    if inputs.drift_II is None:
-        return weight_OI
-    wanted_OI = weight_OI.float() @ inputs.drift_II
-    if inputs.residual_OI is not None:
-        wanted_OI = wanted_OI + inputs.residual_OI
-    damped_II = inputs.hessian_II.clone()
-    damped_II.diagonal().add_(CORRECTION_DAMPING * damped_II.diagonal().mean() + 1e-12)
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-    if failed:
-        return weight_OI
-    return weight_OI.float() + torch.cholesky_solve(wanted_OI.T, lower_II).T
 
 
 def solve(weight_OI: Tensor, hessian_II: Tensor, placement: Placement) -> Rounded:

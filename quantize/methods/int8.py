@@ -21,6 +21,7 @@ from quantize.families import Family
 from quantize.grid import Grid, Scheme, place, round_activations, round_to_nearest
 from quantize.inputs import Inputs
 from quantize.methods import Rounded, gptq, smoothing
+from quantize.methods.correction import correct
 
 EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -49,7 +50,7 @@ class Int8:
     ) -> Rounded:
         if inputs is None:
             return Rounded(round_to_nearest(weight_OI, self.scheme.grid, scale_dtype=scale_dtype))
-        corrected_OI = gptq.correct(weight_OI, inputs)
+        corrected_OI = correct(weight_OI, inputs)
         placement = place(corrected_OI, self.scheme.grid, scale_dtype=scale_dtype)
         return gptq.solve(corrected_OI, inputs.hessian_II, placement)
 

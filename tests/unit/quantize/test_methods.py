@@ -12,6 +12,7 @@ from quantize.families import FAMILIES
 from quantize.grid import Grid, Placement, Scheme, place, round_to_nearest, search_placement
 from quantize.inputs import Inputs
 from quantize.methods import awq, gptq, int8, smoothing
+from quantize.methods.correction import correct
 
 GRID = Grid(4)
 SCALES = torch.float32
@@ -180,7 +181,7 @@ def test_the_correction_takes_back_what_follows_linearly_from_the_inputs() -> No
     weight_OI, x = weight(4, 8, 0), weight(400, 8, 1)
     distorted = x @ (torch.eye(8) + 0.3 * weight(8, 8, 2))
     inputs = inputs_of(distorted, x)
-    corrected = gptq.correct(weight_OI, inputs)
+    corrected = correct(weight_OI, inputs)
     before = (x @ weight_OI.T - distorted @ weight_OI.T).square().mean()
     after = (x @ weight_OI.T - distorted @ corrected.T).square().mean()
     assert after < 0.02 * before
