@@ -184,16 +184,18 @@ class LiveBlock:
         for number, more in enumerate(keywords):
             with fast_products():
                 seen, output = _run(self.module, watched, self.runner.original[number], more)
-            self._seen.append(seen)
+            # Half the memory; what is lost is noise against the differences of interest.
+            self._seen.append({name: tensor.bfloat16() for name, tensor in seen.items()})
             self.runner.original[number] = output
 
     @torch.inference_mode()
     def inputs(self, groups: Sequence[tuple[str, ...]]) -> dict[str, Inputs]:
-        """What groups of layers are given by the block as it is now, by the first layer's name;
-        after keep_original also how that differs from what the original gives them.
+        """What groups of layers are given by the block as it is now, by the first layer's name.
+        Before keep_original with their magnitudes, for `prepare`; after it with how they differ
+        from what the original gives them.
         """
-        found = {group[0]: Inputs() for group in groups}
         kept = bool(self._seen)
+        found = {group[0]: Inputs(magnitudes=not kept) for group in groups}
         residual_of = dict(self.runner.family.residuals) if kept else {}
         watched = {*found, *(residual_of[name] for name in found if name in residual_of)}
         last = groups[-1][0]
@@ -357,7 +359,10 @@ def _watch_attention() -> str:
         if seen is not None:
             seen.key = max(seen.key, key.abs().amax().item())
             seen.value = max(seen.value, value.abs().amax().item())
-        return sdpa_attention_forward(module, query, key, value, *args, **more)
+        if torch.get_float32_matmul_precision() == "medium":  # in fast_products
+            query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+        output, weights = sdpa_attention_forward(module, query, key, value, *args, **more)
+        return output.float(), weights
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -21,7 +21,9 @@ class Inputs:
     what the layer's output is added to. The last two are None where they were not asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, magnitudes: bool = True) -> None:
+        """`magnitudes`: also collect absmean_I, absmax_I and the sample."""
+        self._magnitudes = magnitudes
         self.tokens = 0
         self.hessian_II = torch.zeros(())
         self.drift_II: Tensor | None = None
@@ -44,9 +46,11 @@ class Inputs:
         total = self.tokens + len(x_TI)
         old, new = self.tokens / total, 1 / total
         self.hessian_II = self.hessian_II * old + x_TI.T @ x_TI * new
-        magnitudes_TI = x_TI.abs()
-        self.absmean_I = self.absmean_I * old + magnitudes_TI.sum(dim=0) * new
-        self.absmax_I = torch.maximum(self.absmax_I, magnitudes_TI.amax(dim=0))
+        if self._magnitudes:
+            magnitudes_TI = x_TI.abs()
+            self.absmean_I = self.absmean_I * old + magnitudes_TI.sum(dim=0) * new
+            self.absmax_I = torch.maximum(self.absmax_I, magnitudes_TI.amax(dim=0))
+            self._samples.append(x_TI[::16].clone())
         if y_TI is not None:
             difference_TI = y_TI.reshape(x_TI.shape).float() - x_TI
             self.drift_II = (
@@ -57,5 +61,4 @@ class Inputs:
             self.residual_OI = (
                 0 if self.residual_OI is None else self.residual_OI * old
             ) + residual_TO.T @ x_TI * new
-        self._samples.append(x_TI[::16].clone())
         self.tokens = total

@@ -23,6 +23,7 @@ def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "fast_products", contextlib.nullcontext)
 
 
+FAST_PRODUCTS = blocks.fast_products
 COMMON = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0,
@@ -72,6 +73,25 @@ def test_blocks_one_by_one_equal_the_whole_model(model_type: str, tmp_path: Path
             runner.leave(live)
     torch.testing.assert_close(torch.cat(runner.quantized), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(runner.original), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@torch.inference_mode()
+def test_fast_products_are_near(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "fast_products", FAST_PRODUCTS)
+    source = Checkpoint(made(model_type, tmp_path))
+    family = FAMILIES[model_type]
+    rows = torch.randint(3, 128, (10, 48), generator=torch.Generator().manual_seed(1))
+    runner = Runner(source, family, rows, torch.device("cpu"))
+    for block in walk(source, family):
+        if block.index >= 0:
+            live = runner.enter(block)
+            live.keep_original()
+            runner.leave(live)
+    wanted, found = last_hidden(tmp_path, rows), torch.cat(runner.original)
+    assert 0 < (found - wanted).square().mean() < 1e-3 * wanted.square().mean()
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
