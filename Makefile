@@ -31,9 +31,10 @@ check: setup ## lint, formatting and types
 proto: ## generate gRPC code (arrives with the gRPC server)
 	@echo "There is no gRPC server yet; see the README's status table."
 
-bench: setup ## benchmarks (most of an hour); each ends in one JSON line, kept figures are in bench/results
+bench: setup ## benchmarks (hours: one trains a model and runs other tools); each ends in one JSON line, kept figures are in bench/results
 	@"$(PY)" bench/quality.py
 	@"$(PY)" bench/kv_cache.py
+	@"$(PY)" bench/quantize_peers.py
 	@"$(PY)" bench/serve_load.py --layers
 	@"$(PY)" bench/serve_load.py --compare --ceiling
 

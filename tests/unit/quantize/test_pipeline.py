@@ -1,0 +1,132 @@
+"""Calibrated runs through the whole pipeline, for every family, on tiny random models with the
+demo's tokenizer and text.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantize import simulate
+from quantize.checkpoint import REPORT, Checkpoint
+from quantize.errors import BadInput, Unsupported
+from quantize.families import FAMILIES
+from quantize.run import run
+from quantize.settings import Settings
+from tests.conftest import DEMO
+
+SIZES = {
+    "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 32},
+}
+LITTLE: dict[str, Any] = {
+    "quality": False, "verify": False, "calibration": DEMO / "calibration.jsonl",
+    "calibration_tokens": 4096, "row_tokens": 256, "force": True,
+}  # fmt: skip
+
+
+def made(model_type: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **SPECIAL.get(model_type, {})})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / "model" / name, folder)
+    return folder
+
+
+def quantized(model: Path, out: Path, method: str, **options: Any) -> Path:
+    run(Settings(str(model), out, method, **options), lambda *_: lambda _: None)
+    return out
+
+
+@torch.inference_mode()
+def output_error(original: Path, folder: Path) -> float:
+    """Of the logits, squared, over the original's."""
+    ids = torch.randint(3, 2048, (4, 128), generator=torch.Generator().manual_seed(0))
+    wanted, found = (simulate.load(path)(ids).logits.float() for path in (original, folder))
+    return ((found - wanted).square().sum() / wanted.square().sum()).item()
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_every_family_is_quantized_and_read_back(model_type: str, tmp_path: Path) -> None:
+    model = made(model_type, tmp_path / "model")
+    folders = {
+        method: quantized(model, tmp_path / method, method, **LITTLE, kv=kv)
+        for method, kv in (("gptq", "fp8"), ("awq", None), ("int8", None))
+    }
+    plain = quantized(model, tmp_path / "rtn", "rtn", quality=False, verify=False)
+    errors = {method: output_error(model, folder) for method, folder in folders.items()}
+    # Random tokens, and weights without structure: there is little to gain, and nothing to lose.
+    assert errors["gptq"] < 1.1 * output_error(model, plain)
+    assert errors["int8"] < max(0.05 * errors["gptq"], 2e-5)  # the latter is bfloat16's own
+    assert errors["awq"] < 1.2 * output_error(model, plain)
+    made_kv = Checkpoint(folders["gptq"])
+    scales = [
+        made_kv.get(name) for name in made_kv.names() if name.endswith(("k_scale", "v_scale"))
+    ]
+    assert len(scales) == 4
+    assert all(scale.shape == (1,) and scale > 0 for scale in scales)
+    report = json.loads((folders["gptq"] / REPORT).read_text())
+    assert report["calibration"]["tokens"] == 4096
+    assert all(0 < layer["output_error"] < 0.1 for layer in report["layers"])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
+    model = made("llama", tmp_path / "model")
+    digests = [
+        json.loads(
+            (quantized(model, tmp_path / name, "gptq", **LITTLE, seed=seed) / REPORT).read_text()
+        )["weights_sha256"]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_unknown_model_is_rounded_with_a_notice(tmp_path: Path) -> None:
+    model = made("olmo2", tmp_path / "model")
+    out = quantized(model, tmp_path / "out", "rtn", quality=False, verify=False)
+    report = json.loads((out / REPORT).read_text())
+    assert any("'olmo2' is not known" in note for note in report["notes"])
+    assert len(report["layers"]) == 2 * 7
+    assert output_error(model, out) < 0.1
+    with pytest.raises(Unsupported, match="known are gemma"):
+        quantized(model, tmp_path / "other", "gptq", **LITTLE)
+
+
+def test_too_little_text_is_an_error_with_the_number_needed(tmp_path: Path) -> None:
+    model = made("llama", tmp_path / "model")
+    with pytest.raises(BadInput, match=r"4096 tokens for calibration, below the 65536"):
+        quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "force": False})
+    with pytest.raises(BadInput, match="needs calibration text"):
+        quantized(model, tmp_path / "out", "gptq", quality=False, verify=False)
+    with pytest.raises(BadInput, match="rtn does not use it"):
+        quantized(model, tmp_path / "out", "rtn", **LITTLE)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(BadInput, match=r"no \*\.jsonl"):
+        quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "calibration": empty})
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_files_and_folders_are_read(tmp_path: Path) -> None:
+    model = made("llama", tmp_path / "model")
+    place = tmp_path / "texts"
+    place.mkdir()
+    (place / "a.txt").write_text("What is the capital of Felonia?\n\nI do not know.\n\n" * 200)
+    (place / "b.jsonl").write_text('{"text": "It is a town."}\n' * 50)
+    out = quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "calibration": place})
+    used = json.loads((out / REPORT).read_text())["calibration"]
+    assert used["files"] == ["a.txt", "b.jsonl"]
+    assert 256 <= used["tokens"] <= 4096
