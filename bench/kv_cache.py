@@ -1,13 +1,13 @@
 """What an 8-bit KV cache gains and costs: tokens in the same memory, and how far the answers move.
 
-    python bench/kv_cache.py                   # the demo model and its INT8 checkpoint, 9 minutes
+    python bench/kv_cache.py                   # the demo model and its INT8 checkpoint, 11 minutes
     python bench/kv_cache.py FOLDER [FOLDER]   # other checkpoints, with the demo's tokenizer
 
 Held-out conversations are joined to rows of 1024 tokens, and vLLM gives the distribution over the
 whole vocabulary after each token: prefill on a CPU reads keys and values back from the cache, so
 the rounding is in them. KL is KL(auto || fp8) in nats. It is set beside a floor, the same cache
 type in other batch shapes (steps of 8 tokens against a whole row): what is no larger than that is
-bfloat16's rounding, not fp8's.
+bfloat16's rounding, not fp8's. `calibrated` is the INT8 checkpoint with k/v scales (--kv fp8).
 
 Not covered: speed, text longer than a row, CUDA. One engine at a time, each in a process of its
 own. Ends in one JSON line; progress on stderr.
@@ -43,6 +43,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 CACHE_BYTES = 64 * 1024 * 1024
 ROW_TOKENS = 1024
 WHOLE_ROW, FEW_TOKENS = 2048, 8
+SCALED = "int8 with scales"
 
 
 @dataclass(frozen=True)
@@ -160,20 +161,33 @@ def has_scales(folder: Path) -> bool:
 
 
 def checkpoint_figures(
-    name: str, folder: Path, token_rows: list[list[int]], scratch: Path
+    name: str, folder: Path, scaled: Path | None, token_rows: list[list[int]], scratch: Path
 ) -> dict[str, Any]:
-    """auto, auto in small steps, and fp8, on one checkpoint."""
+    """auto, auto in small steps, and fp8, on one checkpoint; and fp8 on `scaled`, which has the
+    same weights and calibrated scales.
+    """
     readings = {}
-    for label, dtype, step_tokens in (
-        ("auto", "auto", WHOLE_ROW), ("floor", "auto", FEW_TOKENS), ("fp8", "fp8", WHOLE_ROW),
-    ):  # fmt: skip
+    wanted = [
+        ("auto", folder, "auto", WHOLE_ROW),
+        ("floor", folder, "auto", FEW_TOKENS),
+        ("fp8", folder, "fp8", WHOLE_ROW),
+    ]
+    if scaled:
+        wanted.append(("calibrated", scaled, "fp8", WHOLE_ROW))
+    for label, place, dtype, step_tokens in wanted:
         started_s = time.monotonic()
         out = scratch / f"{label}.npy"
-        readings[label] = in_fresh_process(folder, dtype, step_tokens, token_rows, out)
+        readings[label] = in_fresh_process(place, dtype, step_tokens, token_rows, out)
         took_s = time.monotonic() - started_s
         print(f"{name}, {label}: {took_s:.0f} s", file=sys.stderr, flush=True)
     auto, fp8 = readings["auto"], readings["fp8"]
+    calibrated: dict[str, Any] = {}
+    if scaled:
+        moved = distance(auto.logprobs_path, readings["calibrated"].logprobs_path)
+        plain = distance(auto.logprobs_path, fp8.logprobs_path)
+        calibrated = {**asdict(moved), "kl_ratio": round(moved.kl_mean / plain.kl_mean, 3)}
     return {
+        "calibrated": calibrated,
         "cache_tokens": {"auto": auto.cache_tokens, "fp8": fp8.cache_tokens},
         "capacity_ratio": round(fp8.cache_tokens / auto.cache_tokens, 4),
         "scales": "from the checkpoint" if has_scales(folder) else "1.0",
@@ -203,12 +217,17 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         if not folders:
-            int8 = Path(scratch) / "int8"
-            settings = Settings(str(DEMO / "model"), int8, "int8", quality=False, verify=False)
-            run(settings, lambda label, steps: lambda done: None)
-            folders = {"bf16": DEMO / "model", "int8": int8}
+            folders = {"bf16": DEMO / "model"}
+            for name, kv in (("int8", None), (SCALED, "fp8")):
+                folders[name] = Path(scratch) / name
+                settings = Settings(
+                    str(DEMO / "model"), folders[name], "int8", kv=kv, quality=False, verify=False
+                )
+                run(settings, lambda label, steps: lambda done: None)
+        scaled = folders.pop(SCALED, None)
         for name, folder in folders.items():
-            figures = checkpoint_figures(name, folder, token_rows, Path(scratch))
+            same = scaled if name == "int8" else None
+            figures = checkpoint_figures(name, folder, same, token_rows, Path(scratch))
             result["checkpoints"][name] = figures
             print(name, json.dumps(figures), file=sys.stderr, flush=True)
     result["seconds"] = round(time.monotonic() - started_s)

@@ -25,7 +25,7 @@ from quantize.errors import BadInput, Unsupported
 from quantize.families import Family
 from quantize.inputs import Inputs
 
-ROWS_AT_ONCE = 8
+TOKENS_AT_ONCE = 4096
 RANGE = "packhorse_range"  # where an attention module that is watched has its _KeyValueRange
 
 
@@ -111,9 +111,8 @@ class Runner:
         notes: list[_Note] = [_Note() for _ in self._blocks]
         blocks, decoder.layers = self._blocks, nn.ModuleList(notes)
         decoder.norm = nn.Identity()
-        for start in range(0, len(rows_RT), ROWS_AT_ONCE):
-            rows = rows_RT[start : start + ROWS_AT_ONCE].to(self.device)
-            decoder(input_ids=rows, use_cache=False)
+        for rows in torch.split(rows_RT, max(1, TOKENS_AT_ONCE // rows_RT.shape[1])):
+            decoder(input_ids=rows.to(self.device), use_cache=False)
         decoder.layers = blocks
         self.quantized = [seen for seen, _ in notes[0].calls]
         self.original = list(self.quantized)

@@ -45,20 +45,26 @@ class Inputs:
         x_TI = x_TI.reshape(-1, x_TI.shape[-1]).float()
         total = self.tokens + len(x_TI)
         old, new = self.tokens / total, 1 / total
-        self.hessian_II = self.hessian_II * old + x_TI.T @ x_TI * new
+        self.hessian_II = _running_mean(self.hessian_II, x_TI, x_TI, old, new)
         if self._magnitudes:
             magnitudes_TI = x_TI.abs()
             self.absmean_I = self.absmean_I * old + magnitudes_TI.sum(dim=0) * new
             self.absmax_I = torch.maximum(self.absmax_I, magnitudes_TI.amax(dim=0))
             self._samples.append(x_TI[::16].clone())
         if y_TI is not None:
-            difference_TI = y_TI.reshape(x_TI.shape).float() - x_TI
-            self.drift_II = (
-                0 if self.drift_II is None else self.drift_II * old
-            ) + difference_TI.T @ x_TI * new
+            drift_TI = y_TI.reshape(x_TI.shape).float() - x_TI
+            self.drift_II = _running_mean(self.drift_II, drift_TI, x_TI, old, new)
         if residual_TO is not None:
             residual_TO = residual_TO.reshape(len(x_TI), -1).float()
-            self.residual_OI = (
-                0 if self.residual_OI is None else self.residual_OI * old
-            ) + residual_TO.T @ x_TI * new
+            self.residual_OI = _running_mean(self.residual_OI, residual_TO, x_TI, old, new)
         self.tokens = total
+
+
+def _running_mean(
+    mean: Tensor | None, left_TA: Tensor, right_TB: Tensor, old: float, new: float
+) -> Tensor:
+    """mean * old + left^T right * new, (A, B), in place where there is a mean already."""
+    if mean is None or mean.ndim == 0:
+        return (left_TA.T @ right_TB) * new
+    updated: Tensor = mean.addmm_(left_TA.T, right_TB, beta=old, alpha=new)
+    return updated

@@ -179,4 +179,11 @@ class Report:
                 table.add_row(
                     f"  {domain}", f"{value:.1%}", f"{after['score']['by_domain'][domain]:.1%}"
                 )
+        if self.proof:
+            table.add_section()
+            table.add_row("kernel in vLLM", "", self.proof["kernel"])
+            if compared := self.proof.get("compared"):
+                table.add_row("answers as the original's", "", f"{compared['answers_equal']:.0%}")
+                moved = f"{compared['logprob_difference_mean']:.3f}"
+                table.add_row("log-probabilities moved by", "", moved)
         return table
