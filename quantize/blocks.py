@@ -9,6 +9,7 @@ quantized.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ def walk(checkpoint: Checkpoint, family: Family) -> Iterator[Block]:
         index: [] for index in range(-1, count_blocks(checkpoint, family))
     }
     for name in checkpoint.names():
-        names[_index_of(name, family)].append(name)
+        if not name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; it is computed now
+            names[_index_of(name, family)].append(name)
     for index, members in names.items():
         prefix = f"{family.block_prefix}{index}." if index >= 0 else ""
         yield Block(index, prefix, {name: checkpoint.get(name) for name in members})
@@ -73,7 +75,7 @@ class Runner:
         self.family = family
         self.device = device
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        config._attn_implementation = _watch_attention()
+        config._attn_implementation = _watch_attention(config)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         decoder = skeleton.get_decoder()
@@ -122,12 +124,12 @@ class Runner:
         """The block with its weights, in float32 on the device."""
         module = self._blocks[block.index].to_empty(device=self.device)
         weights = {name.removeprefix(block.prefix): t.float() for name, t in block.tensors.items()}
-        # Older checkpoints carry what transformers now computes.
-        weights = {n: t for n, t in weights.items() if not n.endswith("rotary_emb.inv_freq")}
         try:
             module.load_state_dict(weights)
         except RuntimeError as error:
             raise BadInput(f"Block {block.index} is not as the config says: {error}") from error
+        if next(module.buffers(), None) is not None:
+            raise Unsupported(f"Block {block.index} has buffers, which are not in the checkpoint.")
         module.eval().requires_grad_(requires_grad=False)
         return LiveBlock(self, block.index, module)
 
@@ -145,6 +147,7 @@ class Runner:
             self.quantized[number] = output
         self._blocks[live.index] = nn.Identity()
         self._keywords[live.index] = []
+        live.free()
 
     def keywords(self, index: int) -> list[dict[str, Any]]:
         return self._keywords[index]
@@ -213,6 +216,11 @@ class LiveBlock:
         if reached:
             self._reached[last] = reached
         return found
+
+    def free(self) -> None:
+        """Let go of the weights and of all that was kept."""
+        self.module = nn.Identity()
+        self._seen, self._reached = [], {}
 
     def output(self, number: int) -> Tensor:
         """What the block as it is now puts out for a batch."""
@@ -347,9 +355,12 @@ class _KeyValueRange:
     value: float = 0.0
 
 
-def _watch_attention() -> str:
-    """The name of an attention that notes the range of keys and values where it is asked to."""
-    name = "packhorse_sdpa"
+def _watch_attention(config: Any) -> str:
+    """The name of an attention that notes the range of keys and values where it is asked to: like
+    sdpa, or where scores are capped (Gemma 2), which sdpa does not know, like the model's own.
+    """
+    kind = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    name = f"packhorse_{kind}"
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
@@ -358,11 +369,14 @@ def _watch_attention() -> str:
         if seen is not None:
             seen.key = max(seen.key, key.abs().amax().item())
             seen.value = max(seen.value, value.abs().amax().item())
+        if kind == "eager":
+            own: Any = sys.modules[type(module).__module__]
+            return own.eager_attention_forward(module, query, key, value, *args, **more)
         if torch.get_float32_matmul_precision() == "medium":  # in fast_products
             query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         output, weights = sdpa_attention_forward(module, query, key, value, *args, **more)
         return output.float(), weights
 
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kind])
     return name

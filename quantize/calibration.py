@@ -7,6 +7,7 @@ end into rows of one length: no padding, no half-used row.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantize.checkpoint import sha256_of
 from quantize.errors import BadInput
-from quantize.evaluate import read_texts
+from quantize.evaluate import read_texts, read_utf8
 
 ENOUGH_TOKENS = 64 * 1024  # below this the statistics of a layer are noise
 
@@ -60,13 +61,18 @@ def read(
     texts: list[list[int]] = []
     for path in files:
         if path.suffix == ".txt":
-            paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+            paragraphs = read_utf8(path).split("\n\n")
             texts += [list(tokenizer.encode(part)) for part in paragraphs if part.strip()]
         else:
             texts += read_texts(path, tokenizer)
     random.Random(seed).shuffle(texts)
-    stream = [token for text in texts for token in text][:max_tokens]
+    stream = list(itertools.islice(itertools.chain.from_iterable(texts), max_tokens))
     if len(stream) < ENOUGH_TOKENS and not force:
+        if len(stream) == max_tokens:
+            raise BadInput(
+                f"--calibration-tokens {max_tokens} is below the {ENOUGH_TOKENS} that give a "
+                "stable result; ask for more, or pass --force."
+            )
         raise BadInput(
             f"{place} has {len(stream)} tokens for calibration, below the {ENOUGH_TOKENS} that "
             "give a stable result; add text of the kind the model will see, or pass --force."

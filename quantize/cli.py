@@ -63,7 +63,10 @@ def model(
     ] = None,
     symmetric: Annotated[
         bool | None,
-        typer.Option(help="Whether 4-bit grids are centred on zero. [default: yes, but for awq]"),
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Whether 4-bit grids are centred on zero. [default: yes, but for awq]",
+        ),
     ] = None,
     kv: Annotated[
         str | None,
@@ -91,7 +94,10 @@ def model(
         ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 128 * 512,
-    row_tokens: Annotated[int, typer.Option(help="Tokens of it that are seen together.")] = 512,
+    row_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of it that are seen together. [default: 512, or the context]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order in which texts are taken.")] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Go on with too little calibration text.")

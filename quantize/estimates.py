@@ -114,10 +114,13 @@ def peak_memory(
         return fixed + max(stored.values()) + 16 * max(prod(shape) for shape in layers.values())
     outside = numbers.pop("", 0)
     widths = _group_inputs(layers, family)
-    # The block as it was, as it is and on its way; a Hessian for each group; every token's hidden
-    # state in both models.
-    live = 3 * 4 * max(numbers.values()) + 4 * sum(width**2 for width in widths)
-    return fixed + 4 * outside + live + 2 * 4 * tokens * hidden_size
+    # The block as it is and on its way; the solver's copies of the widest group's Hessian; every
+    # token's hidden state in both models.
+    live = 3 * 4 * max(numbers.values()) + 7 * 4 * max(widths) ** 2
+    # What the original's layers are given, in bfloat16, with both norms; and what the last layer of
+    # attention and of the MLP is given by the quantized block.
+    kept = tokens * (2 * (sum(widths) + 2 * hidden_size) + 4 * (widths[1] + widths[-1]))
+    return fixed + 4 * outside + live + kept + 2 * 4 * tokens * hidden_size
 
 
 def _group_inputs(layers: Shapes, family: Family | None) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -57,10 +58,18 @@ class Score:
         }
 
 
+def read_utf8(path: Path) -> str:
+    """Raises BadInput for a file in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: {error}.") from error
+
+
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise BadInput(f"{path}: no such file.")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -101,10 +110,8 @@ def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]
     texts: list[list[int]] = []
     for number, row in _lines(path):
         if "messages" in row:
-            ids = tokenizer.apply_chat_template(
-                row["messages"], tools=row.get("tools"), return_dict=False
-            )
-            texts.append(list(ids))
+            where = f"{path}, line {number}"
+            texts.append(_rendered(tokenizer, row["messages"], row.get("tools"), where))
         elif isinstance(row.get("text"), str):
             texts.append(list(tokenizer.encode(row["text"])))
         else:
@@ -121,12 +128,33 @@ def visible(text: str) -> str:
 
 def prompt_of(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the question, up to where the answer begins."""
-    ids = tokenizer.apply_chat_template(
-        question.messages,
-        tools=question.tools or None,
-        add_generation_prompt=True,
-        return_dict=False,
+    where = f"the question {question.messages[-1]['content'][:40]!r}"
+    return _rendered(
+        tokenizer, question.messages, question.tools or None, where, add_generation_prompt=True
     )
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    where: str,
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    """Token ids by the chat template. Raises BadInput, naming `where`, when it refuses."""
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+        )
+    except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
+        raise BadInput(
+            f"{where}: the model's chat template does not take it ({error}); change the messages, "
+            'or give plain {"text": ...} for calibration and perplexity.'
+        ) from error
     return list(ids)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantize.errors import Unsupported
-
 
 @dataclass(frozen=True)
 class Family:
@@ -82,12 +80,3 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
 }
-
-
-def family_of(model_type: str) -> Family:
-    """Raises Unsupported with the known families."""
-    if model_type not in FAMILIES:
-        raise Unsupported(
-            f"model_type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}."
-        )
-    return FAMILIES[model_type]

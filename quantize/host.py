@@ -86,6 +86,22 @@ def _on_cuda(scheme: Scheme) -> str:
     return "Machete (cc 9.0) or Marlin (cc >= 7.5)"
 
 
+def unprovable(scheme: Scheme, host: Host, *, kv: bool) -> str | None:
+    """Why vLLM cannot load the result on this host to prove it, though it may elsewhere; None where
+    it can.
+    """
+    if host.cuda_capability is not None:
+        needed = MARLIN if not kv else FP8_UNITS
+        return None if host.cuda_capability >= needed else "this host's GPU is too old for it"
+    if scheme.grid.floating:
+        return "vLLM's float8 product on a CPU would take hours; verify on a GPU"
+    if scheme.activation_bits == 16 and scheme.grid.bits == 8:
+        return "this host has no GPU, and vLLM's CPU build no 8-bit weight-only kernel"
+    if host.machine == "x86_64" and not host.avx512 and (scheme.activation_bits == 16 or kv):
+        return "this host has no AVX-512"
+    return None
+
+
 def serving_notes(targets: tuple[str, ...], scheme: Scheme, host: Host, *, kv: bool) -> list[str]:
     """What to know before the result is served, here or on a target."""
     notes = []

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
-
-from rich.table import Table
 
 from quantize import estimates
 from quantize import layers as found
@@ -20,11 +17,13 @@ from quantize.errors import BadInput, Unsupported
 from quantize.families import FAMILIES, Family
 from quantize.formats import FORMATS
 from quantize.grid import Grid, Scheme
-from quantize.host import Host, kernel, serving_notes, this_host
+from quantize.host import Host, kernel, serving_notes, this_host, unprovable
+from quantize.plan import Plan
 from quantize.settings import CHANNEL, Settings
 
 GROUP_SIZES = (128, 64, 32)
 TARGETS = ("cpu", "cuda")
+ROW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -56,97 +55,6 @@ _RULES = {
     "rtn": _Rule((4, 8), (True, False)),
 }
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One run, decided. Sizes are in bytes; `peak_memory_bytes` and `seconds` are estimates, of
-    quantizing alone: measuring quality and loading the result in the engine come on top.
-    """
-
-    method: str
-    scheme: Scheme
-    format: str
-    group_size: int
-    """Really used; CHANNEL for one scale an output."""
-    kv: bool
-    """Whether scales of an 8-bit KV cache are calibrated and written."""
-    calibrated: bool
-    """Whether calibration text is run through the model where there is any; the estimates assume
-    that there is."""
-    needs_text: bool
-    """Whether a run without calibration text must be refused."""
-    convert_to: str | None
-    """The dtype that tensors outside the quantized layers get; None: they stay as they are."""
-    linears: tuple[str, ...]
-    """Prefixes of the layers that are quantized."""
-    ignored: tuple[str, ...]
-    """Prefixes of linear layers that stay as they are."""
-    bytes_before: int
-    bytes_after: int
-    peak_memory_bytes: int
-    seconds: float
-    flops_per_s: float
-    """What `seconds` assumes."""
-    tensor_parallel: tuple[int, ...]
-    """Sizes that work, of 1, 2, 4 and 8."""
-    kernels: dict[str, str]
-    """What vLLM runs the layers with, by target."""
-    notes: list[str]
-    """Departures from what was asked, and what to know before serving."""
-
-    def as_json(self) -> dict[str, Any]:
-        grid = self.scheme.grid
-        return {
-            "method": self.method,
-            "scheme": str(self.scheme),
-            "format": self.format,
-            "bits": grid.bits,
-            "group_size": self.group_size,
-            "symmetric": grid.symmetric,
-            "kv_scales": self.kv,
-            "calibrated": self.calibrated,
-            "converted_to": self.convert_to,
-            "quantized_layers": len(self.linears),
-            "ignored": list(self.ignored),
-            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
-            "estimates": {
-                "peak_memory_bytes": self.peak_memory_bytes,
-                "seconds": round(self.seconds, 1),
-                "at_flops_per_s": round(self.flops_per_s),
-            },
-            "tensor_parallel": list(self.tensor_parallel),
-            "kernels": self.kernels,
-            "notes": self.notes,
-        }
-
-    def as_table(self) -> Table:
-        """For people; notes below the figures."""
-        grid = self.scheme.grid
-        group = "one scale an output" if self.group_size == CHANNEL else f"groups {self.group_size}"
-        table = Table(title="Plan", title_justify="left", show_header=False)
-        table.add_column("")
-        table.add_column("")
-        table.add_row("method", self.method)
-        sign = "symmetric" if grid.symmetric else "asymmetric"
-        table.add_row("scheme", f"{self.scheme}, {group}, {sign}")
-        table.add_row("format", self.format)
-        table.add_row("KV cache", "fp8, calibrated scales" if self.kv else "as served")
-        table.add_row("layers", f"{len(self.linears)} quantized, {len(self.ignored)} left alone")
-        ratio = self.bytes_after / self.bytes_before
-        sizes = f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
-        table.add_row("size", f"{sizes} ({ratio:.0%})")
-        table.add_row("memory (estimate)", f"{self.peak_memory_bytes / 1e9:.1f} GB")
-        speed = f"at {self.flops_per_s / 1e9:.0f} GFLOP/s, measured here"
-        table.add_row(
-            "time (estimate)", f"{self.seconds:.0f} s {speed}; quality and proof excluded"
-        )
-        table.add_row("tensor parallel", ", ".join(map(str, self.tensor_parallel)))
-        for target, name in self.kernels.items():
-            table.add_row(f"kernel on {target}", name)
-        for note in self.notes:
-            table.add_row("note", note)
-        return table
 
 
 def plan(
@@ -185,6 +93,7 @@ def plan(
     if _is_tied(source):
         notes.append("lm_head shares the embeddings' weights and stays as it is")
     calibrated = rule.calibrated or kv
+    row_tokens = _row_tokens(settings, source) if calibrated else 0
     tokens = settings.calibration_tokens if calibrated else 0
     blocks = len({estimates.block_of(prefix) for prefix in layers})
     bytes_after = estimates.bytes_after(
@@ -203,6 +112,7 @@ def plan(
         kv=kv,
         calibrated=calibrated,
         needs_text=rule.needs_text or kv,
+        row_tokens=row_tokens,
         convert_to=convert_to,
         linears=tuple(layers),
         ignored=found.left_alone(source, layers),
@@ -227,6 +137,7 @@ def plan(
         flops_per_s=host.flops_per_s,
         tensor_parallel=_tensor_parallel(source, layers, scheme, family) if family else (1,),
         kernels={target: kernel(target, scheme, dtype, host) for target in settings.targets},
+        unprovable=unprovable(scheme, host, kv=kv),
         notes=notes,
     )
 
@@ -283,6 +194,20 @@ def _choose(settings: Settings) -> tuple[_Rule, Grid, str]:
             f"inputs no scales then: name 32, 64 or 128, or use --format {FORMATS[0]}."
         )
     return rule, Grid(bits, None, symmetric, rule.floating), layout
+
+
+def _row_tokens(settings: Settings, source: Checkpoint) -> int:
+    """Tokens of a calibration row: as asked for, else 512 or what the model is made for."""
+    longest = found.number(source, "max_position_embeddings") or ROW_TOKENS
+    wanted = min(ROW_TOKENS, longest) if settings.row_tokens is None else settings.row_tokens
+    if not 1 <= wanted <= longest:
+        raise BadInput(f"--row-tokens {wanted}: give 1 to {longest}, which the model is made for.")
+    if settings.calibration_tokens < wanted:
+        raise BadInput(
+            f"--calibration-tokens {settings.calibration_tokens} is not one row of {wanted}; "
+            "ask for more, or for shorter --row-tokens."
+        )
+    return wanted
 
 
 def _check_targets(settings: Settings, grid: Grid, *, weight_only: bool) -> None:

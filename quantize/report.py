@@ -75,7 +75,8 @@ def measure(folder: Path, yardstick: Yardstick, stage: str, progress: Progress) 
 @dataclass(frozen=True)
 class Layer:
     """One quantized linear layer. relative_error is of its weights, squared; output_error of what
-    it puts out on the calibration rows, where there were any.
+    it puts out on the calibration rows, where there were any. Both count what the weight was
+    corrected by (methods/correction.py), which serves the model and not the layer.
     """
 
     name: str
@@ -121,6 +122,8 @@ class Report:
     calibration: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
     layers: list[Layer] = field(default_factory=list)
+    unscaled: list[str] = field(default_factory=list)
+    """Layers for which a search of scales found nothing better than leaving them."""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -143,6 +146,7 @@ class Report:
                 "before": self.quality_before,
                 "after": self.quality_after,
             },
+            "unscaled_layers": self.unscaled,
             "proof": self.proof,
             "layers": [layer.as_json() for layer in self.layers],
             "notes": self.notes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import time
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from quantize.families import Family
 from quantize.formats import Format
 from quantize.grid import FP8_MAX, Codes
 from quantize.methods import Method, Rounded
-from quantize.planner import Plan, plan
+from quantize.plan import Plan
+from quantize.planner import plan
 from quantize.report import Layer, Progress, Report, Yardstick, measure
 from quantize.settings import Settings
 from quantize.verify import verify
 
 PROOF_PROMPTS = 16
+SUSPICIOUS_NATS = 0.5
 KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 
@@ -83,13 +86,19 @@ def run(settings: Settings, progress: Progress) -> Report:
         report.weights_sha256 = sha256_of(made.weight_files())
         report.seconds = time.monotonic() - started_s
         report.quality_after = measure(writer.folder, yardstick, "after", progress)
-        if settings.verify and planned.scheme.grid.floating and not torch.cuda.is_available():
-            report.notes.append(
-                "no load proof: vLLM's float8 product on a CPU takes hours for it; verify on a GPU"
-            )
+        if settings.verify and planned.unprovable:
+            report.notes.append(f"no load proof: {planned.unprovable}")
         elif settings.verify:
+            gc.collect()
+            torch.cuda.empty_cache()  # the engine, in another process, looks for free memory
             prompts = _prompts(source.folder, yardstick, text)
             report.proof = verify(source.folder, writer.folder, prompts, progress)
+            moved = report.proof.get("compared", {}).get("logprob_difference_mean", 0.0)
+            if moved > SUSPICIOUS_NATS:
+                report.notes.append(
+                    f"LOOK AT THIS: in vLLM log-probabilities moved by {moved:.2f} on average, "
+                    f"more than {SUSPICIOUS_NATS}; the result may be of no use"
+                )
         writer.write_json(REPORT, report.as_json())
         writer.publish()
     return report
@@ -157,8 +166,8 @@ def _quantize_block(
 ) -> dict[str, Tensor]:
     """Quantize the live block in place; returns its tensors as they go to disk."""
     if method.calibrated:
-        notes = method.prepare(live.module, family, lambda: live.inputs(family.fused))
-        report.notes += [f"block {block.index}: {note}" for note in notes]
+        left = method.prepare(live.module, family, lambda: live.inputs(family.fused))
+        report.unscaled += [block.prefix + layer for layer in left]
         live.keep_original()
     written: dict[str, Tensor] = {}
     for name, tensor in block.tensors.items():
@@ -213,11 +222,18 @@ def _calibration(
         place,
         tokenizer,
         max_tokens=settings.calibration_tokens,
-        row_tokens=settings.row_tokens,
+        row_tokens=planned.row_tokens,
         seed=settings.seed,
         force=settings.force,
     )
     report.calibration = text.as_json()
+    measured_with = {entry["sha256"] for entry in report.yardstick.values()}
+    seen = {sha256_of([path]): path for path in text.files}
+    if (both := measured_with & seen.keys()) and not settings.force:
+        raise BadInput(
+            f"{seen[both.pop()]} is also what quality is measured with, so the report would "
+            "flatter; calibrate on other text, or pass --force."
+        )
     return text
 
 

@@ -37,8 +37,8 @@ class Settings:
     `../calibration.jsonl` seen from the model folder, if there."""
     calibration_tokens: int = 128 * 512
     """How much of it is used."""
-    row_tokens: int = 512
-    """Tokens that are seen together."""
+    row_tokens: int | None = None
+    """Tokens that are seen together; unset: 512, or the model's context where that is shorter."""
     seed: int = 0
     """Of the order in which calibration texts are taken."""
     force: bool = False

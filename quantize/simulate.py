@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from quantize import formats
 from quantize.checkpoint import Checkpoint
@@ -41,9 +41,16 @@ def load(folder: Path) -> PreTrainedModel:
         if not quantized:
             raise BadInput(f"{folder}: its config says quantized, but no layer is.")
         del config.quantization_config
+    # Other attentions of transformers leave out the cap on scores (Gemma 2).
+    capped = getattr(config, "attn_logit_softcapping", None)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=config.dtype or torch.bfloat16
+        config,
+        dtype=config.dtype or torch.bfloat16,
+        attn_implementation="eager" if capped else None,
     )
+    if (folder / "generation_config.json").is_file():
+        # Where an answer ends may be said there only.
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     packed = set(quantized)
     plain = [
         name for name in names if name.endswith(".bias") or name.rpartition(".")[0] not in packed

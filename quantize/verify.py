@@ -216,10 +216,7 @@ _GENERAL = re.compile("Engine core initialization failed|See root cause above|En
 
 def _last_words(log: str, returncode: int = 0) -> str:
     """The errors in an engine's log, the first of which is the cause; or its last lines."""
-    lines = [
-        re.sub(r"^(\(.*?\)\s*)?(ERROR [\d-]+ [\d:]+ \[.*?\]\s*)?", "", line).strip()
-        for line in log.splitlines()
-    ]
+    lines = [_LOGGED.sub("", line).strip() for line in log.splitlines()]
     errors = [
         line for line in dict.fromkeys(lines) if _ERROR.match(line) and not _GENERAL.search(line)
     ]

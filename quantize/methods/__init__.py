@@ -22,6 +22,10 @@ class Rounded:
     codes: Codes
     note: str | None = None
 
+    def noted(self, note: str | None) -> Rounded:
+        """With one more note."""
+        return Rounded(self.codes, "; ".join(filter(None, (note, self.note))) or None)
+
 
 class Method(Protocol):
     """How the weights of linear layers become codes. Scales are made in `scale_dtype`, in which the
@@ -42,8 +46,9 @@ class Method(Protocol):
         self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
     ) -> list[str]:
         """Move scales between the layers of a block (float32, changed in place) where that makes
-        them easier to round; the block's function stays. Returns notes. `inputs` runs the rows
-        through the block: what each fused group is given, by its first layer's name.
+        them easier to round; the block's function stays. Returns the names of the layers whose
+        inputs were looked at and left as they are. `inputs` runs the rows through the block: what
+        each fused group is given, by its first layer's name.
         """
         ...
 
@@ -58,12 +63,6 @@ def _int8(scheme: Scheme) -> Method:
     from quantize.methods.int8 import Int8
 
     return Int8(scheme)
-
-
-def _fp8(scheme: Scheme) -> Method:
-    from quantize.methods.rtn import RoundToNearest
-
-    return RoundToNearest(scheme)
 
 
 def _rtn(scheme: Scheme) -> Method:
@@ -86,7 +85,7 @@ def _awq(scheme: Scheme) -> Method:
 
 METHODS: dict[str, Callable[[Scheme], Method]] = {
     "awq": _awq,
-    "fp8": _fp8,
+    "fp8": _rtn,
     "gptq": _gptq,
     "int8": _int8,
     "rtn": _rtn,

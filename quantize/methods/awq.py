@@ -36,27 +36,21 @@ class Awq:
     def prepare(
         self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
     ) -> list[str]:
-        seen = inputs()
-        notes = []
-        for pair in smoothing.pairs(block, family):
-            group = next(group[0] for group in family.fused if pair.layers[0] in group)
-            scales_I = search_scales(pair.weights(block), seen[group], self.scheme.grid)
-            if scales_I is None:
-                notes.append(f"{pair.layers[0]}: no scaling is better")
-            else:
-                smoothing.apply(block, family, pair, scales_I)
-        return notes
+        grid = self.scheme.grid
+        return smoothing.search(
+            block, family, inputs(), lambda weights, seen: search_scales(weights, seen, grid)
+        )
 
     def quantize(
         self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
     ) -> Rounded:
         assert inputs is not None
-        corrected_OI = correct(weight_OI, inputs)
+        corrected_OI, note = correct(weight_OI, inputs)
         importance_I = inputs.hessian_II.diagonal()
         placement = search_placement(
             corrected_OI, self.scheme.grid, importance_I, scale_dtype=scale_dtype
         )
-        return Rounded(placement.round(corrected_OI))
+        return Rounded(placement.round(corrected_OI), note)
 
 
 def search_scales(weights: Sequence[Tensor], inputs: Inputs, grid: Grid) -> Tensor | None:

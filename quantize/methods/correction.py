@@ -17,21 +17,29 @@ from torch import Tensor
 
 from quantize.inputs import Inputs
 
-DAMPING = 0.003  # of the mean diagonal; 0.0005 to 0.01 give the same within noise
+# Of the mean diagonal, until the factorization succeeds; 0.0005 to 0.01 give the same within noise.
+DAMPING = (0.003, 0.03, 0.3)
 
 
-def correct(weight_OI: Tensor, inputs: Inputs) -> Tensor:
+def correct(weight_OI: Tensor, inputs: Inputs) -> tuple[Tensor, str | None]:
     """The weight whose output on the quantized model's inputs is nearest to that of weight_OI on
-    the original's, each added to its own residual; damped towards weight_OI.
+    the original's, each added to its own residual; damped towards weight_OI. And a note for the
+    report where that could not be had and weight_OI came back.
     """
     if inputs.drift_II is None:
-        return weight_OI
+        return weight_OI, None
     wanted_OI = weight_OI.float() @ inputs.drift_II
     if inputs.residual_OI is not None:
         wanted_OI = wanted_OI + inputs.residual_OI
-    damped_II = inputs.hessian_II.clone()
-    damped_II.diagonal().add_(DAMPING * damped_II.diagonal().mean() + 1e-12)
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-    if failed:
-        return weight_OI
-    return weight_OI.float() + torch.cholesky_solve(wanted_OI.T, lower_II).T
+    # With few tokens an input, least squares fits noise: about one part in tokens/inputs of it.
+    certain = inputs.tokens / (inputs.tokens + weight_OI.shape[1])
+    for damping in DAMPING:
+        damped_II = inputs.hessian_II.clone()
+        damped_II.diagonal().add_(damping * damped_II.diagonal().mean() + 1e-12)
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if failed or not lower_II.isfinite().all():
+            continue
+        correction_OI = torch.cholesky_solve(wanted_OI.T, lower_II).T
+        if correction_OI.isfinite().all():
+            return weight_OI.float() + certain * correction_OI, None
+    return weight_OI, "not corrected for earlier errors: Hessian not invertible"

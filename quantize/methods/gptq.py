@@ -44,11 +44,11 @@ class Gptq:
         self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
     ) -> Rounded:
         assert inputs is not None
-        corrected_OI = correct(weight_OI, inputs)
+        corrected_OI, note = correct(weight_OI, inputs)
         placement = search_placement(
             corrected_OI, self.scheme.grid, inputs.hessian_II.diagonal(), scale_dtype=scale_dtype
         )
-        return solve(corrected_OI, inputs.hessian_II, placement)
+        return solve(corrected_OI, inputs.hessian_II, placement).noted(note)
 
 
 def solve(weight_OI: Tensor, hessian_II: Tensor, placement: Placement) -> Rounded:

@@ -1,7 +1,8 @@
 """INT8 (W8A8): 8-bit weights with one scale per output, inputs rounded to 8 bits per token while
 serving. The 8-bit layout that vLLM runs on CPU and CUDA alike.
 
-With calibration text: SmoothQuant's exponent is searched for each norm, so that outliers in the
+With calibration text: SmoothQuant's exponent is searched for each pair of a source and the
+layers behind, so that outliers in the
 inputs do not cost the other channels their resolution, and weights are rounded by GPTQ. Without:
 plain rounding.
 Source: SmoothQuant, arXiv:2211.10438.
@@ -34,25 +35,19 @@ class Int8:
     def prepare(
         self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
     ) -> list[str]:
-        seen = inputs()
-        notes = []
-        for pair in smoothing.pairs(block, family):
-            group = next(group[0] for group in family.fused if pair.layers[0] in group)
-            scales_I = search_scales(pair.weights(block), seen[group], self.scheme.grid)
-            if scales_I is None:
-                notes.append(f"{pair.layers[0]}: no smoothing is better")
-            else:
-                smoothing.apply(block, family, pair, scales_I)
-        return notes
+        grid = self.scheme.grid
+        return smoothing.search(
+            block, family, inputs(), lambda weights, seen: search_scales(weights, seen, grid)
+        )
 
     def quantize(
         self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
     ) -> Rounded:
         if inputs is None:
             return Rounded(round_to_nearest(weight_OI, self.scheme.grid, scale_dtype=scale_dtype))
-        corrected_OI = correct(weight_OI, inputs)
+        corrected_OI, note = correct(weight_OI, inputs)
         placement = place(corrected_OI, self.scheme.grid, scale_dtype=scale_dtype)
-        return gptq.solve(corrected_OI, inputs.hessian_II, placement)
+        return gptq.solve(corrected_OI, inputs.hessian_II, placement).noted(note)
 
 
 def search_scales(weights: Sequence[Tensor], inputs: Inputs, grid: Grid) -> Tensor | None:

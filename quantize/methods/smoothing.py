@@ -6,13 +6,14 @@ the block computes the same, its weights (and activations) are easier to round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quantize.families import Family
+from quantize.inputs import Inputs
 
 
 def weight_of(block: nn.Module, name: str) -> Tensor:
@@ -22,8 +23,7 @@ def weight_of(block: nn.Module, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and the layers it feeds; group is the name of the first layer of the fused group
-    they are."""
+    """A source and the layers it feeds."""
 
     source: str
     layers: tuple[str, ...]
@@ -55,6 +55,26 @@ def apply(block: nn.Module, family: Family, pair: Pair, scales_I: Tensor) -> Non
         bias.data.div_(scales_I)
     for name in pair.layers:
         weight_of(block, name).mul_(scales_I)
+
+
+def search(
+    block: nn.Module,
+    family: Family,
+    seen: dict[str, Inputs],
+    best: Callable[[Sequence[Tensor], Inputs], Tensor | None],
+) -> list[str]:
+    """For each pair, apply the scales that `best` finds for the layers' weights and inputs. Returns
+    the names of the layers for which it found none.
+    """
+    left: list[str] = []
+    for pair in pairs(block, family):
+        group = next(group[0] for group in family.fused if pair.layers[0] in group)
+        scales_I = best(pair.weights(block), seen[group])
+        if scales_I is None:
+            left += pair.layers
+        else:
+            apply(block, family, pair, scales_I)
+    return left
 
 
 def normalized(scales_I: Tensor) -> Tensor:

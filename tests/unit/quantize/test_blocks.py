@@ -31,7 +31,11 @@ COMMON = {
 }  # fmt: skip
 SPECIAL = {
     "mistral": {"sliding_window": 16},
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gemma2": {
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 0.5,
+    },
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 32},
 }
 
@@ -51,7 +55,10 @@ def made(model_type: str, folder: Path) -> Path:
 
 def last_hidden(folder: Path, rows: torch.Tensor) -> torch.Tensor:
     """What the whole model gives its final norm."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    capped = "gemma2" in (folder / "config.json").read_text()  # sdpa would leave the cap out
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa"
+    ).eval()
     seen: list[torch.Tensor] = []
     model.get_decoder().norm.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     model(rows)

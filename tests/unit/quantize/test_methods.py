@@ -181,10 +181,20 @@ def test_the_correction_takes_back_what_follows_linearly_from_the_inputs() -> No
     weight_OI, x = weight(4, 8, 0), weight(400, 8, 1)
     distorted = x @ (torch.eye(8) + 0.3 * weight(8, 8, 2))
     inputs = inputs_of(distorted, x)
-    corrected = correct(weight_OI, inputs)
+    corrected, note = correct(weight_OI, inputs)
+    assert note is None
     before = (x @ weight_OI.T - distorted @ weight_OI.T).square().mean()
     after = (x @ weight_OI.T - distorted @ corrected.T).square().mean()
     assert after < 0.02 * before
+
+
+def test_a_correction_that_cannot_be_had_is_noted() -> None:
+    weight_OI, x = weight(4, 8, 0), weight(400, 8, 1)
+    inputs = inputs_of(x, x + 1)
+    inputs.hessian_II.fill_(torch.nan)
+    same, note = correct(weight_OI, inputs)
+    assert same is weight_OI
+    assert note == "not corrected for earlier errors: Hessian not invertible"
 
 
 def tiny_block() -> nn.Module:

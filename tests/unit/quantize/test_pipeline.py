@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize import simulate
@@ -83,6 +84,15 @@ def test_every_family_is_quantized_and_read_back(model_type: str, tmp_path: Path
     assert all(0 < layer["output_error"] < 0.1 for layer in report["layers"])
 
 
+def test_what_old_checkpoints_carry_is_left_out(tmp_path: Path) -> None:
+    model = made("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    out = quantized(model, tmp_path / "out", "gptq", **LITTLE)
+    assert not [name for name in Checkpoint(out).names() if "inv_freq" in name]
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
     model = made("llama", tmp_path / "model")
     digests = [
@@ -107,8 +117,21 @@ def test_an_unknown_model_is_rounded_with_a_notice(tmp_path: Path) -> None:
 
 def test_too_little_text_is_an_error_with_the_number_needed(tmp_path: Path) -> None:
     model = made("llama", tmp_path / "model")
-    with pytest.raises(BadInput, match=r"4096 tokens for calibration, below the 65536"):
-        quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "force": False})
+    strict = {**LITTLE, "force": False}
+    with pytest.raises(BadInput, match=r"--calibration-tokens 4096 is below the 65536"):
+        quantized(model, tmp_path / "out", "gptq", **strict)
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "What is the capital of Felonia?"}\n' * 9)
+    with pytest.raises(
+        BadInput, match=r"few.jsonl has \d+ tokens for calibration, below the 65536"
+    ):
+        quantized(model, tmp_path / "out", "gptq", **{**strict, "calibration": few})
+    same: dict[str, Any] = {"quality": True, "text_file": LITTLE["calibration"]}
+    enough: dict[str, Any] = {**strict, "calibration_tokens": 65536}
+    with pytest.raises(BadInput, match="also what quality is measured with"):
+        quantized(model, tmp_path / "out", "gptq", **{**enough, **same})
+    with pytest.raises(BadInput, match=r"--row-tokens 600: give 1 to 512"):
+        quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "row_tokens": 600})
     with pytest.raises(BadInput, match="needs calibration text"):
         quantized(model, tmp_path / "out", "gptq", quality=False, verify=False)
     with pytest.raises(BadInput, match="rtn does not use it"):
@@ -117,6 +140,10 @@ def test_too_little_text_is_an_error_with_the_number_needed(tmp_path: Path) -> N
     empty.mkdir()
     with pytest.raises(BadInput, match=r"no \*\.jsonl"):
         quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "calibration": empty})
+    few.write_text('{"messages": [{"role": "user", "content": "What?"}]}\n')
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(BadInput, match=r"few.jsonl, line 1: the model's chat template"):
+        quantized(model, tmp_path / "out", "gptq", **{**strict, "calibration": few})
     assert not (tmp_path / "out").exists()
 
 
