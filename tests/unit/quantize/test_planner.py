@@ -19,7 +19,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput, QuantizeError, Unsupported
 from quantize.families import FAMILIES
 from quantize.grid import round_to_nearest
-from quantize.host import Host, this_host
+from quantize.host import Host
 from quantize.planner import Plan, plan
 from quantize.settings import CHANNEL, Settings
 
@@ -287,9 +287,7 @@ def test_a_large_model(tmp_path: Path) -> None:
     assert made.bytes_after == pytest.approx(5.70e9, rel=0.02)
     assert made.tensor_parallel == (1, 2, 4, 8)
     # Embeddings and head 4.2, a block three times 2.6, the solver's copies of a Hessian of 14336
-    # inputs 5.8, hidden states 2.1, what the original's layers are given 4.6 and the quantized
-    # block's last layers 4.8, what waits to be written 4.3, the interpreter 0.4 GB: less what of
-    # these is counted in GiB.
+    # inputs 5.8, hidden states 2.1, what layers are given 9.4, what waits to be written 4.3.
     assert made.peak_memory_bytes == pytest.approx(28.8e9, rel=0.02)
     assert 3600 < made.seconds < 100 * 3600  # at 0.1 TFLOP/s
     plain = planned(source, "rtn")
@@ -332,8 +330,7 @@ def test_kernels_and_what_this_host_cannot_serve(tmp_path: Path) -> None:
     assert not planned(source, "rtn", AVX2, targets=("cuda",)).notes
     assert not planned(source, "int8", AVX2).notes
     slow, units = planned(source, "fp8").notes
-    assert "slower than INT8" in slow
-    assert "below compute capability 8.9" in units
+    assert ("slower than INT8" in slow, "below compute capability 8.9" in units) == (True, True)
     assert planned(source, "fp8", targets=("cpu",)).notes == [slow]
     assert planned(source, "fp8", targets=("cuda",)).notes == [units]
     assert "verify on a GPU" in str(planned(source, "fp8").unprovable)
@@ -399,9 +396,5 @@ def test_a_plan_can_be_shown_and_kept(tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=120, record=True)
     console.print(made.as_table())
     text = console.export_text()
-    for part in ("W4A16, groups 64, symmetric", "estimate", "kernel on cuda", "instead of 128"):
-        assert part in text
-
-
-def test_this_host_is_measured() -> None:
-    assert this_host().flops_per_s > 1e8
+    parts = ("W4A16, groups 64, symmetric", "estimate", "kernel on cuda", "instead of 128")
+    assert all(part in text for part in parts)
