@@ -98,9 +98,10 @@ def test_a_checkpoint_that_does_not_load_is_an_error_with_the_cause(
 
 
 def test_an_engine_that_takes_too_long_is_ended(int8_folder: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))  # servers of other tests
     with pytest.raises(Unloadable, match="took longer than 2 s"):
         verify(MODEL, int8_folder, timeout_s=2)
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 RUN = """
