@@ -52,6 +52,7 @@ def run(settings: Settings, progress: Progress) -> Report:
     source, family, planned = decide(settings)
     method = methods.make(planned.method, planned.scheme)
     layout = formats.make(planned.format, planned.scheme)
+    config = layout.config(ignore=planned.ignored, kv_scales=planned.kv)
     yardstick = _yardstick(source.folder, settings)
     report = Report(
         source=settings.model,
@@ -76,7 +77,6 @@ def run(settings: Settings, progress: Progress) -> Report:
             writer.add(tensors)
         writer.finish_weights()
         writer.copy_side_files(source)
-        config = layout.config(ignore=planned.ignored, kv_scales=planned.kv)
         writer.write_json("config.json", _config(source, config, planned))
         if planned.format == "gptq":
             # Readers older than `quantization_config` look here.
