@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,8 +189,15 @@ def _quantize_block(
     if planned.kv:
         seen_range = live.key_value_range()
         for name, largest in zip(KV_SCALES, seen_range, strict=True):
-            written[block.prefix + name] = torch.tensor([largest / FP8_MAX])
+            written[block.prefix + name] = torch.tensor([kv_scale(largest)])
     return written
+
+
+def kv_scale(largest: float) -> float:
+    """The smallest power of two that brings values up to `largest` into float8's range. A power of
+    two, because dividing by it rounds nothing: other scales cost more than they gain (lab log).
+    """
+    return 2.0 ** math.ceil(math.log2(max(largest, 1e-6) / FP8_MAX))
 
 
 def _calibration(

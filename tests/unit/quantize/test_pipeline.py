@@ -5,6 +5,7 @@ demo's tokenizer and text.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from quantize import simulate
 from quantize.checkpoint import REPORT, Checkpoint
 from quantize.errors import BadInput, Unsupported
 from quantize.families import FAMILIES
-from quantize.run import run
+from quantize.run import kv_scale, run
 from quantize.settings import Settings
 from tests.conftest import DEMO
 
@@ -82,6 +83,14 @@ def test_every_family_is_quantized_and_read_back(model_type: str, tmp_path: Path
     report = json.loads((folders["gptq"] / REPORT).read_text())
     assert report["calibration"]["tokens"] == 4096
     assert all(0 < layer["output_error"] < 0.1 for layer in report["layers"])
+
+
+@pytest.mark.parametrize("largest", [1e-9, 0.3, 12.0, 447.9, 448.0, 449.0, 60000.0])
+def test_kv_scales_round_nothing_and_overflow_nothing(largest: float) -> None:
+    scale = kv_scale(largest)
+    assert math.log2(scale).is_integer()
+    assert largest / scale <= 448
+    assert largest < 1e-6 or largest / scale > 223
 
 
 def test_what_old_checkpoints_carry_is_left_out(tmp_path: Path) -> None:
