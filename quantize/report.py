@@ -17,6 +17,7 @@ from quantize import simulate
 from quantize.checkpoint import sha256_of
 from quantize.errors import BadInput
 from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
+from quantize.grid import relative_error
 from quantize.inputs import Inputs
 from quantize.methods import Rounded
 
@@ -89,15 +90,15 @@ class Layer:
     def of(
         cls, name: str, weight_OI: Tensor, rounded: Rounded, inputs: Inputs | None = None
     ) -> Layer:
-        weight_OI = weight_OI.float()
-        error_OI = rounded.codes.dequantize() - weight_OI
-        relative = error_OI.square().sum() / weight_OI.square().sum().clamp_min(1e-30)
         output = None
         if inputs is not None:
+            weight_OI = weight_OI.float()
+            error_OI = rounded.codes.dequantize() - weight_OI
             lost = ((error_OI @ inputs.hessian_II) * error_OI).sum()
             whole = ((weight_OI @ inputs.hessian_II) * weight_OI).sum()
             output = (lost / whole.clamp_min(1e-30)).item()
-        return cls(name, rounded.codes.grid.bits, relative.item(), output, rounded.note)
+        relative = relative_error(weight_OI, rounded.codes)
+        return cls(name, rounded.codes.grid.bits, relative, output, rounded.note)
 
     def as_json(self) -> dict[str, Any]:
         figures = {"relative_error": self.relative_error, "output_error": self.output_error}
