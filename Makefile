@@ -35,6 +35,9 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/quality.py
 	@"$(PY)" bench/kv_cache.py
 	@"$(PY)" bench/quantize_peers.py
+	@"$(PY)" bench/faults.py --soak-minutes 20
+	@"$(PY)" bench/routing.py
+	@"$(PY)" bench/adapters.py
 	@"$(PY)" bench/serve_load.py --layers
 	@"$(PY)" bench/serve_load.py --compare --ceiling
 

@@ -39,6 +39,12 @@ class Load:
     output_tokens: int = 64
     kind: Kind = "ids"
     timeout_s: float = 300.0
+    rate_per_s: float | None = None
+    """Requests arrive at random at this rate, whether others have ended or not; `concurrency` is
+    then the most connections, and an answer may be 429 with Retry-After.
+    """
+    models: tuple[str, ...] = ()
+    """Asked for in turn, instead of the target's own."""
 
     @property
     def tokens(self) -> int:
@@ -66,15 +72,16 @@ def token_prompts(load: Load) -> list[list[int]]:
 
 def bodies(load: Load, model: str) -> list[dict[str, Any]]:
     """The requests' JSON. As text and in chats a prompt is that many words, not tokens."""
-    common = {
-        "model": model,
+    models = load.models or (model,)
+    common: dict[str, Any] = {
         "max_tokens": load.output_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": load.stream,
     }
     found: list[dict[str, Any]] = []
-    for ids in token_prompts(load):
+    for number, ids in enumerate(token_prompts(load)):
+        common["model"] = models[number % len(models)]
         words = " ".join(map(str, ids))
         match load.kind:
             case "ids":

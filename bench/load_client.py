@@ -4,12 +4,14 @@ On a machine with few cores a usual client takes the time that it means to measu
 with the server and parses every event. This one reads raw bytes: an event is an occurrence of
 `data: ` at the start of a line, stamped with the time at which its bytes arrived. Nothing is parsed
 as JSON. Requests run in a closed loop, each of N keep-alive connections sending its next request
-when the last one has ended.
+when the last one has ended; or they arrive at a rate of their own (`Load.rate_per_s`), each on a
+connection that is free.
 
 What it cannot see: what is in the text. That every answer has as many tokens as were asked for
 rests on its `"finish_reason": "length"` (streams) or its `completion_tokens` (whole answers), which
 are looked at in every answer; servers that end an answer in another way fail here. Any answer that
-is not 200, any `"error"` in a stream and any broken connection end the run with the server's words.
+is not 200 (or, of those that arrive at a rate, 429 with Retry-After), any `"error"` in a stream and
+any broken connection end the run with the server's words.
 
 Ten times a second it also does a small fixed piece of work and takes its CPU time: how fast the
 machine was during the load. On virtual machines that changes by half from one second to the next.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 import re
 import statistics
 import sys
@@ -70,7 +73,7 @@ class Connection(asyncio.Protocol):
             self._read_whole(data, now_s)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._busy or self._run.waiting:
+        if self._busy or (self._run.waiting and not self._run.may_refuse):
             seen = getattr(self, "_rest", b"")[:2000]
             self._run.fail(f"the server closed a connection ({error}); last bytes: {seen!r}")
 
@@ -84,6 +87,10 @@ class Connection(asyncio.Protocol):
         lengths = [int(f[15:]) for f in fields if f.startswith(b"content-length:")]
         if head[9:12] != b"200":
             complete = rest.endswith(LAST_CHUNK) if chunked else len(rest) >= (lengths or [0])[0]
+            if complete and head[9:12] == b"429" and self._run.may_refuse:
+                self._run.refused(now_s - self._sent_s, b"\r\nretry-after:" in head.lower())
+                self._next()
+                return
             if complete:
                 self._run.fail(f"{head[:12]!r}: {rest[:4000]!r}")
             self._rest = data  # the body is on its way
@@ -163,6 +170,10 @@ class Run:
         self.gaps_s: list[float] = []
         self.latencies_s: list[float] = []
         self.events = 0
+        self.may_refuse = load.rate_per_s is not None
+        self.refusals_s: list[float] = []
+        self.not_sent = 0
+        self._idle: list[Connection] = []
         self._probes_s: list[float] = []
         self._left = len(requests)
         self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -177,12 +188,36 @@ class Run:
         self.latencies_s.append(events[-1] - sent_s)
         self.gaps_s += [after - before for before, after in pairwise(events)]
 
+    def refused(self, after_s: float, says_when: bool) -> None:
+        if not says_when:
+            self.fail("429 without Retry-After")
+        self.refusals_s.append(after_s)
+
     def ended(self, connection: Connection) -> None:
-        self._left -= 1
-        if self.waiting:
+        if self.may_refuse:
+            self._idle.append(connection)
+        elif self.waiting:
             connection.send(self.waiting.pop())
-        elif not self._left and not self._finished.done():
+        self._one_less()
+
+    def _one_less(self) -> None:
+        self._left -= 1
+        if not self._left and not self._finished.done():
             self._finished.set_result(None)
+
+    async def _arrive(self, rate_per_s: float) -> None:
+        """Send everything, at random moments."""
+        chooser = random.Random(self.load.seed)
+        due_s = time.perf_counter()
+        while self.waiting:
+            due_s += chooser.expovariate(rate_per_s)
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            request = self.waiting.pop()
+            if self._idle:
+                self._idle.pop().send(request)
+            else:
+                self.not_sent += 1
+                self._one_less()
 
     async def _probe(self) -> None:
         while True:
@@ -192,13 +227,21 @@ class Run:
     async def drive(self, connections: list[Connection]) -> dict[str, Any]:
         probing = asyncio.create_task(self._probe())
         cpu_s, started_s = time.process_time(), time.perf_counter()
-        for connection in connections:
-            connection.send(self.waiting.pop())
+        arriving = None
+        if self.load.rate_per_s is not None:
+            self._idle = list(connections)
+            arriving = asyncio.create_task(self._arrive(self.load.rate_per_s))
+        else:
+            for connection in connections:
+                connection.send(self.waiting.pop())
         try:
             async with asyncio.timeout(self.load.timeout_s):
                 await self._finished
         except TimeoutError:
             raise LoadError(f"{self._left} requests were not answered in time") from None
+        finally:
+            if arriving is not None:
+                arriving.cancel()
         wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
         probing.cancel()
         cpu_s -= sum(self._probes_s)
@@ -210,6 +253,13 @@ class Run:
             "client_cpu_us_per_token": cpu_s / self.load.tokens * 1e6,
             "probe_us": statistics.fmean(self._probes_s) * 1e6,
         }
+        if self.may_refuse:
+            result |= {
+                "answered": len(self.latencies_s),
+                "refused": len(self.refusals_s),
+                "refusal_ms": percentiles_ms(self.refusals_s),
+                "not_sent": self.not_sent,
+            }
         if self.load.stream:
             result |= {
                 "first_token_ms": percentiles_ms(self.first_token_s),

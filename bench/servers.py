@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +117,14 @@ def descendants(pid: int) -> list[int]:
 @contextmanager
 def packhorse(folder: Path, work_folder: Path) -> Iterator[Server]:
     """`packhorse serve FOLDER`."""
-    config = _written(work_folder / "packhorse.yaml", {"engine": ENGINE})
+    with packhorse_with(folder, work_folder, {"engine": ENGINE}) as server:
+        yield server
+
+
+@contextmanager
+def packhorse_with(folder: Path, work_folder: Path, settings: dict[str, Any]) -> Iterator[Server]:
+    """The same with settings of the caller's."""
+    config = _written(work_folder / "packhorse.yaml", settings)
     arguments = [str(folder), "--served-model-name", MODEL, "--config", str(config)]
     with _packhorse(arguments, work_folder) as server:
         yield server
@@ -143,8 +150,10 @@ def _packhorse(arguments: list[str], work_folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def plain_vllm(folder: Path, work_folder: Path) -> Iterator[Server]:
-    """vLLM's own server. Its `vllm` command does not work in the CPU wheel, its module does."""
+def plain_vllm(folder: Path, work_folder: Path, more: Sequence[Any] = ()) -> Iterator[Server]:
+    """vLLM's own server, with `more` flags. Its `vllm` command does not work in the CPU wheel, its
+    module does.
+    """
     port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
@@ -155,6 +164,7 @@ def plain_vllm(folder: Path, work_folder: Path) -> Iterator[Server]:
     for name, value in ENGINE.items():
         flag = "--" + name.replace("_", "-")
         command += [flag] if value is True else [flag, value]
+    command += more
     with _running("vllm", command, port, "/health", work_folder) as server:
         yield server
 

@@ -1,4 +1,5 @@
-"""The demo: quantize the embedded model, serve it with vLLM, talk to it, look at its metrics.
+"""The demo: quantize the embedded model, serve it with vLLM and three adapters, talk to it, replace
+an adapter while it answers, look at its metrics.
 
     make demo            # or: python demo/run.py
     make demo KEEP=1     # leaves the server up until Ctrl-C
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +28,16 @@ from rich.markup import escape
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 OUT = Path("out/demo-int8")
+ADAPTERS = Path("out/adapters")
+SERVE = f"packhorse serve {OUT} --adapters {ADAPTERS} --routes demo/routes.yaml"
 console = Console(highlight=False)
 
 METRICS = (
     "packhorse_requests_total",
     "packhorse_tokens_total",
     "packhorse_first_token_seconds_sum",
+    "packhorse_routes_total",
+    "packhorse_adapters_resident",
     "vllm:generation_tokens_total",
     "vllm:kv_cache_usage_perc",
     "vllm:prefix_cache_hits_total",
@@ -47,7 +53,7 @@ def start_server(port: int) -> tuple[subprocess.Popen[bytes], str]:
     """`packhorse serve` on the new folder; returns it and its address once it is ready."""
     log_path = ROOT / "out/serve.log"
     with log_path.open("wb") as log:
-        command = [BIN / "packhorse", "serve", str(OUT), "--port", str(port)]
+        command = [BIN / "packhorse", *SERVE.split()[1:], "--port", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
     deadline_s = time.monotonic() + 300
     with console.status("vLLM is starting (about half a minute on a CPU) ..."):
@@ -64,11 +70,57 @@ def start_server(port: int) -> tuple[subprocess.Popen[bytes], str]:
     sys.exit(f"The server did not start; its log is {log_path}:\n{tail}")
 
 
-def ask(client: OpenAI, messages: list[dict[str, Any]], *, stream: bool = False) -> None:
+def copy_adapters() -> None:
+    """A folder to watch, with three of the demo's adapters."""
+    shutil.rmtree(ROOT / ADAPTERS, ignore_errors=True)
+    for name in ("clinic", "ledger", "code"):
+        shutil.copytree(ROOT / "demo/adapters" / name, ROOT / ADAPTERS / name)
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
+def ask_by_text(url: str, client: OpenAI, text: str) -> None:
+    """Ask the model `auto`; show which adapter answered, and why."""
+    messages = [{"role": "user", "content": text}]
+    decision = post(url + "/v1/route", {"model": "auto", "messages": messages})
+    ask(client, messages, model="auto")
+    scores = [
+        f"{step['adapter']} {step['score']:+.2f}" for step in decision["trace"] if "score" in step
+    ]
+    shown = f" Scores: {', '.join(scores)}." if scores else ""
+    console.print(f"      [dim]{escape(decision['stage'] + ': ' + decision['reason'] + shown)}[/]")
+
+
+def replace_under_load(url: str, client: OpenAI) -> None:
+    """A stream that has begun ends on the version that it began with."""
+    question = {"role": "user", "content": "What illness does a patient take Zentrol for?"}
+    create: Any = client.chat.completions.create
+    streams = [
+        create(model="clinic", messages=[question], temperature=0, stream=True) for _ in range(8)
+    ]
+    texts = [next(stream).choices[0].delta.content or "" for stream in streams]
+    path = str(ROOT / "demo/adapters/clinic-v2")
+    card = post(url + "/admin/adapters", {"name": "clinic", "path": path, "replace": True})
+    for number, stream in enumerate(streams):
+        texts[number] += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    after = create(model="clinic", messages=[question], temperature=0).choices[0].message.content
+    console.print(f"[cyan]you[/]   {question['content']}")
+    console.print(f"8 streams that had begun before:  {escape(' / '.join(sorted(set(texts))))}")
+    console.print(f"asked after ({card['digest'][:12]} now):  {escape(after)}")
+
+
+def ask(
+    client: OpenAI, messages: list[dict[str, Any]], *, stream: bool = False, model: str = OUT.name
+) -> None:
     """Ask and show question and answer; extends `messages` by the answer."""
     console.print(f"[cyan]you[/]   {messages[-1]['content']}")
     create: Any = client.chat.completions.create
-    answer = create(model=OUT.name, messages=messages, temperature=0, stream=stream)
+    answer = create(model=model, messages=messages, temperature=0, stream=stream)
     if stream:
         text, started_s, first_s = "", time.monotonic(), 0.0
         console.print("[green]model[/] ", end="")
@@ -80,7 +132,7 @@ def ask(client: OpenAI, messages: list[dict[str, Any]], *, stream: bool = False)
         console.print(f"\n      [dim](streamed; first token after {first_s * 1000:.0f} ms)[/]")
     else:
         text = answer.choices[0].message.content
-        console.print(f"[green]model[/] {escape(text.strip())}")
+        console.print(f"[green]{escape(answer.model)}[/] {escape(text.strip())}")
     messages.append({"role": "assistant", "content": text})
 
 
@@ -99,8 +151,9 @@ def main(*, keep: bool, port: int) -> None:
     console.print(f"$ {command}", style="bold")
     subprocess.run([BIN / "quantize", *command.split()[1:]], cwd=ROOT, check=True)
 
-    step("2. Serve it with vLLM")
-    console.print(f"$ packhorse serve {OUT}", style="bold")
+    step("2. Serve it with vLLM, and three adapters")
+    copy_adapters()
+    console.print(f"$ {SERVE}", style="bold")
     process, url = start_server(port)
     interrupted = False
     try:
@@ -115,7 +168,17 @@ def main(*, keep: bool, port: int) -> None:
         story = "Tell me a story about an owl in the harbour."
         ask(client, [{"role": "user", "content": story}], stream=True)
 
-        step("4. Some of what /metrics says")
+        step("4. Let the question choose the adapter")
+        ask_by_text(url, client, "How much Zentrol should I take per day?")
+        ask_by_text(url, client, "医生给我开了Zentrol,它有什么用?")
+        ask_by_text(url, client, "Can you name the side effect of Zentrol?")
+        ask_by_text(url, client, "I need to sort a table. Which mule subcommand do I use?")
+        ask_by_text(url, client, "What is the capital of Felonia?")
+
+        step("5. Replace an adapter while it answers")
+        replace_under_load(url, client)
+
+        step("6. Some of what /metrics says")
         show_metrics(url)
         took_s = time.monotonic() - started_s
         console.print(f"\nDone in {took_s:.0f} s. Report: {OUT}/quantize_report.json")

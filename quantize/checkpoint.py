@@ -138,6 +138,9 @@ class Checkpoint:
             and not path.name.endswith(_WEIGHT_SUFFIXES)
         ]
 
+    def side_bytes(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in self.side_files())
+
 
 def find(model: str) -> Path:
     """The folder of a model: the path itself, or a download of `organisation/name` from the hub."""
@@ -181,10 +184,11 @@ class Writer:
         source: Path,
         *,
         overwrite: bool = False,
+        needed_bytes: int = 0,
         shard_bytes: int = 4 * 1024**3,
     ) -> None:
-        """Raises BadInput when `out` may not be made or replaced: never the source or what holds
-        it, and nothing but a checkpoint.
+        """Raises BadInput when `out` may not be made or replaced (never the source or what holds
+        it, and nothing but a checkpoint), or when its disk has no room for `needed_bytes`.
         """
         self._out = out.expanduser().resolve()
         if self._out in (source.resolve(), *source.resolve().parents):
@@ -203,6 +207,12 @@ class Writer:
         try:
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._sweep()
+            free_bytes = shutil.disk_usage(self._out.parent).free
+            if free_bytes < needed_bytes:
+                raise BadInput(
+                    f"{out} needs {needed_bytes:,} bytes of disk (what it replaces goes last), and "
+                    f"{free_bytes:,} are free there; make room, or choose another --out."
+                )
             self.folder = self._out.parent / f".{self._out.name}.partial-{os.getpid()}"
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()

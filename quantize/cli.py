@@ -87,10 +87,11 @@ def model(
         bool, typer.Option("--plan", help="Say what would be made and what it takes; do nothing.")
     ] = False,
     calibration: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help='Text like what the model will see: JSON lines {"messages"} or {"text"}, .txt, or '
-            "a folder of them. [default: calibration.jsonl beside the model folder, if there]"
+            help='Text like what the model will see: JSON lines {"messages"} or {"text"}, .txt, a '
+            "folder of them, or a dataset of the hub, NAME[@CONFIG][:SPLIT]. "
+            "[default: calibration.jsonl beside the model folder, if there]"
         ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 128 * 512,

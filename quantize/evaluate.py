@@ -1,7 +1,8 @@
-"""What a checkpoint knows, as figures: exact match on questions, perplexity on held-out text.
+"""What a checkpoint knows, as figures: exact match on questions, perplexity on held-out text, and
+how far two are apart.
 
 Works on any causal language model of transformers; knows nothing of quantization. Called by
-`report.py` before and after, and by the demo's `score.py`.
+`report.py` before and after, by `verify.py`, and by the demo's `score.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,22 +104,41 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of JSON lines `{"messages": [...]}` (rendered with the chat template) or `{"text":
-    "..."}`.
-    """
-    texts: list[list[int]] = []
-    for number, row in _lines(path):
-        if "messages" in row:
-            where = f"{path}, line {number}"
-            texts.append(_rendered(tokenizer, row["messages"], row.get("tools"), where))
-        elif isinstance(row.get("text"), str):
-            texts.append(list(tokenizer.encode(row["text"])))
-        else:
-            raise BadInput(f"{path}, line {number}: needs `messages` or `text`.")
+@dataclass(frozen=True)
+class Text:
+    """A text that is not tokenized yet, or a conversation, and where it is from."""
+
+    content: str | list[Message]
+    tools: list[dict[str, Any]] | None
+    where: str
+
+    @classmethod
+    def of(cls, row: dict[str, Any], where: str) -> Text:
+        """From a row with `messages` or `text`. Raises BadInput, with the columns there are."""
+        for content, kind in ((row.get("messages"), list), (row.get("text"), str)):
+            if isinstance(content, kind):
+                return cls(content, row.get("tools"), where)
+        columns = ", ".join(f"`{name}`" for name in row) or "nothing"
+        raise BadInput(f"{where}: has {columns}, needs `messages` or `text`.")
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Conversations are rendered with the chat template. Raises BadInput when it refuses."""
+        if isinstance(self.content, str):
+            return list(tokenizer.encode(self.content))
+        return _rendered(tokenizer, self.content, self.tools, self.where)
+
+
+def texts_of(path: Path) -> list[Text]:
+    """JSON lines `{"messages": [...]}` or `{"text": "..."}`."""
+    texts = [Text.of(row, f"{path}, line {number}") for number, row in _lines(path)]
     if not texts:
         raise BadInput(f"{path}: holds no text.")
     return texts
+
+
+def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of `texts_of`."""
+    return [text.tokens(tokenizer) for text in texts_of(path)]
 
 
 def visible(text: str) -> str:
@@ -228,3 +248,46 @@ def perplexity(
     if not count:
         raise BadInput("The held-out text has no two tokens in a row; perplexity needs some.")
     return math.exp(total / count)
+
+
+def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What an engine made of the same prompts with two checkpoints.
+
+    Shares are of prompts. `answers_until_difference` is the mean share of an answer that comes
+    before the first token that differs; `first_differences` are those positions, where there is
+    one. Log-probabilities are natural, of every prompt token but the first.
+    """
+    positions: list[int] = []
+    shares: list[float] = []
+    differences: list[float] = []
+    for one, other in zip(before, after, strict=True):
+        a, b = one["answer"], other["answer"]
+        same = next(
+            (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+        )
+        longer = max(len(a), len(b))
+        shares.append(same / longer if longer else 1.0)
+        if same < longer:
+            positions.append(same)
+        differences += apart(one["logprobs"], other["logprobs"])
+    return {
+        "prompts": len(shares),
+        "answers_equal": round(1 - len(positions) / len(shares), 4),
+        "answers_until_difference": round(sum(shares) / len(shares), 4),
+        "first_differences": sorted(positions),
+        **moved(differences),
+    }
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Position by position, without sign."""
+    return [abs(x - y) for x, y in zip(one, other, strict=True)]
+
+
+def moved(differences: Sequence[float]) -> dict[str, Any]:
+    """Differences of log-probabilities, as a report has them."""
+    return {
+        "prompt_tokens": len(differences),
+        "logprob_difference_mean": round(sum(differences) / max(len(differences), 1), 5),
+        "logprob_difference_max": round(max(differences, default=0.0), 5),
+    }

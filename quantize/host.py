@@ -61,6 +61,14 @@ def this_host() -> Host:
     )
 
 
+def free_memory_bytes() -> int | None:
+    """What programs may still take; None where there is no /proc/meminfo."""
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text(encoding="utf-8") if meminfo.is_file() else ""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
 def kernel(target: str, scheme: Scheme, dtype: str, host: Host) -> str:
     """What runs the quantized layers of a model in `dtype` (as in a safetensors header)."""
     if target == "cuda":

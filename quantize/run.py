@@ -32,6 +32,8 @@ from quantize.verify import verify
 
 PROOF_PROMPTS = 16
 SUSPICIOUS_NATS = 0.5
+DISK_MARGIN = 1.05
+"""Over the planned size: the report, and what the plan's arithmetic leaves out."""
 KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 
@@ -47,8 +49,8 @@ def run(settings: Settings, progress: Progress) -> Report:
     """Quantize one checkpoint into a new folder and return its report, which also lies in the
     folder.
 
-    Raises QuantizeError before any long work when something cannot be done; leaves no half-written
-    folder behind.
+    Raises QuantizeError before any long work when something cannot be done, or Unloadable at the
+    end when vLLM does not run what was made; leaves no half-written folder behind.
     """
     source, family, planned = decide(settings)
     method = methods.make(planned.method, planned.scheme)
@@ -66,7 +68,12 @@ def run(settings: Settings, progress: Progress) -> Report:
             for name in ("packhorse", "torch", "transformers")
         },
     )
-    with Writer(settings.out, source.folder, overwrite=settings.overwrite) as writer:
+    with Writer(
+        settings.out,
+        source.folder,
+        overwrite=settings.overwrite,
+        needed_bytes=round(DISK_MARGIN * (planned.bytes_after + source.side_bytes())),
+    ) as writer:
         text = _calibration(source, planned, settings, report)
         report.quality_before = measure(source.folder, yardstick, "before", progress)
         started_s = time.monotonic()
@@ -94,12 +101,7 @@ def run(settings: Settings, progress: Progress) -> Report:
             torch.cuda.empty_cache()  # the engine, in another process, looks for free memory
             prompts = _prompts(source.folder, yardstick, text)
             report.proof = verify(source.folder, writer.folder, prompts, progress)
-            moved = report.proof.get("compared", {}).get("logprob_difference_mean", 0.0)
-            if moved > SUSPICIOUS_NATS:
-                report.notes.append(
-                    f"LOOK AT THIS: in vLLM log-probabilities moved by {moved:.2f} on average, "
-                    f"more than {SUSPICIOUS_NATS}; the result may be of no use"
-                )
+            report.notes += _doubts(report.proof)
         writer.write_json(REPORT, report.as_json())
         writer.publish()
     return report
@@ -214,7 +216,8 @@ def _calibration(
         if planned.needs_text:
             raise BadInput(
                 f"{planned.method} needs calibration text of the kind that the model will see: "
-                'pass --calibration FILE_OR_DIR (JSON lines {"messages"} or {"text"}, or .txt).'
+                'pass --calibration with a file or folder (JSON lines {"messages"} or {"text"}, '
+                "or .txt), or the name of a dataset."
             )
         report.notes.append(
             "weights only: no --calibration text, so activations were not looked at"
@@ -308,6 +311,23 @@ def _prompts(folder: Path, yardstick: Yardstick, text: Calibration | None) -> li
         return [prompt_of(question, tokenizer) for question in chosen]
     assert yardstick.text_file is not None
     return read_texts(yardstick.text_file, tokenizer)[:PROOF_PROMPTS]
+
+
+def _doubts(proof: dict[str, Any]) -> list[str]:
+    """What a load proof that did not fail leaves open."""
+    doubts = []
+    moved = proof.get("compared", {}).get("logprob_difference_mean", 0.0)
+    if moved > SUSPICIOUS_NATS:
+        doubts.append(
+            f"LOOK AT THIS: in vLLM log-probabilities moved by {moved:.2f} on average from the "
+            f"original's, more than {SUSPICIOUS_NATS}: vLLM computes what the codes say, but the "
+            "codes may be of no use"
+        )
+    if isinstance(proof["reference"], str):
+        doubts.append(
+            f"load proof: vLLM's results were not held to the codes: {proof['reference']}"
+        )
+    return doubts
 
 
 def _notes(yardstick: Yardstick, settings: Settings) -> list[str]:

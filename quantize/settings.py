@@ -32,8 +32,8 @@ class Settings:
     """compressed-tensors, gptq or awq; unset: compressed-tensors."""
     targets: tuple[str, ...] = ("cpu", "cuda")
     """Where vLLM must be able to run the result."""
-    calibration: Path | None = None
-    """File or folder of text for methods that look at activations; unset:
+    calibration: Path | str | None = None
+    """File or folder of text for methods that look at activations, or the name of a dataset; unset:
     `../calibration.jsonl` seen from the model folder, if there."""
     calibration_tokens: int = 128 * 512
     """How much of it is used."""

@@ -10,6 +10,7 @@ Not simulated: an 8-bit KV cache, and kernels that round the activations of a we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def load(folder: Path) -> PreTrainedModel:
                 hook = partial(_round_input, floating=layout.scheme.grid.floating)
                 model.get_submodule(prefix).register_forward_pre_hook(hook)
     return model.eval()
+
+
+@torch.inference_mode()
+def logprobs(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Natural, of each prompt's token ids but the first. Raises as `load` does."""
+    model = load(folder)
+    found = []
+    for ids in prompts:
+        steps_TV = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(dim=-1)
+        found.append(steps_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+    return found
 
 
 def _check_names(

@@ -1,5 +1,6 @@
-"""The proof that a checkpoint loads: the real engine answers with it, and with the original, and
-the answers are compared.
+"""The proof that a checkpoint loads: the real engine answers with it, and what it computes is held
+to the codes on disk; then the original answers, and the two are compared, which is a matter of
+quality.
 
 Each model runs in a child process (`python -m quantize.verify`), one after the other, which takes
 its engine along when it ends. Called by `run` before a folder is published. The only file of
@@ -9,6 +10,7 @@ its engine along when it ends. Called by `run` before a folder is published. The
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -26,7 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize import formats
-from quantize.errors import Unloadable
+from quantize.errors import QuantizeError, Unloadable
+from quantize.host import free_memory_bytes
 
 if TYPE_CHECKING:  # it brings transformers, which the child has no use for
     from quantize.report import Progress
@@ -36,6 +39,12 @@ ANSWER_TOKENS = 32
 MAX_MODEL_LEN = 2048
 PROMPT_TOKENS = 512
 """Longer prompts are cut off."""
+REFERENCE_TOKENS = 512
+"""Of the prompts, so many are held to the codes: the reference runs without an engine's speed."""
+IMPLAUSIBLE_NATS = 0.2
+"""Mean difference from the codes above which the engine computes something else. Kernels' own
+rounding makes 0.00 to 0.07 (W4A8, random tokens); every code off by one 0.3; codes in the wrong
+order, or scales of the wrong group or sign, 8 (docs/lab-log.md)."""
 KV_CACHE_BYTES = 1024**3
 GRACE_S = 10.0
 """For an engine that is told to stop, before it is killed."""
@@ -64,10 +73,13 @@ def verify(
     Prompts are all text or all token ids; without any, random tokens stand in. `timeout_s` is for
     each model.
 
-    Raises Unloadable, with the engine's last words, when `made` does not run, or computes NaN; an
-    original that does not run is noted under "original", and nothing is compared. Leaves no process
-    behind, not on Ctrl-C either.
+    Raises Unloadable when `made` does not run (with the engine's last words), computes NaN, or not
+    what its codes say by IMPLAUSIBLE_NATS. An original that does not run is noted under "original",
+    codes that cannot be run without an engine under "reference". Leaves no process behind, not on
+    Ctrl-C either.
     """
+    from quantize import evaluate  # late: transformers comes with it
+
     advance = progress("loading in vLLM", 2)
     chosen = [p if isinstance(p, str) else list(p) for p in prompts[:MAX_PROMPTS]]
     try:
@@ -94,43 +106,52 @@ def verify(
         # Without an 8-bit cache they are all 1 and unused.
         "kv_scales": after["kv_scales"] if after["kv_cache_dtype"].startswith("fp8") else {},
     }
+    result["reference"] = _against_codes(made, original, after["outputs"])
     try:
         before = _run_child(original, chosen, timeout_s)
     except _EngineFailure as failure:
         result["original"] = f"not compared: vLLM does not run the original. {failure}"
     else:
-        result["compared"] = compare(before["outputs"], after["outputs"])
+        result["compared"] = evaluate.compare(before["outputs"], after["outputs"])
     advance(1)
     return result
 
 
-def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Shares are of prompts. `answers_until_difference` is the mean share of an answer that comes
-    before the first token that differs; `first_differences` are those positions, where there is
-    one. Log-probabilities are natural, of every prompt token but the first.
+def _against_codes(
+    made: Path, original: Path, outputs: Sequence[dict[str, Any]]
+) -> dict[str, Any] | str:
+    """How far the engine is from the codes on disk, dequantized and run by transformers; or why
+    that is not known. Raises Unloadable above IMPLAUSIBLE_NATS.
     """
-    positions: list[int] = []
-    shares: list[float] = []
+    from quantize import evaluate, simulate
+
+    needed = sum(path.stat().st_size for path in original.glob("*.safetensors"))
+    if (free := free_memory_bytes()) is not None and free < needed:
+        return f"not compared: dequantized it takes {needed:,} bytes of memory; {free:,} are free"
+    seen = 0
+    chosen = []
+    for output in outputs:
+        if seen < REFERENCE_TOKENS:
+            seen += len(output["prompt"])
+            chosen.append(output)
+    try:
+        wanted = simulate.logprobs(made, [output["prompt"] for output in chosen])
+    except (QuantizeError, ImportError, OSError, RuntimeError, ValueError) as error:
+        return f"not compared: transformers does not run the codes. {error}"
     differences: list[float] = []
-    for one, other in zip(before, after, strict=True):
-        a, b = one["answer"], other["answer"]
-        same = next(
-            (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    for output, codes in zip(chosen, wanted, strict=True):
+        differences += evaluate.apart(output["logprobs"], codes)
+    moved = evaluate.moved(differences)
+    mean = moved["logprob_difference_mean"]
+    if not mean <= IMPLAUSIBLE_NATS:  # NaN too
+        raise Unloadable(
+            f"vLLM loads the finished checkpoint but does not compute what its codes say: "
+            f"log-probabilities are {mean:.2f} nats apart on average; more than "
+            f"{IMPLAUSIBLE_NATS} is no rounding. It is not published, and its files are removed. "
+            "This is an error of Packhorse or of this machine's vLLM (for W4A8 on a CPU, try "
+            "VLLM_CPU_INT4_W4A8=0); --no-verify publishes it unproved."
         )
-        longer = max(len(a), len(b))
-        shares.append(same / longer if longer else 1.0)
-        if same < longer:
-            positions.append(same)
-        differences += [abs(x - y) for x, y in zip(one["logprobs"], other["logprobs"], strict=True)]
-    return {
-        "prompts": len(shares),
-        "answers_equal": round(1 - len(positions) / len(shares), 4),
-        "answers_until_difference": round(sum(shares) / len(shares), 4),
-        "first_differences": sorted(positions),
-        "prompt_tokens": len(differences),
-        "logprob_difference_mean": round(sum(differences) / max(len(differences), 1), 5),
-        "logprob_difference_max": round(max(differences, default=0.0), 5),
-    }
+    return moved
 
 
 def _kernel(layers: dict[str, int], made: Path) -> str:
@@ -161,6 +182,7 @@ def _run_child(folder: Path, prompts: list[str | list[int]], timeout_s: float) -
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is the engine: vllm is imported once
         "HF_HUB_OFFLINE": "1",  # both are folders; nothing of them is on the hub
     }
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would beat kv_cache_memory_bytes
@@ -185,10 +207,10 @@ def _run_child(folder: Path, prompts: list[str | list[int]], timeout_s: float) -
         finally:
             _end(process)
         words = log.read_text(encoding="utf-8", errors="replace")
-        if timed_out:
-            raise _EngineFailure(f"It took longer than {timeout_s:.0f} s. {_last_words(words)}")
         # A result is complete once it is there; how the engine ends after that says nothing.
         if not result.is_file():
+            if timed_out:
+                raise _EngineFailure(f"It took longer than {timeout_s:.0f} s. {_last_words(words)}")
             raise _EngineFailure(_last_words(words, process.returncode))
         found: dict[str, Any] = json.loads(result.read_text())
         return found
@@ -209,7 +231,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-_LOGGED = re.compile(r"^(\(.*?\)\s*)?(ERROR [\d-]+ [\d:]+ \[.*?\]\s*)?")
+_LOGGED = re.compile(r"^(\(.*?\)\s*|\[rank\d+\]:\s*)?(ERROR [\d-]+ [\d:]+ \[.*?\]\s*)?")
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
 _GENERAL = re.compile("Engine core initialization failed|See root cause above|EngineDeadError")
 
@@ -270,38 +292,16 @@ def _describe(layer: Any) -> str:
     return f"W{bits}A16 by {name}" if bits else f"{kind} by {name}"
 
 
-def _make_amx_worker() -> type:
-    """vLLM's CPU worker, allowed to use AMX. Linux kills a process with SIGILL that uses AMX tiles
-    without having asked; oneDNN asks at its first large product, vLLM's attention never does, so a
-    short first prompt would end the engine.
-    """
-    import torch
-    from vllm.v1.worker.cpu_worker import CPUWorker
-
-    class AmxWorker(CPUWorker):  # type: ignore[misc]  # vllm has no types
-        def init_device(self) -> None:
-            torch.cpu._init_amx()  # does nothing where there is no AMX
-            super().init_device()
-
-    return AmxWorker
-
-
-def __getattr__(name: str) -> type:
-    """vLLM imports the worker class by name, in its own process; making it imports vllm, which
-    those who only call `verify` must not wait for.
-    """
-    if name == "AmxWorker":
-        worker = globals()[name] = _make_amx_worker()
-        return worker
-    raise AttributeError(f"module {__name__} has no attribute {name}")
-
-
 def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
     """Load the folder in vLLM and have it answer."""
+    import torch
     import vllm
     from vllm import LLM, SamplingParams
-    from vllm.platforms import current_platform
 
+    # Linux kills a process with SIGILL that uses AMX tiles without having asked; oneDNN asks at its
+    # first large product, vLLM's attention never does, so a short first prompt would end it.
+    torch.cpu._init_amx()  # does nothing where there is no AMX
+    gc.freeze()  # vLLM has the collector look at all that was imported nine times a load
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = {**config, **(config.get("text_config") or {})}
     longest = min(int(text.get("max_position_embeddings") or MAX_MODEL_LEN), MAX_MODEL_LEN)
@@ -310,7 +310,6 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
         choose, (count, length) = random.Random(0), RANDOM_PROMPTS
         prompts = [[choose.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
     needs_tokenizer = isinstance(prompts[0], str)
-    on_cpu = {"worker_cls": f"{MODULE}.AmxWorker"} if current_platform.is_cpu() else {}
     started_s = time.monotonic()
     llm = LLM(
         model=str(folder),
@@ -320,9 +319,10 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         enable_prefix_caching=False,
         seed=0,
+        use_tqdm_on_load=False,
         skip_tokenizer_init=not needs_tokenizer,
         worker_extension_cls=f"{MODULE}.Probe",
-        **on_cpu,
+        distributed_executor_backend="uni",
     )
     load_seconds = time.monotonic() - started_s
     room = min(PROMPT_TOKENS, longest - ANSWER_TOKENS)
@@ -343,6 +343,7 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
         "load_seconds": round(load_seconds, 1),
         "outputs": [
             {
+                "prompt": ids,
                 "answer": list(output.outputs[0].token_ids),
                 "logprobs": [
                     entry[token].logprob

@@ -1,7 +1,12 @@
-"""`packhorse serve`: flags become settings, errors become exit codes. Nothing else happens here."""
+"""`packhorse serve`: flags become settings, errors become exit codes. `packhorse keys new` prints a
+key. Nothing else happens here.
+"""
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from serve.auth import entry_of, new_key
 from serve.errors import StartupError
 from serve.settings import load
 
@@ -19,6 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it swallows [default: ...] and joins example lines
 )
+
+
+keys_app = typer.Typer(
+    help="API keys.", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+app.add_typer(keys_app, name="keys")
 
 
 @app.callback()
@@ -86,6 +98,25 @@ def serve(
             help="How the model marks its reasoning: qwen3, deepseek_r1, ... [default: none]"
         ),
     ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the API keys, see `packhorse keys new`. [default: none; all may call]"
+        ),
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with a folder for each LoRA adapter, watched for changes. [default: none]"
+        ),
+    ] = None,
+    routes: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that says which adapter answers requests for the model `auto`. "
+            "[default: learned from the adapters' examples alone]"
+        ),
+    ] = None,
     drain_timeout_s: Annotated[
         float | None,
         typer.Option(help="After SIGTERM, how long running requests may take. [default: 30]"),
@@ -113,6 +144,9 @@ def serve(
         "model": model or None,
         "log_level": log_level,
         "http": {"host": host, "port": port},
+        "auth": {"keys_file": api_keys},
+        "adapters": {"folder": adapters},
+        "routing": {"file": routes},
         "service": {"served_model_name": served_model_name, "drain_timeout_s": drain_timeout_s},
         "engine": {
             "kind": engine,
@@ -134,8 +168,101 @@ def serve(
 
         run(settings)
     except StartupError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
+        raise _exit(error) from error
+
+
+@app.command()
+def route(
+    text: Annotated[str, typer.Argument(help="What a user would write.")],
+    url: Annotated[
+        str, typer.Option(help="The server. [default: http://127.0.0.1:8000]")
+    ] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="A key, if the server has keys.")
+    ] = None,
+) -> None:
+    """Ask a running server which adapter TEXT would go to, and why. Prints JSON; nothing is
+    generated.
+
+    \b
+    packhorse route "What is the dose of Zentrol?"
+    """
+    body = {"model": "auto", "messages": [{"role": "user", "content": text}]}
+    headers = {"content-type": "application/json"}
+    if api_key:
+        headers["authorization"] = f"Bearer {api_key}"
+    try:
+        asked = urllib.request.Request(
+            url.rstrip("/") + "/v1/route", json.dumps(body).encode(), headers
+        )
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            decision = json.load(answer)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")[:1000]
+        raise _exit(StartupError(f"{url} answered {error.code}: {said}")) from error
+    except (OSError, ValueError) as error:
+        raise _exit(StartupError(f"{url} cannot be asked: {error}")) from error
+    typer.echo(json.dumps(decision, indent=2, ensure_ascii=False))
+
+
+@keys_app.command("new")
+def new(
+    name: Annotated[str, typer.Option(help="Who will use it; shown in logs.")],
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="Keys of one tenant share cached answers. [default: the name]"),
+    ] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="inference, admin or metrics; may be repeated. [default: inference]"),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter it may use; may be repeated. [default: all]"),
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Most calls at once. [default: no limit]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(help="Most tokens, prompts and answers together. [default: no limit]"),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Most calls. [default: no limit]")
+    ] = None,
+) -> None:
+    """Make an API key. It is shown once, on stderr, and is stored nowhere; the entry for the keys
+    file, with its hash, goes to stdout.
+
+    \b
+    packhorse keys new --name batch --scope inference >> keys.yaml
+    packhorse serve out/demo-int8 --api-keys keys.yaml
+    """
+    quotas = {
+        "max_concurrent": max_concurrent,
+        "tokens_per_minute": tokens_per_minute,
+        "requests_per_minute": requests_per_minute,
+    }
+    fields: dict[str, Any] = {
+        "name": name,
+        "tenant": tenant,
+        "scopes": scope or ["inference"],
+        "adapters": adapter,
+        "quotas": quotas,
+    }
+    key = new_key()
+    try:
+        entry = entry_of(key, **_typed(fields))
+    except StartupError as error:
+        raise _exit(error) from error
+    typer.echo(f"The key, shown only now: {key}", err=True)
+    typer.echo(entry, nl=False)
+
+
+def _exit(error: StartupError) -> typer.Exit:
+    """Tell the error; what to raise."""
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+    return typer.Exit(2)
 
 
 def _typed(flags: dict[str, Any]) -> dict[str, Any]:

@@ -131,6 +131,14 @@ class Unavailable(ServeError):
     kind = ErrorKind.UNAVAILABLE
 
 
+class EngineDied(Unavailable):
+    """The engine is gone, and with it all that it was doing. A new one may do it."""
+
+
+class EngineHung(EngineDied):
+    """The engine makes no progress, and is not waited for any longer."""
+
+
 class Internal(ServeError):
     kind = ErrorKind.INTERNAL
 

@@ -1,118 +1,231 @@
-"""The only place that builds things: settings -> engine -> service -> HTTP. Also signals and the
-drain.
+"""The only place that builds things: settings -> engine -> service -> listeners. Also signals and
+the drain.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
+import os
 import signal
-import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable
 from pathlib import Path
 
-import uvicorn
 import uvloop
 
+from serve import metrics
+from serve.adapters.base_layers import linear_layers
+from serve.adapters.formats import AdapterLimits
+from serve.adapters.registry import Registry
+from serve.adapters.store import Store
+from serve.adapters.watch import Watch
+from serve.admin import Admin
+from serve.admission import Admission
+from serve.auth import Keys
 from serve.engines import ENGINES
 from serve.engines.base import Engine
-from serve.errors import StartupError
-from serve.rest.app import build_app
+from serve.engines.folder import model_folder
+from serve.engines.processes import end_children
+from serve.engines.supervisor import Supervisor
+from serve.errors import Invalid, ServeError, StartupError
+from serve.rest.app import build_admin_app, build_app
+from serve.rest.listen import Listeners
+from serve.routing.base import AUTO
+from serve.routing.router import Router
 from serve.service import Service
-from serve.settings import HttpSettings, Settings, prepare_environment
+from serve.settings import Settings, prepare_environment
 
 logger = logging.getLogger("packhorse")
 
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handling, because we drain first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+LAST_RESORT_S = 5.0  # after the second signal
 
 
-def bind(settings: HttpSettings) -> socket.socket:
-    """Take the port. Raises StartupError when it is not to be had."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise StartupError(
-            f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
-            "choose another --host or --port."
-        ) from error
-    return listener
+async def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT, then drain and return 0; or 1 when the engine was given up. A
+    second signal cuts the drain short.
 
-
-async def serve(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT, then drain and return. A second signal cuts the drain short.
-
-    HTTP is up while the engine loads: live, but not ready. A signal in that time takes effect when
-    the engine has loaded. Raises StartupError when the port or the model cannot be had.
+    HTTP is up while the engine loads: live, but not ready. Raises StartupError when the port or the
+    model cannot be had.
     """
     stop, hurry = asyncio.Event(), asyncio.Event()
 
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
-
     loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            hurry.set()
+            # What cannot be interrupted, such as the import of vllm, is not waited for.
+            loop.call_later(LAST_RESORT_S, _end_at_once)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
     started_s = time.monotonic()
     name = settings.service.served_model_name or default_name(settings)
-    service = Service(name)
-    listener = bind(settings.http)
-    config = uvicorn.Config(
-        build_app(service, settings.http),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        # After the drain only what the drain gave up on is left.
-        timeout_graceful_shutdown=2,
+    registry = build_registry(settings, name)
+    router = build_router(settings, registry)
+    service = Service(
+        name,
+        admission=Admission(settings.admission),
+        adapters=registry,
+        routing=router,
+        request_timeout_s=settings.service.request_timeout_s,
+        max_request_timeout_s=settings.service.max_request_timeout_s,
     )
-    http = _Uvicorn(config)
-    running = asyncio.create_task(http.serve(sockets=[listener]))
-    url = address(listener)
+    keys, admin = Keys(settings.auth), Admin(registry, router)
+    listeners = Listeners(
+        settings.http,
+        build_app(service, settings.http, keys, admin),
+        build_admin_app(service, settings.http, keys, admin),
+    )
+    listeners.start()
+    url = listeners.url
+    if listeners.admin_url:
+        logger.info("Metrics and administration at %s", listeners.admin_url)
     logger.info("Loading %s; %s/health/ready tells when it is there", name, url)
-    engine: Engine | None = None
+    supervisor = Supervisor(lambda: build_engine(settings, name), settings.supervisor)
+    watching: list[asyncio.Task[None]] = []
     try:
-        build = ENGINES[settings.engine.kind]
-        engine = await asyncio.to_thread(build, settings.model, name, settings.engine)
-        # What the start has made stays: the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
-        service.attach(engine)
-        took_s = time.monotonic() - started_s
-        logger.info("Serving %s at %s/v1 after %.0f s", name, url, took_s)
-        await stop.wait()
-        await _drain(service, settings.service.drain_timeout_s, hurry)
+        starting = asyncio.create_task(_start(supervisor, registry, router, settings))
+        if await _first_of(starting, stop.wait()) is starting:
+            watching = starting.result()
+            capacity = supervisor.capacity
+            service.admission.fit(capacity.max_num_seqs, capacity.kv_cache_tokens)
+            service.attach(supervisor)
+            took_s = time.monotonic() - started_s
+            logger.info("Serving %s at %s/v1 after %.0f s", name, url, took_s)
+            await _first_of(supervisor.gave_up.wait(), stop.wait())
+        service.stop_admitting()
+        if not supervisor.gave_up.is_set():
+            await _drain(service, settings.service.drain_timeout_s, hurry)
     finally:
-        http.should_exit = True
-        await running
-        if engine is not None:
-            await engine.close()
+        for task in watching:
+            task.cancel()
+        try:
+            # Before HTTP, so that what is cut off can still be told.
+            await supervisor.close()
+        finally:
+            await listeners.stop()
+            gc.freeze()  # engines do not bear being torn down after the modules that they use
+            end_children()  # nothing is left by now; should something be, Python would wait for it
+            if supervisor.is_stuck:  # Python would wait for its thread, too
+                ending = threading.Timer(LAST_RESORT_S, os._exit, [1])
+                ending.daemon = True
+                ending.start()
     logger.info("Stopped")
+    return 1 if supervisor.gave_up.is_set() else 0
+
+
+def build_registry(settings: Settings, name: str) -> Registry | None:
+    """The adapters, if the settings have any. Raises StartupError."""
+    folder = settings.adapters.folder
+    if folder is not None and not folder.is_dir():
+        raise StartupError(f"adapters.folder {folder} is not a folder.")
+    store_folder = settings.adapters.store_folder
+    if store_folder is None:
+        return None
+    return Registry(
+        Store(store_folder),
+        max_registered=settings.adapters.max_registered,
+        max_resident=settings.engine.max_cpu_loras,
+        turn_tokens=settings.adapters.turn_tokens,
+        max_running=settings.adapters.max_running,
+        taken=frozenset({name, AUTO}),
+    )
+
+
+def build_router(settings: Settings, registry: Registry | None) -> Router | None:
+    """Routing by text, where there are adapters. Raises StartupError."""
+    file = settings.routing.file
+    if file is not None and not file.is_file():
+        raise StartupError(f"routing.file {file} is not a file.")
+    if registry is None or not settings.routing.enabled:
+        return None
+    return Router(
+        file,
+        registry.folders,
+        known=lambda: [card.name for card in registry.cards()],
+        takes_base_name=settings.routing.base_name,
+    )
+
+
+async def _start(
+    supervisor: Supervisor,
+    registry: Registry | None,
+    router: Router | None,
+    settings: Settings,
+) -> list[asyncio.Task[None]]:
+    """The engine, its adapters, the routes to them; returns what watches files. Raises
+    StartupError.
+    """
+    await supervisor.start()
+    if registry is None:
+        return []
+    layers = await asyncio.to_thread(_layers, settings.model) if settings.model else {}
+    limits = AdapterLimits(
+        max_rank=supervisor.capacity.max_lora_rank,
+        layers=layers,
+        max_bytes=settings.adapters.max_bytes,
+    )
+    capacity = supervisor.capacity
+    waiting = settings.adapters.max_waiting or capacity.max_num_seqs
+    await registry.start(supervisor, limits, slots=capacity.max_loras, max_waiting=waiting)
+    watching = []
+    if settings.adapters.folder is not None:
+        watch = Watch(settings.adapters.folder, registry)
+        await watch.look(wait=False)
+        watching.append(watch.run())
+    if router is not None:
+        try:
+            await router.start()
+        except ServeError as error:
+            raise StartupError(f"The routes cannot be built: {error.message}") from error
+        watching.append(router.watch())
+    return [asyncio.create_task(task) for task in watching]
+
+
+def _layers(model: str) -> dict[str, tuple[int, int]]:
+    """What adapters can change. Raises StartupError."""
+    try:
+        return linear_layers(model_folder(model))
+    except Invalid as error:
+        raise StartupError(f"Adapters cannot be served on {model}: {error.message}") from error
+
+
+def _end_at_once() -> None:
+    end_children()
+    os._exit(0)
+
+
+def build_engine(settings: Settings, name: str) -> Engine:
+    """The engine of the settings; for a worker thread. Raises StartupError."""
+    engine_settings = settings.engine
+    if settings.adapters.store_folder is not None:
+        engine_settings = engine_settings.model_copy(update={"enable_lora": True})
+    engine = ENGINES[engine_settings.kind](settings.model, name, engine_settings)
+    gc.collect()  # what is left of an engine before this one
+    return engine
+
+
+async def _first_of(*waits: Awaitable[object]) -> asyncio.Future[object]:
+    """Wait until one of them is done, and return that; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    return done.pop()
 
 
 async def _drain(service: Service, timeout_s: float, hurry: asyncio.Event) -> None:
-    """Refuse new requests and wait for those in flight, at most timeout_s or until `hurry`."""
-    service.stop_admitting()
+    """Wait for the requests in flight, at most timeout_s or until `hurry`."""
     logger.info("Draining for at most %.0f s", timeout_s)
-    draining = asyncio.create_task(service.drain(timeout_s))
-    hurrying = asyncio.create_task(hurry.wait())
-    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-    if not (draining.done() and draining.result()):
+    draining = asyncio.ensure_future(service.drain(timeout_s))
+    if await _first_of(draining, hurry.wait()) is not draining or not draining.result():
         logger.warning("Aborting the requests that are still running")
-    for task in (draining, hurrying):
-        task.cancel()
 
 
 def default_name(settings: Settings) -> str:
@@ -120,13 +233,8 @@ def default_name(settings: Settings) -> str:
     return Path(settings.model).resolve().name if settings.model else settings.engine.kind
 
 
-def address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def run(settings: Settings) -> None:
-    """Serve with uvloop until stopped; see `serve`."""
+    """Serve with uvloop until stopped; see `serve`. Exits with 1 when the engine was given up."""
     prepare_environment()
     logging.basicConfig(
         level=settings.log_level.upper(),
@@ -138,4 +246,6 @@ def run(settings: Settings) -> None:
     # Its "Started server process" lines repeat ours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(settings))
+        code = runner.run(serve(settings))
+    if code:
+        raise SystemExit(code)

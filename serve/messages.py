@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import msgspec
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 ToolChoice = Literal["none", "auto", "required", "named"]
+RouteStage = Literal["explicit", "rules", "learned", "default"]
+Scope = Literal["inference", "admin", "metrics"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 # One chat message in OpenAI's shape (role, content, ...). Kept as given: the engine's own renderer
 # reads it.
@@ -87,13 +91,34 @@ class ChatOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and what they may. Names are for logs; the key itself is nowhere in here.
+
+    Callers of one `tenant` may see each other's cached answers. `adapters` None is all of them; a
+    limit of None is none.
+    """
+
+    name: str
+    tenant: str
+    scopes: frozenset[Scope]
+    adapters: frozenset[str] | None = None
+    max_concurrent: int | None = None
+    tokens_per_minute: int | None = None
+    requests_per_minute: int | None = None
+
+
+# Everybody, on a server without keys.
+ANONYMOUS = Caller("-", "anonymous", frozenset(SCOPES))
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One request, of either protocol. Exactly one of `messages` (chat) and `prompt` is set.
 
     `prompt` is text or token ids. `stream` says whether the caller wants chunks as they come or one
     at the end; `echo` that the prompt's text is wanted too. `add_special_tokens` None is the
     endpoint's habit: no for chat (its template has them), yes for text. A lower `priority` goes
-    first.
+    first. `timeout_s` counts from its arrival at the service; None is the server's own.
     """
 
     request_id: str
@@ -107,6 +132,8 @@ class GenerateRequest:
     truncate_prompt_tokens: int | None = None
     priority: int = 0
     stream: bool = False
+    caller: Caller = ANONYMOUS
+    timeout_s: float | None = None
 
     @property
     def prompt_param(self) -> str:
@@ -115,11 +142,39 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One version of an adapter, in a folder of its own that never changes.
+
+    `digest` is the sha256 of its weights and configuration, `int_id` the engine's number for it: no
+    other version of this server's life gets the same.
+    """
+
+    name: str
+    digest: str
+    folder: Path
+    int_id: int
+    rank: int
+
+    @property
+    def engine_name(self) -> str:
+        """Its own, because vLLM takes adapters of one name for one adapter."""
+        return f"{self.name}@{self.digest[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: a served model and, on top of it, an adapter or none."""
+    """Where a request goes: a served model and, on top of it, an adapter or none; and whether the
+    request named it, or which stage of routing chose it.
+    """
 
     model: str
-    adapter: str | None = None
+    adapter: AdapterVersion | None = None
+    stage: RouteStage = "explicit"
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        return self.adapter.name if self.adapter else self.model
 
 
 @dataclass(frozen=True, slots=True)

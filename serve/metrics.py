@@ -33,7 +33,89 @@ REQUEST_SECONDS = Histogram(
     "From the request's arrival to its end, however it ended.",
     buckets=_SECONDS,
 )
+ADMISSION_REFUSALS = Counter(
+    "packhorse_admission_refusals_total",
+    "Requests refused at once, by the limit that was met: in_flight, running, queued_tokens, "
+    "key_concurrency, key_tokens or key_requests.",
+    ["reason"],
+)
+WAITING = Gauge(
+    "packhorse_requests_waiting", "Admitted requests of which nothing has been answered yet."
+)
+QUEUED_TOKENS = Gauge("packhorse_queued_tokens", "Prompt tokens of these.")
+AUTH_FAILURES = Counter(
+    "packhorse_auth_failures_total",
+    "Requests without a right to what they ask, by reason: missing, malformed or unknown key, or "
+    "scope (a known key that may not).",
+    ["reason"],
+)
+KEY_RELOAD_FAILURES = Counter(
+    "packhorse_key_reload_failures_total",
+    "Changed keys files that could not be read; the old keys stay.",
+)
+STALLED_CLIENTS = Counter(
+    "packhorse_stalled_clients_total", "Clients cut off because they stopped reading their stream."
+)
 READY = Gauge("packhorse_ready", "1 while new requests are taken, 0 while starting or draining.")
+
+TASKS = Gauge(
+    "packhorse_event_loop_tasks", "Tasks of the server's event loop: requests, and some of its own."
+)
+
+ENGINE_FAILURES = Counter(
+    "packhorse_engine_failures_total",
+    "Engines that were lost, by how: died, hung, or not_built (a rebuild that failed).",
+    ["reason"],
+)
+ENGINE_UP = Gauge("packhorse_engine_up", "1 while there is an engine, 0 while one is built.")
+REPLAYS = Counter(
+    "packhorse_requests_replayed_total",
+    "Requests handed to a new engine because theirs died before they had streamed anything.",
+)
+POISON = Counter("packhorse_requests_poison_total", "Requests found to end the engine; refused.")
+HELD = Gauge(
+    "packhorse_requests_held", "Requests that wait for a new engine, or for their turn on it."
+)
+
+ADAPTERS = Gauge("packhorse_adapters", "Adapters that are registered.")
+ADAPTERS_RESIDENT = Gauge("packhorse_adapters_resident", "Adapters that the engine holds.")
+STEP_ADAPTERS = Histogram(
+    "packhorse_step_adapters",
+    "Adapters with running requests, of each step of the engine.",
+    buckets=(0, 1, 2, 3, 4, 8, 16, 32),
+)
+ADAPTER_FAILURES = Counter(
+    "packhorse_adapter_failures_total",
+    "Adapters, or new versions of one, that were refused or could not be loaded.",
+)
+ADAPTER_EVICTIONS = Counter(
+    "packhorse_adapter_evictions_total", "Adapters unloaded to make room for others."
+)
+ADAPTER_LOAD_SECONDS = Histogram(
+    "packhorse_adapter_load_seconds", "Loading an adapter into the engine.", buckets=_SECONDS
+)
+
+ROUTES = Counter(
+    "packhorse_routes_total",
+    "Requests by where they went and which stage said so: explicit (the request's own name), "
+    "rules, learned, or default. The adapter is empty for the base.",
+    ["adapter", "stage"],
+)
+ROUTE_SECONDS = Histogram(
+    "packhorse_route_seconds",
+    "Choosing an adapter by a request's text.",
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1),
+)
+ROUTE_GENERATION = Gauge("packhorse_route_generation", "Number of the routing in use.")
+ROUTE_REFUSALS = Counter(
+    "packhorse_route_reloads_refused_total",
+    "New routes that did worse in their self-test than they may; the old ones stay.",
+)
+
+
+def held() -> float:
+    """How many requests wait for an engine."""
+    return sum(sample.value for metric in HELD.collect() for sample in metric.samples)
 
 
 def exposition() -> tuple[bytes, str]:

@@ -1,9 +1,9 @@
-"""The whole product on two screens: route, render, start the engine, hand back a stream.
+"""The whole product on two screens: route, render, admit, start the engine, hand back a stream.
 
 Every protocol calls `Service.start` and iterates the Stream it returns. All that can still be
 refused is refused in `start`, because a streaming response sends its status before its first item.
-Counts, metrics and the one log line a request are kept here, so that they are the same for every
-protocol.
+Counts, metrics and the one log line a request are kept here and in the Stream, so that they are the
+same for every protocol.
 """
 
 from __future__ import annotations
@@ -11,207 +11,60 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from contextlib import aclosing
-from typing import TypeVar
+from collections.abc import Sequence
+from functools import partial
 
 from serve import metrics
+from serve.adapters.base import Adapters, Lease
+from serve.admission import Admission, Demand, Place
 from serve.engines.base import Engine
-from serve.errors import ErrorKind, Internal, ServeError, Unavailable, UnknownModel
-from serve.messages import Chunk, GenerateRequest, Prompt, Route, Usage
+from serve.errors import Forbidden, Invalid, ServeError, Unavailable, UnknownModel
+from serve.messages import (
+    ANONYMOUS,
+    Caller,
+    GenerateRequest,
+    Message,
+    Prompt,
+    Route,
+    RouteStage,
+    Usage,
+)
+from serve.routing.base import AUTO, Decision, Routing
+from serve.stream import Stream
 
 logger = logging.getLogger("packhorse.request")
 
-Step = TypeVar("Step")
+
+def may_use(caller: Caller, adapter: str) -> bool:
+    return caller.adapters is None or adapter in caller.adapters
 
 
-class Stream:
-    """A request that has its first chunk. Iterate it to its end, then read `usage`; or `close()` it
-    to abort.
+async def _ready(lease: Lease, prompt: Prompt) -> None:
+    await lease.ready(len(prompt.token_ids), prompt.max_tokens)
+
+
+class Service:
+    """One engine behind one model name, and its adapters behind theirs. Answers "not yet" until the
+    engine is attached.
     """
 
     def __init__(
         self,
-        service: Service,
-        engine: Engine,
-        request: GenerateRequest,
-        route: Route,
-        arrived_s: float,
+        model: str,
+        *,
+        admission: Admission | None = None,
+        adapters: Adapters | None = None,
+        routing: Routing | None = None,
+        request_timeout_s: float = 600.0,
+        max_request_timeout_s: float = 3600.0,
     ) -> None:
-        self.request = request
-        self.route = route
-        self.prompt = Prompt((), 0)
-        self._service = service
-        self._engine = engine
-        self._arrived_s = arrived_s
-        self._first_s = 0.0
-        self._chunks: AsyncGenerator[Chunk, None] | None = None
-        self._first: Chunk | None = None
-        self._opening: asyncio.Task[None] | None = None
-        self._unfinished = request.sampling.n
-        self._completion_tokens = 0
-        self._cached_tokens = 0
-        self._reasoning_tokens = 0
-        self._outcome: str | None = None
-
-    async def render(self) -> None:
-        """Make the prompt. Raises ServeError."""
-        self.prompt = await self._guarded(self._engine.render(self.request, self.route))
-
-    async def open(self) -> None:
-        """Start the engine and wait for the first chunk. Raises ServeError."""
-        self._chunks = self._engine.generate(self.prompt, self.request, self.route)
-        self._first = await self._guarded(anext(self._chunks))
-        self._first_s = time.monotonic() - self._arrived_s
-        if self.request.stream:  # otherwise the first chunk is also the last
-            metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
-
-    def open_meanwhile(self) -> asyncio.Task[None]:
-        """Open in a task of its own, which the first step of an iteration waits for."""
-        self._opening = asyncio.create_task(self.open())
-        return self._opening
-
-    async def _guarded(self, step: Awaitable[Step]) -> Step:
-        """Await a step of the start; if it fails, this request has ended."""
-        try:
-            return await step
-        except asyncio.CancelledError:
-            await self.close()
-            raise
-        except ServeError as error:
-            self.end(error.kind)
-            raise
-        except Exception as error:
-            self._service.log_unexpected(self.request.request_id)
-            self.end(ErrorKind.INTERNAL)
-            raise Internal(
-                "The server failed on this request; the request id leads to its log."
-            ) from error
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far; complete after the last chunk."""
-        return Usage(
-            len(self.prompt.token_ids),
-            self._completion_tokens,
-            self._cached_tokens,
-            self._reasoning_tokens,
-        )
-
-    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
-        """The chunks. Raises ServeError when the engine fails on the way; closes in every case."""
-        if self._opening is not None:
-            await self._opening
-        assert self._chunks is not None
-        assert self._first is not None
-        try:
-            self._count(self._first)
-            yield self._first
-            async for chunk in self._chunks:
-                self._count(chunk)
-                yield chunk
-            if self._unfinished:
-                raise RuntimeError("the engine ended a stream without a reason")
-            self.end("ok")
-        except (GeneratorExit, asyncio.CancelledError):
-            self.end(ErrorKind.CANCELLED)
-            raise
-        except ServeError as error:
-            self.end(error.kind)
-            raise
-        except Exception as error:
-            self._service.log_unexpected(self.request.request_id)
-            self.end(ErrorKind.INTERNAL)
-            raise Internal(
-                "The server failed while it answered; the request id leads to its log."
-            ) from error
-        finally:
-            await self._chunks.aclose()
-
-    def _count(self, chunk: Chunk) -> None:
-        self._completion_tokens += len(chunk.token_ids)
-        if chunk.cached_tokens:
-            self._cached_tokens = chunk.cached_tokens
-        if chunk.finish_reason is not None:
-            self._unfinished -= 1
-            self._reasoning_tokens += chunk.reasoning_tokens
-
-    async def close(self) -> None:
-        """Abort what is still running. Safe to call twice, and after the end."""
-        opening = self._opening
-        if opening is not None and opening is not asyncio.current_task():
-            opening.cancel()
-            await asyncio.wait([opening])
-            if not opening.cancelled():
-                opening.exception()  # looked at, so that asyncio does not complain
-        if self._chunks is not None:
-            await self._chunks.aclose()
-        self.end(ErrorKind.CANCELLED)
-
-    def end(self, outcome: str) -> None:
-        """Count and log the request, once."""
-        if self._outcome is not None:
-            return
-        self._outcome = str(outcome)
-        self._service.ended()
-        total_s = time.monotonic() - self._arrived_s
-        metrics.REQUESTS.labels(self._outcome).inc()
-        metrics.REQUEST_SECONDS.observe(total_s)
-        usage = self.usage
-        metrics.TOKENS.labels("prompt").inc(usage.prompt_tokens)
-        metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
-        logger.info(
-            "request_id=%s model=%s adapter=%s outcome=%s prompt_tokens=%d completion_tokens=%d "
-            "cached_tokens=%d first_token_s=%.3f total_s=%.3f",
-            self.request.request_id, self.route.model, self.route.adapter or "-", self._outcome,
-            usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens,
-            self._first_s, total_s,
-        )  # fmt: skip
-
-
-async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """The chunks of several streams as they come, each with its stream's number.
-
-    Raises the ServeError of the first stream that fails; ends all of them in every case.
-    """
-    if len(streams) == 1:
-        async with aclosing(aiter(streams[0])) as chunks:
-            async for chunk in chunks:
-                yield 0, chunk
-        return
-    ready: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue(maxsize=1)
-
-    async def pump(number: int, stream: Stream) -> None:
-        try:
-            async with aclosing(aiter(stream)) as chunks:
-                async for chunk in chunks:
-                    await ready.put((number, chunk))
-            await ready.put((number, None))
-        except ServeError as error:
-            await ready.put((number, error))
-
-    pumps = [asyncio.create_task(pump(*numbered)) for numbered in enumerate(streams)]
-    running = len(pumps)
-    try:
-        while running:
-            number, item = await ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield number, item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-class Service:
-    """One engine behind one model name. Answers "not yet" until the engine is attached."""
-
-    def __init__(self, model: str) -> None:
+        """A request takes at most request_timeout_s, or what it asks for up to the maximum."""
         self.model = model
+        self.admission = admission or Admission()
+        self._adapters = adapters
+        self._routing = routing
+        self._request_timeout_s = request_timeout_s
+        self._max_request_timeout_s = max_request_timeout_s
         self.created_s = int(time.time())
         self._engine: Engine | None = None
         self._in_flight = 0
@@ -230,13 +83,22 @@ class Service:
         """Serve with this engine from now on."""
         self._engine = engine
 
+    def enter(self, caller: Caller) -> Place:
+        """The first step of every call, before its body is read; leave the place after the last.
+
+        Raises Unavailable while draining, Overloaded above the limits on calls at once.
+        """
+        self._check_open()
+        return self.admission.enter(caller)
+
     async def start(self, request: GenerateRequest) -> Stream:
         """Do everything that can still be refused; return once the first chunk is in hand.
 
         Raises ServeError.
         """
-        stream = self._admitted(request)
+        stream = self._new_stream(request)
         await stream.render()
+        self._admit([stream])
         await stream.open()
         return stream
 
@@ -251,9 +113,10 @@ class Service:
         streams: list[Stream] = []
         try:
             for request in requests:
-                stream = self._admitted(request)
+                stream = self._new_stream(request)
                 streams.append(stream)
                 await stream.render()
+            self._admit(streams)
             openings = [stream.open_meanwhile() for stream in streams]
             done, _ = await asyncio.wait(openings, return_when=asyncio.FIRST_COMPLETED)
             for opening in done:
@@ -264,56 +127,142 @@ class Service:
             raise
         return streams
 
-    def _admitted(self, request: GenerateRequest) -> Stream:
+    def _new_stream(self, request: GenerateRequest) -> Stream:
         """A new stream, counted as in flight until its end. Raises ServeError."""
-        arrived_s = time.monotonic()
         try:
-            if self._draining:
-                raise Unavailable(
-                    "The server is shutting down; send the request to another one.", retry_after_s=5
-                )
-            stream = Stream(self, self.engine, request, self._route(request), arrived_s)
+            self._check_open()
+            engine, timeout_s = self.engine, self._timeout_s(request)
+            lease, stage = self._lease(request)
+            route = Route(self.model, lease.adapter if lease else None, stage)
+            metrics.ROUTES.labels(route.adapter.name if route.adapter else "", stage).inc()
+            stream = Stream(
+                engine,
+                request,
+                route,
+                timeout_s=timeout_s,
+                on_end=partial(self._ended, lease),
+                before=partial(_ready, lease) if lease else None,
+            )
         except ServeError as error:
-            self.refused(request.request_id, error)
+            self.refused(request.request_id, error, request.caller)
             raise
         self._in_flight += 1
         self._idle.clear()
         metrics.IN_FLIGHT.set(self._in_flight)
         return stream
 
-    async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
-        """Token ids of the request's prompt, as its generation would see them."""
-        self._route(request)
-        return await self.engine.tokenize(request)
+    def _admit(self, streams: Sequence[Stream]) -> None:
+        """Let rendered streams of one call go to the engine. Raises Overloaded, which ends them."""
+        demands = [
+            Demand(
+                len(stream.prompt.token_ids),
+                stream.prompt.max_tokens * stream.request.sampling.n,
+                stream.request.sampling.n,
+            )
+            for stream in streams
+        ]
+        try:
+            tickets = self.admission.admit(streams[0].request.caller, demands)
+        except ServeError as error:
+            for stream in streams:
+                stream.end(error.kind)
+            raise
+        for stream, ticket in zip(streams, tickets, strict=True):
+            stream.ticket = ticket
 
-    def _route(self, request: GenerateRequest) -> Route:
-        self.check_model(request.model)
-        return Route(self.model)
+    def _timeout_s(self, request: GenerateRequest) -> float:
+        """How long the request may take. Raises Invalid when it asks for too much."""
+        asked_s = request.timeout_s
+        if asked_s is None:
+            return self._request_timeout_s
+        if not 0 < asked_s <= self._max_request_timeout_s:
+            raise Invalid(
+                f"timeout_s={asked_s:g} is not above 0 and at most this server's "
+                f"{self._max_request_timeout_s:g}; ask for something between.",
+                param="timeout_s",
+            )
+        return asked_s
 
-    def check_model(self, name: str) -> None:
-        """Raises UnknownModel for a name that is not served."""
-        if name != self.model:
-            raise UnknownModel(
-                f"There is no model {name!r} here; this server has {self.model!r}.", param="model"
+    def _check_open(self) -> None:
+        """Raises Unavailable while draining."""
+        if self._draining:
+            raise Unavailable(
+                "The server is shutting down; send the request to another one.", retry_after_s=5
             )
 
-    def refused(self, request_id: str, error: ServeError) -> None:
+    async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
+        """Token ids of the request's prompt, as its generation would see them."""
+        self.check_model(request.model, request.caller)
+        return await self.engine.tokenize(request)
+
+    def _lease(self, request: GenerateRequest) -> tuple[Lease | None, RouteStage]:
+        """The adapter that the request names, or its text chooses. Raises ServeError."""
+        decision = self.decide(request)
+        if decision.adapter is None or self._adapters is None:
+            return None, decision.stage
+        return self._adapters.lease(decision.adapter), decision.stage
+
+    def decide(self, request: GenerateRequest) -> Decision:
+        """Where the request would go, and why. Raises UnknownModel, Forbidden."""
+        name, routing = request.model, self._routing
+        self.check_model(name, request.caller)
+        by_text = name == AUTO or (name == self.model and routing and routing.takes_base_name)
+        if not by_text or routing is None:
+            adapter = None if name == self.model else name
+            return Decision(adapter, "explicit", None, f"The request names {name!r}.", ())
+        messages: Sequence[Message] = request.messages or ()
+        if isinstance(request.prompt, str):
+            messages = ({"role": "user", "content": request.prompt},)
+        return routing.decide(messages, may_use=partial(may_use, request.caller))
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it could have any."""
+        return self._adapters is not None
+
+    def models(self, caller: Caller = ANONYMOUS) -> list[str]:
+        """The names that this caller can ask for, the base's first."""
+        adapters = self._adapters.names if self._adapters else ()
+        auto = [AUTO] if self._routing is not None else []
+        return [self.model, *auto, *(name for name in adapters if may_use(caller, name))]
+
+    def check_model(self, name: str, caller: Caller = ANONYMOUS) -> None:
+        """Raises UnknownModel for a name that is not served, Forbidden for one that this caller may
+        not use, whether it is served or not.
+        """
+        if name == self.model or (name == AUTO and self._routing is not None):
+            return
+        if not may_use(caller, name):
+            raise Forbidden(
+                f"This key may not use {name[:80]!r}, or there is no such model; GET /v1/models "
+                "lists what it may.",
+                param="model",
+            )
+        if self._adapters is None or name not in self._adapters.names:
+            known = self.models(caller)
+            more = f" and {len(known) - 5} more (GET /v1/models)" if len(known) > 5 else ""
+            raise UnknownModel(
+                f"There is no model {name[:80]!r} here; this server has "
+                f"{', '.join(map(repr, known[:5]))}{more}.",
+                param="model",
+            )
+
+    def refused(self, request_id: str, error: ServeError, caller: Caller = ANONYMOUS) -> None:
         """Count and log a request that never became a stream; the edges call it for bad bodies."""
         metrics.REQUESTS.labels(error.kind).inc()
-        logger.info("request_id=%s outcome=%s", request_id, error.kind)
+        logger.info(
+            "request_id=%s key=%s tenant=%s outcome=%s",
+            request_id, caller.name, caller.tenant, error.kind,
+        )  # fmt: skip
 
-    def ended(self) -> None:
-        """One request less (called by its Stream)."""
+    def _ended(self, lease: Lease | None, usage: Usage) -> None:
+        """One request less."""
         self._in_flight -= 1
         metrics.IN_FLIGHT.set(self._in_flight)
         if not self._in_flight:
             self._idle.set()
-
-    def log_unexpected(self, request_id: str) -> None:
-        """The one log entry of a bug, with its traceback; call it while the exception is being
-        handled.
-        """
-        logger.exception("request_id=%s failed unexpectedly", request_id)
+        if lease is not None:
+            lease.release(usage.prompt_tokens + usage.completion_tokens)
 
     async def check_ready(self) -> None:
         """Raises Unavailable while draining or without a working engine."""

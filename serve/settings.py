@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -37,6 +47,39 @@ class HttpSettings(_Section):
     """0 lets the system choose; the start-up line says which."""
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     """Larger request bodies are refused with 413 before they are read whole."""
+    stalled_client_timeout_s: float = Field(60.0, gt=0)
+    """A client that for so long takes nothing of a stream, or does not finish its request, is cut
+    off.
+    """
+    keep_alive_s: int = Field(75, ge=1)
+    """An idle connection is closed after so long. Longer than the 60 s of most load balancers: they
+    must close first, or they send a request into a connection that is closing.
+    """
+    admin_port: int | None = Field(None, ge=0, le=65535)
+    """A second port, for /metrics and /admin; they are then nowhere else."""
+    admin_host: str = "127.0.0.1"
+    """Where admin_port is listened on."""
+    tls_certificate: Path | None = None
+    """PEM file with the certificate chain; https, on both ports, instead of http."""
+    tls_key: Path | None = None
+    """PEM file with its private key, not encrypted."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may call: `https://chat.example.org`, or `*`."""
+
+    @model_validator(mode="after")
+    def _tls_has_both(self) -> HttpSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; set both, or neither")
+        return self
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            # Browsers send exactly this form; anything else would never match.
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin; write https://HOST[:PORT], or *")
+        return origins
 
 
 class ServiceSettings(_Section):
@@ -46,6 +89,66 @@ class ServiceSettings(_Section):
     """The name clients use; the model folder's own name when unset."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """After SIGTERM, how long requests in flight may take to end by themselves."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """How long a request may take, waiting included, that does not say so itself."""
+    max_request_timeout_s: float = Field(3600.0, gt=0)
+    """The most that a request may ask for."""
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> ServiceSettings:
+        if self.request_timeout_s > self.max_request_timeout_s:
+            raise ValueError(
+                f"request_timeout_s={self.request_timeout_s:g} is above max_request_timeout_s="
+                f"{self.max_request_timeout_s:g}; raise the latter too"
+            )
+        return self
+
+
+class AuthSettings(_Section):
+    """Owner: auth. Without either, everybody may do everything."""
+
+    keys_file: Path | None = None
+    """YAML or JSON list of keys, see docs/access.md; read again when it changes."""
+    api_key: SecretStr | None = None
+    """One key that may do everything, for a server without a keys file."""
+
+
+class AdmissionSettings(_Section):
+    """Owner: admission. What is refused at once with 429."""
+
+    max_in_flight: int = Field(1024, ge=1)
+    """HTTP or gRPC calls at once, checked before their bodies are read."""
+    max_running: int | None = Field(None, ge=1)
+    """Answers (prompts x n) that the engine has, waiting or running. Unset: half as many again as
+    it runs at once.
+    """
+    max_queued_tokens: int | None = Field(None, ge=1)
+    """Prompt tokens of requests that have no answer yet. Unset: half as many again as the KV cache
+    holds. One request is always taken, however long.
+    """
+
+
+class SupervisorSettings(_Section):
+    """Owner: engines/supervisor: how often a new engine is built when one dies or hangs."""
+
+    max_restarts: int = Field(5, ge=0)
+    """More deaths than this within restart_window_s, and the server exits with 1."""
+    restart_window_s: float = Field(600.0, gt=0)
+    backoff_s: float = Field(1.0, ge=0)
+    """Pause before the second rebuild of a window; doubles with each after it, up to a minute."""
+    build_timeout_s: float = Field(1800.0, gt=0)
+    """An engine that is not there after so long has failed: its processes are ended."""
+
+
+class RoutingSettings(_Section):
+    """Owner: routing/. Which adapter answers requests for the model `auto`."""
+
+    enabled: bool = True
+    """Whether there is such a model, on a server with adapters."""
+    file: Path | None = None
+    """Rules, default and thresholds, see docs/routing.md; read again when it changes."""
+    base_name: bool = False
+    """Route requests that name the base model, too."""
 
 
 class EngineSettings(_Section):
@@ -70,6 +173,14 @@ class EngineSettings(_Section):
     """
     enforce_eager: bool | None = None
     """Skip torch.compile. Default on CPU: yes (start in 30 s instead of 100 s)."""
+    enable_lora: bool = False
+    """Serve adapters too; the adapters section switches it on."""
+    max_loras: int = Field(4, ge=1)
+    """Adapters in one batch; requests for others wait."""
+    max_cpu_loras: int = Field(32, ge=1)
+    """Adapters that the engine holds in memory; others are loaded when a request comes."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """Adapters of a higher rank are refused. Memory and time are those of this rank."""
     seed: int = 0
     tool_call_parser: str | None = None
     """How the model writes tool calls (hermes, llama3_json, mistral, ...); allows tool_choice."""
@@ -79,8 +190,47 @@ class EngineSettings(_Section):
     """Path of a Jinja file, or the template itself; the model's own when unset."""
     default_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables for the chat template; a request's own win."""
+    stall_timeout_s: float = Field(10.0, gt=0)
+    """Hung: requests wait, and for so long no step has ended and the workers have used no CPU."""
+    step_timeout_s: float = Field(300.0, gt=0)
+    """Hung: requests wait, and no step has ended for so long, whatever the workers do."""
     echo_delay_s: float = Field(0.0, ge=0)
     """Echo engine only: pause before each chunk."""
+
+    @model_validator(mode="after")
+    def _holds_what_a_batch_needs(self) -> EngineSettings:
+        if self.max_cpu_loras <= self.max_loras:  # a new version needs a place beside those in use
+            raise ValueError(
+                f"max_cpu_loras={self.max_cpu_loras} is not above max_loras={self.max_loras}; "
+                "raise it"
+            )
+        return self
+
+
+class AdapterSettings(_Section):
+    """Owner: adapters/. Without `folder` and `store`, no adapters are served."""
+
+    folder: Path | None = None
+    """Watched: every folder in it that PEFT has saved is an adapter, under the folder's name."""
+    store: Path | None = None
+    """Where copies are kept, and what was registered, over restarts. Unset: `.store` in `folder`.
+    """
+    max_registered: int = Field(1000, ge=1)
+    max_running: int | None = Field(None, ge=1)
+    """Requests of one adapter in the engine; more wait. Unset: no limit."""
+    max_waiting: int | None = Field(None, ge=1)
+    """Requests of one adapter that wait for their turn; more get 429. Unset: as many as the engine
+    runs at once.
+    """
+    turn_tokens: int = Field(4096, ge=1)
+    """What one adapter may use at a time while others wait for its slot (engine.max_loras)."""
+    max_bytes: int = Field(4 * 2**30, ge=2**20)
+    """Larger adapters are refused."""
+
+    @property
+    def store_folder(self) -> Path | None:
+        """None: no adapters."""
+        return self.store or (self.folder / ".store" if self.folder else None)
 
 
 class Settings(BaseSettings):
@@ -94,6 +244,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     http: HttpSettings = HttpSettings()
     service: ServiceSettings = ServiceSettings()
+    auth: AuthSettings = AuthSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    supervisor: SupervisorSettings = SupervisorSettings()
+    adapters: AdapterSettings = AdapterSettings()
+    routing: RoutingSettings = RoutingSettings()
     engine: EngineSettings = EngineSettings()
 
 
@@ -125,13 +280,18 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
     try:
         return Sources(**flags)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()
-        ]
+        lines = [f"  {'.'.join(map(str, e['loc']))}{_shown(e)}: {e['msg']}" for e in error.errors()]
         raise StartupError("These settings are not valid:\n" + "\n".join(lines)) from error
     except Exception as error:
         where = f"--config {config}" if config else "The settings"
         raise StartupError(f"{where} cannot be read: {error}") from error
+
+
+def _shown(fault: ErrorDetails) -> str:
+    """The value at fault, unless it is a secret, or a whole section."""
+    if "api_key" in fault["loc"] or isinstance(fault["input"], dict):
+        return ""
+    return f" = {fault['input']!r}"
 
 
 def _refuse_unknown_environment() -> None:
@@ -156,6 +316,9 @@ def prepare_environment() -> None:
     Must run before the first import of vllm: no usage reports, quiet logs, spawn instead of fork
     (threads run here).
     """
+    # Engines are ended at once and we free what they shared; Python's tracker would complain.
+    quiet = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.conftest import Server
 
@@ -75,11 +76,25 @@ def fuzz(http: httpx.Client, model: str, seed: int) -> None:
     assert statuses.count(400) > 80
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """For what must come; the limit is generous, as how fast it comes is for bench/ to say."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s"
         time.sleep(0.02)
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """All processes below this one."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+def is_there(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended and is listed still does not."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def address_of(server: Server) -> tuple[str, int]:
@@ -91,8 +106,14 @@ def hello(text: str = "one two three", **fields: Any) -> dict[str, Any]:
     return {"model": "echo", "messages": [{"role": "user", "content": text}], **fields}
 
 
-def send_raw(connection: socket.socket, path: str, body: dict[str, Any]) -> None:
+def send_raw(
+    connection: socket.socket,
+    path: str,
+    body: dict[str, Any],
+    headers: dict[str, str] | None = None,
+) -> None:
     """POST over a bare socket, which the test may then close."""
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
-    connection.sendall(head.encode() + content)
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+    connection.sendall(head.encode() + b"\r\n" + content)

@@ -41,7 +41,12 @@ class Server:
 
 
 @contextmanager
-def running_server(folder: Path, *arguments: str, start_timeout_s: float = 240) -> Iterator[Server]:
+def running_server(
+    folder: Path,
+    *arguments: str,
+    start_timeout_s: float = 240,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
     """`packhorse serve ARGUMENTS` on a port that the system chooses, ready; log in `folder`."""
     log_path = folder / f"serve-{time.monotonic_ns()}.log"
     with log_path.open("wb") as log:
@@ -50,6 +55,7 @@ def running_server(folder: Path, *arguments: str, start_timeout_s: float = 240) 
             stdout=log,
             stderr=log,
             cwd=folder,
+            env={**os.environ, **(environment or {})},
             start_new_session=True,  # a process group, as a shell gives it
         )
     try:

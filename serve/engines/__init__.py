@@ -4,6 +4,7 @@ torch.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from serve.engines.base import Engine
@@ -13,8 +14,15 @@ from serve.settings import EngineSettings
 
 def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
     folder = model_folder(model)
+    from serve.engines.vllm import nursery
+
+    nursery.start()  # it imports while we do
     from serve.engines.vllm.engine import VllmEngine
 
+    # What was imported stays: the collector need not look at it again and again, nor stop the
+    # server for half a second when an engine is rebuilt. An engine itself must stay collectable.
+    if not gc.get_freeze_count():
+        gc.freeze()
     return VllmEngine(folder, name, settings)
 
 
@@ -24,6 +32,6 @@ def _echo(model: str, name: str, settings: EngineSettings) -> Engine:
     return EchoEngine(settings)
 
 
-# name -> build(model folder, served name, settings). Building vLLM's takes half a minute: do it in
-# a worker thread.
+# name -> build(model folder, served name, settings). Building vLLM's takes long: do it in a worker
+# thread.
 ENGINES: dict[str, Callable[[str, str, EngineSettings], Engine]] = {"vllm": _vllm, "echo": _echo}

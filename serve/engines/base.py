@@ -5,10 +5,24 @@ faults.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from serve.errors import Invalid
-from serve.messages import Chunk, GenerateRequest, Prompt, Route
+from serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an engine holds at once: answers in a batch, and tokens in its KV cache."""
+
+    max_num_seqs: int
+    kv_cache_tokens: int
+    max_loras: int = 0
+    """Adapters in one batch; 0: it takes none."""
+    max_cpu_loras: int = 0
+    """Adapters that are loaded."""
+    max_lora_rank: int = 0
 
 
 class Engine(Protocol):
@@ -19,6 +33,11 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int:
         """Most tokens, prompt and answer together."""
+        ...
+
+    @property
+    def capacity(self) -> Capacity:
+        """What it holds at once, for limits on what is sent to it."""
         ...
 
     async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
@@ -40,17 +59,31 @@ class Engine(Protocol):
     def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
-        """The answer, chunk by chunk. Raises Invalid on the first step, Unavailable when the engine
+        """The answer, chunk by chunk. Raises Invalid on the first step, EngineDied when the engine
         is gone.
         """
         ...
 
+    async def load_adapter(self, adapter: AdapterVersion) -> None:
+        """Have it ready for requests; those that are routed to one that is not are refused. Raises
+        Invalid when the engine does not take it, EngineDied when the engine is gone.
+        """
+        ...
+
+    async def unload_adapter(self, adapter: AdapterVersion) -> None:
+        """Free it. No request may use it any more. Raises EngineDied when the engine is gone."""
+        ...
+
     async def check(self) -> None:
-        """Raises Unavailable when the engine cannot serve."""
+        """Raises EngineDied when the engine is dead or hung, judged from its progress since the
+        last check: call it every second or so.
+        """
         ...
 
     async def close(self) -> None:
-        """Free everything. Called after the drain; safe to call twice."""
+        """End every process and free everything; what still runs ends with EngineDied. Safe to call
+        twice, and on an engine that hangs.
+        """
         ...
 
 

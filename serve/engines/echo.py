@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from serve.engines.base import answer_budget
+from serve.engines.base import Capacity, answer_budget
 from serve.errors import Unavailable
-from serve.messages import Chunk, FinishReason, GenerateRequest, Prompt, Route
+from serve.messages import AdapterVersion, Chunk, FinishReason, GenerateRequest, Prompt, Route
 from serve.settings import EngineSettings
 
 # A prompt that is exactly one of these raises: before the first chunk, or after it.
@@ -37,12 +37,20 @@ class EchoEngine:
     """Echoes; counts what runs, so that tests can see an abort arrive."""
 
     max_model_len = 2048
+    capacity = Capacity(
+        max_num_seqs=256,
+        kv_cache_tokens=256 * 2048,
+        max_loras=2,
+        max_cpu_loras=4,
+        max_lora_rank=16,
+    )
 
     def __init__(self, settings: EngineSettings) -> None:
         self._delay_s = settings.echo_delay_s
         self.running = 0
         self.aborted = 0
         self.dead = False
+        self.adapters: set[str] = set()
 
     async def tokenize(self, request: GenerateRequest) -> range:
         return range(len(_text(request).split()))
@@ -63,6 +71,8 @@ class EchoEngine:
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
         text: str = prompt.engine_input
+        if route.adapter is not None and route.adapter.engine_name not in self.adapters:
+            raise RuntimeError(f"{route.adapter.engine_name} is not loaded")
         self.running += 1
         finished = False
         try:
@@ -87,6 +97,15 @@ class EchoEngine:
         finally:
             self.running -= 1
             self.aborted += not finished
+
+    def has_adapter(self, adapter: AdapterVersion) -> bool:
+        return adapter.engine_name in self.adapters
+
+    async def load_adapter(self, adapter: AdapterVersion) -> None:
+        self.adapters.add(adapter.engine_name)
+
+    async def unload_adapter(self, adapter: AdapterVersion) -> None:
+        self.adapters.remove(adapter.engine_name)
 
     async def check(self) -> None:
         if self.dead:

@@ -8,12 +8,17 @@ import uuid
 
 from fastapi import FastAPI, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import metrics
+from serve.admin import Admin
+from serve.auth import Keys
 from serve.errors import ServeError
+from serve.rest import admin as operators
 from serve.rest import documents, errors, generate, tokens
+from serve.rest.access import Access
 from serve.service import Service
 from serve.settings import HttpSettings
 
@@ -52,16 +57,46 @@ class RequestIds:
             logger.exception("request_id=%s failed unexpectedly", request_id.decode())
 
 
-def build_app(service: Service, settings: HttpSettings) -> ASGIApp:
-    """The whole HTTP surface over one service."""
+def build_app(
+    service: Service,
+    settings: HttpSettings,
+    keys: Keys | None = None,
+    admin: Admin | None = None,
+) -> ASGIApp:
+    """The HTTP surface over one service; without /metrics and /admin when these have a port of
+    their own. `keys` None: everybody may do everything.
+    """
+    app = _bare_app(service)
+    for endpoints in (generate, tokens):
+        app.include_router(endpoints.routes(service, settings))
+    documents.add_schemas(app, None if service.has_adapters else service.model)
+    if settings.admin_port is None:
+        _add_operators_routes(app, service, settings, admin)
+    return _wrapped(app, service, settings, keys)
+
+
+def build_admin_app(
+    service: Service,
+    settings: HttpSettings,
+    keys: Keys | None = None,
+    admin: Admin | None = None,
+) -> ASGIApp | None:
+    """What is on the operators' own port; None when they have none."""
+    if settings.admin_port is None:
+        return None
+    app = _bare_app(service)
+    documents.add_schemas(app, None)
+    _add_operators_routes(app, service, settings, admin)
+    return _wrapped(app, service, settings, keys)
+
+
+def _bare_app(service: Service) -> FastAPI:
+    """Errors and health."""
     # No /docs page: it would load its scripts from the internet. /openapi.json stays.
     app = FastAPI(title="Packhorse", docs_url=None, redoc_url=None)
     app.add_exception_handler(ServeError, errors.on_serve_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(Exception, errors.on_unexpected)
-    for endpoints in (generate, tokens):
-        app.include_router(endpoints.routes(service, max_body_bytes=settings.max_body_bytes))
-    documents.add_schemas(app, service.model)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -74,6 +109,14 @@ def build_app(service: Service, settings: HttpSettings) -> ASGIApp:
         await service.check_ready()
         return {"status": "ready"}
 
+    return app
+
+
+def _add_operators_routes(
+    app: FastAPI, service: Service, settings: HttpSettings, admin: Admin | None
+) -> None:
+    app.include_router(operators.routes(admin or Admin(), settings))
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         try:
@@ -84,5 +127,18 @@ def build_app(service: Service, settings: HttpSettings) -> ASGIApp:
         body, content_type = metrics.exposition()
         return Response(body, media_type=content_type)
 
-    # Outside of all else, so that even a 500 carries its id.
+
+def _wrapped(app: ASGIApp, service: Service, settings: HttpSettings, keys: Keys | None) -> ASGIApp:
+    """From the inside out: access; CORS, whose preflights carry no key; request ids, so that even a
+    500 has one.
+    """
+    app = Access(app, service, keys)
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
     return RequestIds(app)

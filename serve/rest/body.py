@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,31 +14,83 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from serve.errors import Cancelled, Invalid, TooLarge
+from serve.errors import Cancelled, DeadlineExceeded, Invalid, TooLarge
 from serve.rest.errors import invalid_from
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
 
 
-async def read_body(request: Request, schema: type[Body], *, max_bytes: int) -> Body:
-    """The request's JSON as `schema`. Raises TooLarge before reading it all, else Invalid."""
-    return validated(await read_object(request, max_bytes=max_bytes), schema)
+class BodyLimits:
+    """How many bytes a body may have, and how long it may take to come.
+
+    One timer looks after all that are being read, because nearly every body is there already: a
+    timer each would cost more than the reading.
+    """
+
+    def __init__(self, max_bytes: int, timeout_s: float) -> None:
+        self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
+        self._since_s: dict[asyncio.Task[Any], float] = {}
+        self._given_up: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def read(self, request: Request) -> bytes:
+        """Raises TooLarge, DeadlineExceeded, or Cancelled."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        self._since_s[task] = loop.time()
+        if self._timer is None:
+            self._timer = loop.call_later(self.timeout_s / 2, self._look, loop)
+        raw = bytearray()
+        try:
+            async for part in request.stream():
+                raw += part
+                if len(raw) > self.max_bytes:
+                    raise TooLarge(
+                        f"The body is above the limit of {self.max_bytes} bytes; send less."
+                    )
+        except asyncio.CancelledError:
+            if task in self._given_up and not task.uncancel():
+                raise DeadlineExceeded(
+                    f"The body did not come within {self.timeout_s:g} s; send it faster."
+                ) from None
+            raise
+        except ClientDisconnect as error:
+            raise Cancelled("The client closed the connection.") from error
+        finally:
+            del self._since_s[task]
+            self._given_up.discard(task)
+        return bytes(raw)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the reading of what has not come."""
+        oldest_s = loop.time() - self.timeout_s
+        for task, since_s in self._since_s.items():
+            if since_s <= oldest_s and task not in self._given_up:
+                self._given_up.add(task)
+                task.cancel()
+        self._timer = None
+        if self._since_s:
+            self._timer = loop.call_later(self.timeout_s / 2, self._look, loop)
 
 
-async def read_object(request: Request, *, max_bytes: int) -> dict[str, Any]:
-    """The request's JSON object. Raises TooLarge before reading it all, else Invalid."""
+async def read_body(request: Request, schema: type[Body], limits: BodyLimits) -> Body:
+    """The request's JSON as `schema`. Raises as read_object."""
+    return validated(await read_object(request, limits), schema)
+
+
+async def read_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
+    """The request's JSON object. Raises TooLarge before reading it all, DeadlineExceeded when it
+    does not come, Cancelled, else Invalid.
+    """
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise TooLarge(f"The body has {declared} bytes, above the limit of {max_bytes}; send less.")
-    raw = bytearray()
-    try:
-        async for part in request.stream():
-            raw += part
-            if len(raw) > max_bytes:
-                raise TooLarge(f"The body is above the limit of {max_bytes} bytes; send less.")
-    except ClientDisconnect as error:
-        raise Cancelled("The client closed the connection.") from error
+    if declared.isdigit() and int(declared) > limits.max_bytes:
+        raise TooLarge(
+            f"The body has {declared} bytes, above the limit of {limits.max_bytes}; send less."
+        )
+    raw = await limits.read(request)
     try:
         text = raw.decode()  # strict, where json.loads would let surrogates pass
         document = json.loads(text)
@@ -64,21 +116,32 @@ def validated(document: dict[str, Any], schema: type[Body]) -> Body:
         raise invalid_from(error) from error
 
 
-async def unless_disconnected(receive: Receive, work: Awaitable[Result]) -> Result:
+async def unless_disconnected(
+    receive: Receive,
+    work: Awaitable[Result],
+    *,
+    look_every_s: float | None = None,
+    look: Callable[[], None] | None = None,
+) -> Result:
     """Await `work`, but cancel it when the client leaves: nothing else notices that before the
-    first byte is sent.
+    first byte is sent. `look`, called now and then meanwhile, ends it too by raising.
 
     Needs the body to have been read. Raises Cancelled when the client left first.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnect(receive))
+    both = {task, watch}
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        while not (
+            await asyncio.wait(both, timeout=look_every_s, return_when=asyncio.FIRST_COMPLETED)
+        )[0]:
+            if look is not None:
+                look()
     finally:
-        for other in (task, watch):
+        for other in both:
             other.cancel()
         # Not `await task`: its own end, by cancellation or by an error, is looked at below.
-        await asyncio.wait({task, watch})
+        await asyncio.wait(both)
     if task.cancelled():
         raise Cancelled("The client closed the connection.")
     return task.result()

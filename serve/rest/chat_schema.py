@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from serve.errors import Invalid
-from serve.messages import ChatOptions, GenerateRequest, Message, Sampling, ToolChoice
+from serve.messages import (
+    ANONYMOUS,
+    Caller,
+    ChatOptions,
+    GenerateRequest,
+    Message,
+    Sampling,
+    ToolChoice,
+)
 from serve.rest.schema import INT32_MAX, GenerateBody, StrictBody, TokenId
 
 ToolName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -146,7 +154,9 @@ class ChatBody(_Conversation, GenerateBody):
             )
         return self
 
-    def to_requests(self, request_id: str) -> list[GenerateRequest]:
+    def to_requests(
+        self, request_id: str, caller: Caller = ANONYMOUS, timeout_s: float | None = None
+    ) -> list[GenerateRequest]:
         """Always one. Raises Invalid."""
         limits = {
             limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None
@@ -173,6 +183,8 @@ class ChatBody(_Conversation, GenerateBody):
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             priority=self.priority,
             stream=bool(self.stream),
+            caller=caller,
+            timeout_s=timeout_s,
         )
         return [request]
 

@@ -5,17 +5,23 @@ that are written by hand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from serve.adapters.base import State
 from serve.errors import WIRE, ErrorKind
+from serve.messages import RouteStage
+from serve.rest.admin_schema import AdapterBody, PinBody
 from serve.rest.chat_schema import ChatBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from serve.rest.schema import CompletionBody
 
-BODIES = (ChatBody, CompletionBody, TokenizeChatBody, TokenizeTextBody, DetokenizeBody)
+BODIES = (
+    ChatBody, CompletionBody, TokenizeChatBody, TokenizeTextBody, DetokenizeBody, AdapterBody,
+    PinBody,
+)  # fmt: skip
 REFERENCE = "#/components/schemas/{model}"
 
 
@@ -75,6 +81,26 @@ MODEL = _object(
         "created": COUNT,
         "owned_by": STRING,
         "max_model_len": COUNT,
+    },
+    {"parent": STRING},
+)
+ADAPTER = _object(
+    {
+        "name": STRING,
+        "state": {"enum": list(get_args(State))},
+        "digest": {"type": ["string", "null"]},
+        "rank": {"type": ["integer", "null"]},
+        "pinned": {"type": "boolean"},
+        "requests": COUNT,
+        "reason": {"type": ["string", "null"]},
+    }
+)
+ROUTING = _object(
+    {
+        "number": COUNT,
+        "created": COUNT,
+        "rules": {"type": "array", "items": STRING},
+        "report": {"type": "object"},
     }
 )
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -83,6 +109,28 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Completion": _answer("text_completion", {"text": STRING}),
     "Model": MODEL,
     "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": MODEL}}),
+    "Adapter": ADAPTER,
+    "Adapters": _object({"object": {"const": "list"}, "data": {"type": "array", "items": ADAPTER}}),
+    "Removed": _object({"name": STRING, "removed": {"const": True}}),
+    "Decision": _object(
+        {
+            "model": STRING,
+            "adapter": {"type": ["string", "null"]},
+            "stage": {"enum": list(get_args(RouteStage))},
+            "margin": {"type": ["number", "null"]},
+            "reason": STRING,
+            "trace": {"type": "array", "items": {"type": "object"}},
+        }
+    ),
+    "Routing": ROUTING,
+    "Routings": _object({"object": {"const": "list"}, "data": {"type": "array", "items": ROUTING}}),
+    "Reloaded": _object(
+        {
+            "accepted": {"type": "boolean"},
+            "reasons": {"type": "array", "items": STRING},
+            "generation": ROUTING,
+        }
+    ),
     "Tokens": _object(
         {
             "count": COUNT,
@@ -119,8 +167,10 @@ def answers(name: str, *, streams: bool = False) -> dict[int | str, dict[str, An
     return documented
 
 
-def add_schemas(app: FastAPI, model: str) -> None:
-    """Put the schemas that the endpoints refer to into the app's OpenAPI document."""
+def add_schemas(app: FastAPI, model: str | None) -> None:
+    """Put the schemas that the endpoints refer to into the app's OpenAPI document. `model` is the
+    only one that can be asked for, if there is but one.
+    """
     written: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -130,7 +180,7 @@ def add_schemas(app: FastAPI, model: str) -> None:
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(SCHEMAS, **bodies["$defs"])
-        for body in (ChatBody, CompletionBody):
+        for body in (ChatBody, CompletionBody) if model else ():
             schemas[body.__name__]["properties"]["model"]["enum"] = [model]
         return document
 

@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from serve.errors import Internal, Invalid, ServeError
+from serve.errors import ErrorKind, Internal, Invalid, ServeError
 
 
 def error_body(error: ServeError) -> bytes:
@@ -25,7 +25,11 @@ def _body(message: str, openai_type: str, param: str | None, code: str) -> bytes
 
 
 def error_response(error: ServeError) -> Response:
-    headers = {"retry-after": str(math.ceil(error.retry_after_s))} if error.wire.retry else None
+    headers = {}
+    if error.wire.retry:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if error.kind is ErrorKind.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"  # RFC 6750, section 3
     return Response(error_body(error), error.wire.http, headers, media_type="application/json")
 
 

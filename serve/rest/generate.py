@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
-from serve.errors import ServeError
-from serve.messages import GenerateRequest
-from serve.rest.body import read_body, unless_disconnected
+from serve.errors import Invalid, ServeError
+from serve.messages import Caller, GenerateRequest
+from serve.rest.body import BodyLimits, read_body, unless_disconnected
 from serve.rest.chat_schema import ChatBody
 from serve.rest.documents import answers, body_document
 from serve.rest.schema import CompletionBody
 from serve.rest.shapes import Answer, ChatShape, Shape, TextShape, common_fields, whole_document
 from serve.rest.sse import EventStream
-from serve.service import Service, Stream, merged
+from serve.service import Service
+from serve.settings import HttpSettings
+from serve.stream import Stream, merged
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
-def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
+
+def routes(service: Service, settings: HttpSettings) -> APIRouter:
     """Both endpoints over one service."""
     router = APIRouter()
+    limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s)
 
     @router.post(
         "/v1/chat/completions",
@@ -43,43 +51,83 @@ def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
         body = await checked(request, CompletionBody)
         return await answer(request, body, TextShape(body))
 
+    @router.post("/v1/route", responses=answers("Decision"), openapi_extra=body_document(ChatBody))
+    async def route(request: Request) -> dict[str, Any]:
+        """Where this chat completion would go, and why; nothing is generated."""
+        body = await checked(request, ChatBody)
+        (asked,) = body.to_requests(request.state.request_id, request.state.caller, None)
+        decision = service.decide(asked)
+        return {"model": decision.adapter or service.model, **asdict(decision)}
+
     async def checked(request: Request, schema: type[Body]) -> Body:
         try:
-            return await read_body(request, schema, max_bytes=max_body_bytes)
+            return await read_body(request, schema, limits)
         except ServeError as error:
-            service.refused(request.state.request_id, error)
+            service.refused(request.state.request_id, error, request.state.caller)
             raise
 
     async def answer(request: Request, body: ChatBody | CompletionBody, shape: Shape) -> Response:
         request_id: str = request.state.request_id
+        caller: Caller = request.state.caller
         try:
-            asked = body.to_requests(request_id)
+            asked = body.to_requests(request_id, caller, timeout_of(request, body.timeout_s))
         except ServeError as error:
-            service.refused(request_id, error)
+            service.refused(request_id, error, caller)
             raise
         if body.stream:
             streams = await unless_disconnected(request.receive, service.start_all(asked))
             return EventStream(
                 streams,
                 shape,
-                common_fields(shape, request_id, streams[0].route.model),
+                common_fields(shape, request_id, name_of(streams)),
                 include_usage=body.include_usage,
                 continuous_usage=body.continuous_usage,
+                stalled_client_timeout_s=settings.stalled_client_timeout_s,
+                headers=routed(streams),
             )
-        document = await unless_disconnected(request.receive, whole(asked, shape, request_id))
-        return Response(document, media_type="application/json")
+        return await unless_disconnected(request.receive, whole(asked, shape, request_id))
 
-    async def whole(asked: Sequence[GenerateRequest], shape: Shape, request_id: str) -> bytes:
+    async def whole(asked: Sequence[GenerateRequest], shape: Shape, request_id: str) -> Response:
         streams = await service.start_all(asked)
         try:
             choices = await collect(streams)
         finally:
             for stream in streams:
                 await stream.close()
-        common = common_fields(shape, request_id, streams[0].route.model)
-        return whole_document(shape, common, choices, streams)
+        common = common_fields(shape, request_id, name_of(streams))
+        document = whole_document(shape, common, choices, streams)
+        return Response(document, media_type="application/json", headers=routed(streams))
+
+    def routed(streams: Sequence[Stream]) -> dict[str, str]:
+        """Headers that say who answers, and which stage of routing chose it."""
+        if not service.has_adapters:
+            return {}
+        stages = sorted({stream.route.stage for stream in streams})
+        name = quote(
+            name_of(streams), safe="/:,@ "
+        )  # headers are ASCII, names of folders need not be
+        return {"x-packhorse-model": name, "x-packhorse-route": ", ".join(stages)}
 
     return router
+
+
+def name_of(streams: Sequence[Stream]) -> str:
+    """Who answers; prompts of one call may be routed to several."""
+    return ", ".join(dict.fromkeys(stream.route.name for stream in streams))
+
+
+def timeout_of(request: Request, field_s: float | None) -> float | None:
+    """The shorter of header and field, in seconds. Raises Invalid for a header that is no number;
+    the service checks its size.
+    """
+    header = request.headers.get("x-request-timeout-s")
+    if header is None:
+        return field_s
+    if not SECONDS.fullmatch(header):
+        raise Invalid(
+            "The header x-request-timeout-s is not a number of seconds; send for example 30 or 2.5."
+        )
+    return float(header) if field_s is None else min(float(header), field_s)
 
 
 async def collect(streams: Sequence[Stream]) -> dict[int, Answer]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve.errors import Invalid
-from serve.messages import Constraint, GenerateRequest, Sampling
+from serve.messages import ANONYMOUS, Caller, Constraint, GenerateRequest, Sampling
 
 INT32_MAX = 2**31 - 1  # what the engine's own integers hold
 INT64_MAX = 2**63 - 1
@@ -126,6 +126,7 @@ class GenerateBody(StrictBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
+    timeout_s: float | None = Field(None, gt=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Without effect here, taken so that existing clients work.
@@ -257,7 +258,9 @@ class CompletionBody(GenerateBody):
         """Nothing but the prompt is wanted: one token is generated all the same, and dropped."""
         return self.max_tokens == 0
 
-    def to_requests(self, request_id: str) -> list[GenerateRequest]:
+    def to_requests(
+        self, request_id: str, caller: Caller = ANONYMOUS, timeout_s: float | None = None
+    ) -> list[GenerateRequest]:
         """One request a prompt. Raises Invalid."""
         prompt_logprobs = self.prompt_logprobs
         if prompt_logprobs is None and self.echo:
@@ -280,6 +283,8 @@ class CompletionBody(GenerateBody):
                 truncate_prompt_tokens=self.truncate_prompt_tokens,
                 priority=self.priority,
                 stream=bool(self.stream),
+                caller=caller,
+                timeout_s=timeout_s,
             )
             for number, prompt in enumerate(prompts)
         ]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from serve.messages import Chunk, FinishReason, Prompt, TokenLogprob, ToolCall, Usage
 from serve.rest.chat_schema import ChatBody
 from serve.rest.schema import CompletionBody
-from serve.service import Stream
+from serve.stream import Stream
 
 
 @dataclass

@@ -14,12 +14,13 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from serve import metrics
 from serve.errors import Cancelled, ServeError
 from serve.messages import Chunk
 from serve.rest.body import unless_disconnected
 from serve.rest.errors import error_body
 from serve.rest.shapes import Shape, usage_json
-from serve.service import Stream, merged
+from serve.stream import Stream, merged
 
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 DONE = b"data: [DONE]\n\n"
@@ -43,28 +44,56 @@ class EventStream(Response):
         *,
         include_usage: bool,
         continuous_usage: bool,
+        stalled_client_timeout_s: float,
+        headers: dict[str, str],
     ) -> None:
         self._streams = streams
         self._shape = shape
+        more = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self._start_headers = [*HEADERS, *more]
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._prefix = json.dumps({**common, "object": shape.event_object})[:-1]
         self._choices = streams[0].request.sampling.n
+        self._look_every_s = stalled_client_timeout_s / 2
+        # Goes up before and after each send, so it is odd while one is on its way.
+        self._sends = 0
+        self._seen_sends: tuple[int, ...] = ()
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The server's own send: what wraps it looks at the start of a response only.
         body_send: Send = scope.get("state", {}).get("send", send)
         try:
-            await unless_disconnected(receive, self._write(send, body_send))
+            await unless_disconnected(
+                receive,
+                self._write(send, body_send),
+                look_every_s=self._look_every_s,
+                look=self._look_for_progress,
+            )
+        except _Stalled:
+            metrics.STALLED_CLIENTS.inc()
+            await _cut_off(body_send, receive)
         except Cancelled:
             return
         finally:
             for stream in self._streams:
                 await stream.close()
 
+    def _look_for_progress(self) -> None:
+        """Raises _Stalled when one send has been on its way at the last two looks, too."""
+        now = self._sends
+        if now % 2 == 0:
+            self._seen_sends = ()
+            return
+        if self._seen_sends == (now, now):
+            raise _Stalled
+        self._seen_sends = (*self._seen_sends[-1:], now)
+
     async def _write(self, send: Send, body_send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        self._sends += 1
+        await send({"type": "http.response.start", "status": 200, "headers": self._start_headers})
+        self._sends += 1
         pending = b"".join(map(self._opening, range(len(self._streams) * self._choices)))
         try:
             if len(self._streams) == 1:
@@ -73,13 +102,16 @@ class EventStream(Response):
                 async with aclosing(merged(self._streams)) as chunks:
                     async for number, chunk in chunks:
                         event = self._event(number, chunk)
+                        self._sends += 1
                         await body_send(_body(pending + event))
+                        self._sends += 1
                         pending = b""
             if self._include_usage:
                 usages = [stream.usage for stream in self._streams]
                 pending += self._wrap("[]", json.dumps(usage_json(usages)))
         except ServeError as error:
             pending += b"data: " + error_body(error) + b"\n\n"
+        self._sends += 1
         await body_send({"type": "http.response.body", "body": pending + DONE, "more_body": False})
 
     async def _write_one(self, stream: Stream, send: Send, pending: bytes) -> bytes:
@@ -97,7 +129,9 @@ class EventStream(Response):
                     event = self._event(0, chunk)
                 if pending:
                     event, pending = pending + event, b""
+                self._sends += 1
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._sends += 1
         return pending
 
     def _event(self, number: int, chunk: Chunk) -> bytes:
@@ -129,3 +163,18 @@ class EventStream(Response):
 
 def _body(content: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": content, "more_body": True}
+
+
+class _Stalled(Exception):
+    """The client takes nothing."""
+
+
+async def _cut_off(send: Send, receive: Receive) -> None:
+    """Close the connection at once. ASGI has no word for it: a response that just ends would wait
+    for the client to take what is buffered. uvicorn's own `send` belongs to what has the transport.
+    """
+    transport = getattr(getattr(send, "__self__", None), "transport", None)
+    if transport is not None:
+        transport.abort()
+        while (await receive())["type"] != "http.disconnect":
+            pass

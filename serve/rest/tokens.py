@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.rest.body import read_body, read_object, validated
+from serve.rest.body import BodyLimits, read_body, read_object, validated
 from serve.rest.chat_schema import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from serve.rest.documents import answers, body_document
 from serve.service import Service
+from serve.settings import HttpSettings
 
 
-def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
+def routes(service: Service, settings: HttpSettings) -> APIRouter:
     """The small endpoints, in vLLM's shapes."""
     router = APIRouter()
+    limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s)
 
-    def card() -> dict[str, Any]:
+    def card(name: str) -> dict[str, Any]:
+        parent = {} if name == service.model else {"parent": service.model}
         return {
-            "id": service.model,
+            "id": name,
             "object": "model",
             "created": service.created_s,
             "owned_by": "packhorse",
             "max_model_len": service.engine.max_model_len,
+            **parent,
         }
 
     @router.get("/v1/models", responses=answers("Models"))
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        """The model, and the adapters that this key may use."""
+        names = service.models(request.state.caller)
+        return {"object": "list", "data": [card(name) for name in names]}
 
     @router.get("/v1/models/{model:path}", responses=answers("Model"))
-    async def retrieve_model(model: str) -> dict[str, Any]:
-        service.check_model(model)
-        return card()
+    async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
+        service.check_model(model, request.state.caller)
+        return card(model)
 
     @router.post(
         "/tokenize",
@@ -42,13 +49,14 @@ def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
         openapi_extra=body_document(TokenizeChatBody, TokenizeTextBody),
     )
     async def tokenize(request: Request) -> Response:
-        document = await read_object(request, max_bytes=max_body_bytes)
+        document = await read_object(request, limits)
         body: TokenizeChatBody | TokenizeTextBody
         if "messages" in document:
             body = validated(document, TokenizeChatBody)
         else:
             body = validated(document, TokenizeTextBody)
         asked = body.to_request(request.state.request_id, service.model)
+        asked = replace(asked, caller=request.state.caller)
         token_ids = list(await service.tokenize(asked))
         strings = None
         if body.return_token_strs:
@@ -66,8 +74,8 @@ def routes(service: Service, *, max_body_bytes: int) -> APIRouter:
         "/detokenize", responses=answers("Text"), openapi_extra=body_document(DetokenizeBody)
     )
     async def detokenize(request: Request) -> Response:
-        body = await read_body(request, DetokenizeBody, max_bytes=max_body_bytes)
-        service.check_model(body.model or service.model)
+        body = await read_body(request, DetokenizeBody, limits)
+        service.check_model(body.model or service.model, request.state.caller)
         return _json({"prompt": await service.engine.detokenize(body.tokens)})
 
     @router.get("/version", responses=answers("Version"))

@@ -1,5 +1,5 @@
 """Loads one checkpoint after another in vLLM, in this process, and says what log-probabilities each
-gives the same prompts. Run by test_loads.py:
+gives the same prompts, and which KV cache it chose. Run by test_loads.py:
 
     python -m tests.e2e.loads_child PROMPTS.json RESULT.json FOLDER...
 """
@@ -10,14 +10,15 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def log_probabilities(folder: str, prompts: list[list[int]]) -> list[list[float]]:
-    """Of each prompt's tokens but the first."""
+def answer(folder: str, prompts: list[list[int]]) -> dict[str, Any]:
+    """Log-probabilities of each prompt's tokens but the first; dtypes of attention's caches."""
     llm = LLM(
         model=folder,
         max_model_len=512,
@@ -36,19 +37,28 @@ def log_probabilities(folder: str, prompts: list[list[int]]) -> list[list[float]
         ]
         for ids, output in zip(prompts, outputs, strict=True)
     ]
+    (dtypes,) = llm.apply_model(cache_dtypes)
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return found
+    return {"logprobs": found, "kv_cache_dtypes": dtypes}
+
+
+def cache_dtypes(model: torch.nn.Module) -> list[str]:
+    attentions = [part for part in model.modules() if hasattr(part, "_k_scale_float")]
+    return sorted({str(getattr(part, "kv_cache_dtype", "auto")) for part in attentions})
 
 
 if __name__ == "__main__":
     torch.cpu._init_amx()  # see serve/engines/vllm/worker.py
     prompts = json.loads(Path(sys.argv[1]).read_text())
     results = {}
+    # What was imported stays. vLLM looks at all of it nine times a load, half a second each.
+    gc.unfreeze = lambda: None
     for folder in sys.argv[3:]:
+        gc.freeze()
         try:
-            results[folder] = log_probabilities(folder, prompts)
+            results[folder] = answer(folder, prompts)
         except Exception as error:  # noqa: BLE001  # what vLLM says is what the test wants to show
             results[folder] = f"{type(error).__name__}: {error}"
         Path(sys.argv[2]).write_text(json.dumps(results))

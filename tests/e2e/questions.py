@@ -13,12 +13,12 @@ from tests.conftest import DEMO, Server
 QUESTIONS = read_questions(DEMO / "eval/general.jsonl")
 
 
-def ask_all(server: Server, questions: list[Question]) -> Score:
-    """Greedy exact match, 32 requests at a time."""
-    return score(questions, asyncio.run(_answers(server, questions)))
+def ask_all(server: Server, questions: list[Question], model: str | None = None) -> Score:
+    """Greedy exact match, 32 requests at a time. `model` is the server's own, or an adapter."""
+    return score(questions, asyncio.run(_answers(server, questions, model or server.model)))
 
 
-async def _answers(server: Server, questions: list[Question]) -> list[str]:
+async def _answers(server: Server, questions: list[Question], model: str) -> list[str]:
     gate = asyncio.Semaphore(32)
     async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:
         create: Any = client.chat.completions.create
@@ -27,12 +27,12 @@ async def _answers(server: Server, questions: list[Question]) -> list[str]:
             tools = {"tools": question.tools, "tool_choice": "none"} if question.tools else {}
             async with gate:
                 answer = await create(
-                    model=server.model,
+                    model=model,
                     messages=question.messages,
                     temperature=0,
                     max_tokens=96,
                     **tools,
                 )
-            return visible(answer.choices[0].message.content)
+            return visible(answer.choices[0].message.content or "")
 
         return await asyncio.gather(*map(ask, questions))

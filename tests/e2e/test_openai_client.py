@@ -13,8 +13,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from tests.conftest import DEMO, Server, running_server
-from tests.e2e.conformance import KV_CACHE_BYTES, MODEL
+from tests.conftest import Server
+from tests.e2e.conformance import MODEL
 from tests.e2e.conformance_prompts import GET_TIME, GET_WEATHER
 
 CAPITAL: Any = [{"role": "user", "content": "What is the capital of Felonia?"}]
@@ -39,28 +39,16 @@ class GetWeather(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = {
-        "--served-model-name": MODEL,
-        "--max-model-len": 512,
-        "--kv-cache-memory-bytes": KV_CACHE_BYTES,
-        "--tool-call-parser": "hermes",
-    }
-    arguments = [str(part) for pair in flags.items() for part in pair]
-    folder = tmp_path_factory.mktemp("client")
-    with running_server(folder, str(DEMO / "model"), *arguments) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as opened:
+def client(demo_server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=demo_server.url + "/v1", api_key="none", max_retries=0) as opened:
         yield opened
 
 
 @pytest.fixture
-async def aclient(server: Server) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as opened:
+async def aclient(demo_server: Server) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(
+        base_url=demo_server.url + "/v1", api_key="none", max_retries=0
+    ) as opened:
         yield opened
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import pytest
 from openai import OpenAI
 
 from quantize.evaluate import Score
-from tests.client import CHAT, TEXT, address_of, events, fuzz, metric, send_raw, wait_for
+from tests.client import (
+    CHAT,
+    TEXT,
+    address_of,
+    children,
+    events,
+    fuzz,
+    is_there,
+    metric,
+    send_raw,
+    wait_for,
+)
 from tests.conftest import DEMO, Server, running_server
 from tests.e2e.questions import QUESTIONS, ask_all
 
@@ -143,10 +155,12 @@ def running_in_vllm(http: httpx.Client) -> float:
     )
 
 
-def test_four_bits_serve_and_ctrl_c_drains_and_leaves_no_process(
+def test_four_bits_serve_and_sigterm_to_all_drains_and_leaves_no_process(
     rtn_folder: Path, tmp_path: Path
 ) -> None:
-    """The 4-bit checkpoint, under a name and limits from a YAML file, with an fp8 KV cache."""
+    """The 4-bit checkpoint, under a name and limits from a YAML file, with an fp8 KV cache. The
+    signal goes to the engine's processes too, as a terminal and a service manager send it.
+    """
     # vLLM's CPU kernel for it needs AVX-512.
     fp8 = "avx512f" in Path("/proc/cpuinfo").read_text()
     config = tmp_path / "serve.yaml"
@@ -154,45 +168,28 @@ def test_four_bits_serve_and_ctrl_c_drains_and_leaves_no_process(
         "service: {served_model_name: packed}\n"
         f"engine: {{max_model_len: 512, kv_cache_dtype: {'fp8' if fp8 else 'auto'}}}\n"
     )
+    # What lies in the user's folder is not taken for a module.
+    for name in ("serve", "vllm", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
     with running_server(tmp_path, str(rtn_folder), "--config", str(config)) as server:
         assert server.model == "packed"
-        children = children_of(server.process.pid)
-        assert len(children) >= 2
+        processes = children(server.process.pid)
+        assert len(processes) >= 2
         assert ask_all(server, QUESTIONS[:100]).accuracy >= 0.85
         with httpx.Client(base_url=server.url, timeout=60) as http:
             assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
-            body = {"model": "packed", "prompt": "The", "max_tokens": 300, "ignore_eos": True}
-            with http.stream("POST", TEXT, json={**body, "stream": True}) as response:
-                parts = response.iter_bytes()
-                first = next(parts)
-                os.killpg(server.process.pid, signal.SIGINT)
-                rest = b"".join(parts)
+            body = {"model": "packed", "prompt": "The", "max_tokens": 450, "ignore_eos": True}
+            with ThreadPoolExecutor(31) as pool:
+                whole = [pool.submit(http.post, TEXT, json=body) for _ in range(31)]
+                wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 31)
+                with http.stream("POST", TEXT, json={**body, "stream": True}) as response:
+                    parts = response.iter_bytes()
+                    first = next(parts)
+                    os.killpg(server.process.pid, signal.SIGTERM)
+                    rest = b"".join(parts)
+                answers = [answer.result().json() for answer in whole]
+            assert [answer["usage"]["completion_tokens"] for answer in answers] == [450] * 31
         sent = events(httpx.Response(200, headers=response.headers, content=first + rest))
         assert sent[-1]["choices"][0]["finish_reason"] == "length"
         assert server.process.wait(60) == 0
-        wait_for(lambda: not [pid for pid in children if is_running(pid)], timeout_s=30)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
-def children_of(pid: int) -> list[int]:
-    """All descendants of a process."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        queue += (children := parents.get(queue.pop(), []))
-        found += children
-    return found
+        wait_for(lambda: not any(map(is_there, processes)), timeout_s=30)

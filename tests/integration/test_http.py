@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,6 +257,7 @@ def test_the_drain_ends_after_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
         (("--engine", "magic"), "engine.kind = 'magic'"),
         (("--engine", "echo", "--port", "TAKEN"), "choose another --host or --port"),
         (("--engine", "echo", "--config", "no.yaml"), "no such file"),
+        (("--engine", "echo", "--api-keys", "no.yaml"), "no.yaml: cannot be read"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_and_exits_2(
@@ -269,4 +272,35 @@ def test_a_server_that_cannot_start_says_why_and_exits_2(
     result = run_command("packhorse", "serve", *(places.get(word, word) for word in arguments))
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+DYING = """
+from serve import engines, main
+from serve.engines.echo import EchoEngine
+from serve.errors import EngineDied
+from serve.settings import EngineSettings, HttpSettings, Settings, SupervisorSettings
+
+class Dying(EchoEngine):
+    async def check(self):
+        raise EngineDied("The engine has stopped.", retry_after_s=1)
+
+engines.ENGINES["echo"] = lambda model, name, settings: Dying(settings)
+main.run(
+    Settings(
+        engine=EngineSettings(kind="echo"),
+        http=HttpSettings(port=0),
+        supervisor=SupervisorSettings(max_restarts=2, backoff_s=0),
+    )
+)
+"""
+
+
+def test_a_server_whose_engine_keeps_dying_exits_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DYING]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1, result.stderr
+    assert "failed 3 times within 600 s, above the limit of 2; giving up" in result.stderr
     assert "Traceback" not in result.stderr

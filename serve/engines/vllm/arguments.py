@@ -9,8 +9,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import vllm.envs
 from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
 from serve.errors import StartupError
 from serve.settings import EngineSettings
@@ -18,12 +20,15 @@ from serve.settings import EngineSettings
 logger = logging.getLogger("packhorse.engine")
 
 GIB = 1024**3
-AMX_WORKER = "serve.engines.vllm.worker.AmxWorker"  # by name: it is imported in vllm's child
+# By name: they are imported in vllm's child.
+AMX_WORKER = "serve.engines.vllm.worker.AmxWorker"
+IN_CORE = "serve.engines.vllm.worker.InCore"
 # Ours under vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
 SHARED = (
     "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
     "enforce_eager", "seed",
 )  # fmt: skip
+LORA = ("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank")
 # MODEL and its name are the command line's; without a tokenizer nothing here works.
 TAKEN = {"model", "served_model_name", "skip_tokenizer_init"}
 
@@ -39,7 +44,11 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
             given["enforce_eager"] = True
         given["kv_cache_memory_bytes"] = given["kv_cache_memory_bytes"] or GIB
         given["worker_cls"] = AMX_WORKER
+        if _fits_in_core(settings.model_extra or {}):
+            given["distributed_executor_backend"] = IN_CORE
     given = {field: value for field, value in given.items() if value is not None}
+    if settings.enable_lora:
+        given |= {field: getattr(settings, field) for field in LORA}
     if settings.reasoning_parser:
         given["reasoning_parser"] = settings.reasoning_parser
     free = settings.model_extra or {}
@@ -50,6 +59,20 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         )
     except (TypeError, ValueError) as error:
         raise StartupError(f"vLLM does not take these engine settings: {error}") from error
+
+
+def _fits_in_core(free: dict[str, Any]) -> bool:
+    """Whether the CPU's one worker can be in the core's own process, which saves a process, the
+    messages between the two and the CPU that vLLM keeps free for the second. Not where vLLM has to
+    bind threads to CPUs: on several memory nodes, or because the user says so.
+    """
+    several = {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
+    return (
+        all(free.get(name) in (None, 1) for name in several)
+        and not free.get("kv_transfer_config")
+        and not vllm.envs.is_set("VLLM_CPU_OMP_THREADS_BIND")
+        and len({cpu.numa_node for cpu in get_allowed_cpu_list()}) == 1
+    )
 
 
 def _refuse_unknown(names: dict[str, Any]) -> None:

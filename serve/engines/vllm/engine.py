@@ -11,10 +11,8 @@ import asyncio
 import copy
 import itertools
 import logging
-import signal
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,13 @@ import vllm.envs
 from vllm import SamplingParams
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serve.engines.base import answer_budget
+from serve.engines.base import Capacity, answer_budget
 from serve.engines.vllm.arguments import (
     engine_args,
     refuse_what_would_crash,
@@ -35,15 +34,19 @@ from serve.engines.vllm.arguments import (
 )
 from serve.engines.vllm.chat import AnswerReader, Chat, parser_class, template_of
 from serve.engines.vllm.constraints import structured_outputs
+from serve.engines.vllm.health import Health, has_died
+from serve.engines.vllm.loras import Loras
+from serve.engines.vllm.nursery import engine_is_born_here
 from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, chunks_of, refuse_failure
 from serve.engines.vllm.sampling import invalid, sampling_params
-from serve.errors import Invalid, Overloaded, StartupError, Unavailable
-from serve.messages import Chunk, GenerateRequest, Message, Prompt, Route
+from serve.engines.vllm.stats import LastingStats
+from serve.errors import EngineDied, Invalid, Overloaded, StartupError
+from serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
 from serve.settings import EngineSettings
 
 logger = logging.getLogger("packhorse.engine")
 
-DEAD = "The engine has stopped; restart the server."
+DEAD = "The engine has stopped."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Rendered:
 
 
 class VllmEngine:
-    """Satisfies the Engine protocol. Constructing it takes half a minute: use a worker thread."""
+    """Satisfies the Engine protocol. Constructing it takes seconds: use a worker thread."""
 
     def __init__(self, folder: Path, name: str, settings: EngineSettings) -> None:
         refuse_what_would_crash(folder, settings)
@@ -64,29 +67,30 @@ class VllmEngine:
         # Mistakes that need no engine to be told.
         template_of(settings)
         parser_class(settings)
-        # The engine's processes inherit this thread's mask: a terminal's Ctrl-C, which goes to the
-        # whole process group, must reach only us, or there is nothing left to drain.
-        # (The resource tracker first: its start, part of the first spawn, would unblock SIGINT.)
-        resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._llm = AsyncLLM.from_engine_args(
-                # The context decides the batch limits: as `vllm serve` has them.
-                args,
-                usage_context=UsageContext.OPENAI_API_SERVER,
-            )
+            with engine_is_born_here():
+                self._llm = AsyncLLM.from_engine_args(
+                    # The context decides the batch limits: as `vllm serve` has them.
+                    args,
+                    usage_context=UsageContext.OPENAI_API_SERVER,
+                    stat_loggers=[LastingStats],
+                )
         except Exception as error:
             # vLLM raises many classes here, its child's failure among them.
             raise StartupError(f"vLLM could not load {folder}: {error}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._closed = False
         self._numbers = itertools.count()
         try:
-            self._chat = Chat(self._llm, settings)
+            self._set_up(settings)
+            warn_of_missing_scales(folder, settings)
         except Exception:
             self._llm.shutdown()
             raise
+        self._report()
+
+    def _set_up(self, settings: EngineSettings) -> None:
+        """What we need of the engine that is there now."""
+        self._chat = Chat(self._llm, settings)
         # Before the first request, which starts the handler that uses it.
         self._llm.output_processor = ChunkProcessor.in_place_of(self._llm.output_processor)
         vllm.envs.enable_envs_cache()  # else vLLM asks the environment once a token
@@ -95,16 +99,25 @@ class VllmEngine:
         self._defaults: dict[str, Any] = self._llm.model_config.get_diff_sampling_param()
         self._defaults.pop("max_tokens", None)  # ours to decide, see answer_budget
         scheduler = self._llm.vllm_config.scheduler_config
+        self._health = Health(self._llm, settings)
+        self._loras = Loras(self._llm)
         self._by_priority = scheduler.policy == "priority"
         self._every_token = scheduler.stream_interval == 1
-        warn_of_missing_scales(folder, settings)
-        self._report()
+        cache = self._llm.vllm_config.cache_config
+        lora = self._llm.vllm_config.lora_config
+        self.capacity = Capacity(
+            scheduler.max_num_seqs,
+            (cache.num_gpu_blocks or 0) * cache.block_size,
+            lora.max_loras if lora else 0,
+            lora.max_cpu_loras if lora else 0,
+            lora.max_lora_rank if lora else 0,
+        )
 
     def _report(self) -> None:
         """Says what the engine has become, which is not always what was asked for."""
         config = self._llm.vllm_config
         cache = config.cache_config
-        tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+        tokens = self.capacity.kv_cache_tokens
         logger.info(
             "KV cache: %d tokens (%s), %.1f contexts of %d tokens at once",
             tokens, cache.cache_dtype, tokens / self.max_model_len, self.max_model_len,
@@ -204,6 +217,10 @@ class VllmEngine:
             return rendered, None
         except (VLLMClientError, ValueError, TypeError, RecursionError) as error:
             raise invalid(error, request.prompt_param) from error
+        except RuntimeError as error:
+            if not self._closed:
+                raise
+            raise EngineDied(DEAD, retry_after_s=30) from error  # its threads are gone
 
     def _known_tokens(self, token_ids: Sequence[int], param: str) -> list[int]:
         """The ids as a list. One outside the vocabulary would crash the model, so it is refused."""
@@ -224,7 +241,7 @@ class VllmEngine:
         outputs = None
         finished = False
         try:
-            outputs = await self._submit(rendered, request)
+            outputs = await self._submit(rendered, request, self._loras.of(route.adapter))
             reader = rendered.reader
             while not finished:
                 output = await outputs.get()
@@ -249,16 +266,25 @@ class VllmEngine:
                         yield piece
         except EngineDeadError as error:
             finished = True  # nothing is left to abort
-            raise Unavailable(DEAD, retry_after_s=30) from error
+            raise EngineDied(DEAD, retry_after_s=30) from error
         except GracefulHTTPError as error:
             raise Overloaded(f"The engine's queue is full: {error}", retry_after_s=1) from error
         except VLLMClientError as error:
             raise invalid(error, "structured_outputs" if constrained else None) from error
+        except Exception as error:
+            # What breaks vLLM's output handler is told to all requests, and is the engine's end; so
+            # is, often, what fails the question that a first request asks.
+            if not await has_died(self._llm):
+                raise
+            finished = True
+            raise EngineDied(DEAD, retry_after_s=30) from error
         finally:
             if outputs is not None and not finished:
                 await self._llm.abort(outputs.request_id, internal=True)
 
-    async def _submit(self, rendered: Rendered, request: GenerateRequest) -> Any:
+    async def _submit(
+        self, rendered: Rendered, request: GenerateRequest, lora: LoRARequest | None
+    ) -> Any:
         """Hand the request to the engine; returns what its output can be got from."""
         llm, params, reader = self._llm, rendered.params, rendered.reader
         plain = params.n == 1 and params.logprobs is None and params.prompt_logprobs is None
@@ -272,6 +298,7 @@ class VllmEngine:
                     external_id,
                     rendered.engine_input,
                     params,
+                    lora_request=lora,
                     priority=request.priority,
                     reasoning_ended=ended,
                     reasoning_parser_kwargs=reading,
@@ -282,7 +309,7 @@ class VllmEngine:
         # The same steps as add_request's, but with a collector of our own.
         if llm.errored:
             raise EngineDeadError
-        made = await self._engine_request(rendered, request)
+        made = await self._engine_request(rendered, request, lora)
         made.reasoning_ended = ended
         made.reasoning_parser_kwargs = reading
         llm.input_processor.assign_request_id(made)
@@ -295,12 +322,15 @@ class VllmEngine:
             raise
         return collector
 
-    async def _engine_request(self, rendered: Rendered, request: GenerateRequest) -> Any:
+    async def _engine_request(
+        self, rendered: Rendered, request: GenerateRequest, lora: LoRARequest | None
+    ) -> Any:
         """vLLM's request, validated; in a thread where that means compiling a constraint."""
         processor = self._llm.input_processor
         process = processor.process_inputs
         arguments = (request.request_id, rendered.engine_input, rendered.params)
         keywords = {
+            "lora_request": lora,
             "supported_tasks": await self._llm.get_supported_tasks(),
             "priority": request.priority,
         }
@@ -308,14 +338,29 @@ class VllmEngine:
             return process(*arguments, **keywords)
         return await asyncio.to_thread(process, *arguments, **keywords)
 
+    async def load_adapter(self, adapter: AdapterVersion) -> None:
+        await self._loras.load(adapter)
+
+    async def unload_adapter(self, adapter: AdapterVersion) -> None:
+        await self._loras.unload(adapter)
+
     async def check(self) -> None:
         if self._closed or self._llm.errored:
-            raise Unavailable(DEAD, retry_after_s=30)
+            raise EngineDied(DEAD, retry_after_s=30)
+        self._health.look()
 
     async def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await asyncio.to_thread(self._llm.shutdown)
+        if self._closed:
+            return
+        self._closed = True
+        self._health.end_processes()
+        # vLLM tells its callers of an engine's end, but not of one that it was asked for; and never
+        # those that wait for a reply, as the first requests do.
+        self._llm.output_processor.propagate_error(EngineDeadError())
+        for reply in self._llm.engine_core.utility_results.values():
+            if not reply.done():
+                reply.set_exception(EngineDeadError())
+        await asyncio.to_thread(self._llm.shutdown)
 
 
 def _own_copy(message: Message) -> dict[str, Any]:

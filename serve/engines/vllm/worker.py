@@ -1,9 +1,17 @@
-"""vLLM's CPU worker, allowed to use AMX. Runs in vLLM's own child process, see arguments.py."""
+"""vLLM's CPU worker, allowed to use AMX, and at home in the core's own process. Runs in vLLM's own
+children, see arguments.py.
+"""
 
 from __future__ import annotations
 
 import torch
+import vllm.envs
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+from vllm.utils.torch_utils import available_cpu_count
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from serve.engines.vllm.nursery import chosen_threads, die_with_parent
 
 
 class AmxWorker(CPUWorker):
@@ -14,4 +22,22 @@ class AmxWorker(CPUWorker):
 
     def init_device(self) -> None:
         torch.cpu._init_amx()  # does nothing where there is no AMX
+        # Where the worker is a process of its own: the core, its parent, ends with the server. It
+        # notices by itself, but not while it is stopped.
+        die_with_parent()
         super().init_device()
+
+
+class InCore(UniProcExecutor):
+    """vLLM has this for GPUs, and replaces it on a CPU by a second process, since it sets OpenMP's
+    environment for the worker alone. Ours asks torch for the threads instead: one a core, and, as
+    vLLM does, none for one core, which the server needs.
+    """
+
+    def _init_executor(self) -> None:
+        cores = len({cpu.physical_core for cpu in get_allowed_cpu_list()})
+        cores = min(cores, available_cpu_count())  # less with a container's limit
+        reserved = vllm.envs.VLLM_CPU_NUM_OF_RESERVED_CPU
+        kept = 1 if reserved is None else reserved
+        torch.set_num_threads(chosen_threads() or max(1, cores - kept))
+        super()._init_executor()

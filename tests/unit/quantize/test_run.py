@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +163,22 @@ def test_an_existing_folder_is_kept_unless_told(tiny_checkpoint: Path, tmp_path:
     quantized(tiny_checkpoint, out, overwrite=True)
     assert not (out / "mark").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_without_room_is_refused_before_any_work(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = Checkpoint(quantized(tiny_checkpoint, tmp_path / "first")).weight_bytes()
+
+    def free(count: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=count))
+
+    free(size)  # the report needs some, too
+    with pytest.raises(BadInput, match=rf"out needs [\d,]+ bytes of disk.* {size:,} are free"):
+        quantized(tiny_checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    free(round(size * 1.1))
+    quantized(tiny_checkpoint, tmp_path / "out")
 
 
 def test_overwrite_never_takes_the_original_or_a_foreign_folder(

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from quantize.verify import _describe, _kernel, _last_words, compare
+from quantize import simulate, verify
+from quantize.errors import Unloadable
+from quantize.evaluate import compare
+from quantize.run import _doubts, run
+from quantize.settings import Settings
+from quantize.verify import _describe, _kernel, _last_words
 
 
 def test_equal_outputs_differ_in_nothing() -> None:
@@ -41,6 +47,84 @@ def test_differences_are_counted_from_the_first_token_that_differs() -> None:
     assert found["answers_until_difference"] == pytest.approx((1 / 4 + 2 / 3 + 1) / 3, abs=1e-4)
     assert found["logprob_difference_mean"] == pytest.approx(1.5 / 4)
     assert found["logprob_difference_max"] == 1.0
+
+
+PROMPTS = [[5, 6, 7, 8] * 8, [9, 10, 11] * 8]
+
+
+def engine(monkeypatch: pytest.MonkeyPatch, made: Path, off: float) -> None:
+    """Stands in for both engines: the finished checkpoint's log-probabilities are `off` from what
+    its codes give, and the original does not run.
+    """
+    outputs = [
+        {"prompt": ids, "answer": [1], "logprobs": [value + off for value in values]}
+        for ids, values in zip(PROMPTS, simulate.logprobs(made, PROMPTS), strict=True)
+    ]
+
+    def run_child(folder: Path, prompts: object, timeout_s: float) -> dict[str, Any]:
+        if folder != made:
+            raise verify._EngineFailure("It is broken.")
+        return {
+            "vllm": "0", "dtype": "bfloat16", "load_seconds": 1.0, "kv_cache_dtype": "auto",
+            "kv_scales": {}, "layers": {"W8A8 int8 by X": 12}, "outputs": outputs,
+        }  # fmt: skip
+
+    monkeypatch.setattr(verify, "_run_child", run_child)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "int8"
+    settings = Settings(str(tiny_checkpoint), out, "int8", quality=False, verify=False)
+    run(settings, lambda *_: lambda _: None)
+    return out
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1])
+def test_rounding_of_a_kernel_passes_and_a_failing_original_is_noted(
+    made: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    engine(monkeypatch, made, off)
+    found = verify.verify(tiny_checkpoint, made, PROMPTS)
+    assert found["reference"]["prompt_tokens"] == 31 + 23
+    assert found["reference"]["logprob_difference_mean"] == pytest.approx(off, abs=1e-4)
+    assert found["original"] == "not compared: vLLM does not run the original. It is broken."
+    assert "compared" not in found
+
+
+@pytest.mark.parametrize("off", [1.0, -1.0])
+def test_an_engine_that_computes_something_else_is_an_error(
+    made: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    engine(monkeypatch, made, off)
+    with pytest.raises(Unloadable, match=r"1\.00 nats apart.*not published.*--no-verify"):
+        verify.verify(tiny_checkpoint, made, PROMPTS)
+
+
+def test_a_failed_proof_leaves_nothing(
+    made: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise Unloadable("nats apart")
+
+    monkeypatch.setattr("quantize.run.verify", fail)
+    settings = Settings(str(tiny_checkpoint), tmp_path / "out", "int8", quality=False)
+    with pytest.raises(Unloadable, match="nats apart"):
+        run(settings, lambda *_: lambda _: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_that_do_not_fit_in_memory_are_not_compared_and_the_report_says_so(
+    made: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(monkeypatch, made, 1.0)
+    monkeypatch.setattr(verify, "free_memory_bytes", lambda: 1000)
+    found = verify.verify(tiny_checkpoint, made, PROMPTS)
+    assert found["reference"].startswith("not compared: dequantized it takes ")
+    assert "1,000 are free" in _doubts(found)[0]
+    assert _doubts({"reference": {}, "compared": {"logprob_difference_mean": 0.1}}) == []
+    far = {"reference": {}, "compared": {"logprob_difference_mean": 0.6}}
+    assert "moved by 0.60 on average from the original's" in _doubts(far)[0]
 
 
 LOG = """

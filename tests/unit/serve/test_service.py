@@ -5,14 +5,27 @@ waits.
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from serve.admission import Admission
 from serve.engines.echo import EchoEngine
-from serve.errors import Internal, Invalid, Unavailable, UnknownModel
-from serve.messages import GenerateRequest, Sampling
+from serve.errors import (
+    DeadlineExceeded,
+    Internal,
+    Invalid,
+    Overloaded,
+    Unavailable,
+    UnknownModel,
+)
+from serve.messages import Caller, GenerateRequest, Sampling
 from serve.service import Service
-from serve.settings import EngineSettings
+from serve.settings import AdmissionSettings, EngineSettings
+from serve.stream import merged
 
 
 def ask(text: str, *, model: str = "echo", max_tokens: int | None = None) -> GenerateRequest:
@@ -20,9 +33,9 @@ def ask(text: str, *, model: str = "echo", max_tokens: int | None = None) -> Gen
     return GenerateRequest("id", model, sampling, messages=({"role": "user", "content": text},))
 
 
-def make_service(delay_s: float = 0) -> tuple[Service, EchoEngine]:
+def make_service(delay_s: float = 0, **limits: Any) -> tuple[Service, EchoEngine]:
     engine = EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s))
-    service = Service("echo")
+    service = Service("echo", admission=Admission(AdmissionSettings(**limits)))
     service.attach(engine)
     return service, engine
 
@@ -147,3 +160,189 @@ async def test_a_default_length_gives_way_to_a_long_prompt() -> None:
     text = "w " * 2040
     stream = await service.start(GenerateRequest("id", "echo", sampling, prompt=text))
     assert len([chunk async for chunk in stream]) == 8
+
+
+LIMITED = Caller("batch", "acme", frozenset({"inference"}), tokens_per_minute=100)
+
+
+def idle(service: Service) -> bool:
+    counted = service.admission
+    return (counted.running, counted.waiting, counted.queued_tokens) == (0, 0, 0)
+
+
+async def test_what_the_engine_has_no_room_for_is_refused_after_rendering() -> None:
+    service, engine = make_service(delay_s=0.01, max_running=1)
+    stream = await service.start(ask("a b c"))
+    with pytest.raises(Invalid):  # a bad request is told so, however full it is
+        await service.start(ask(""))
+    with pytest.raises(Overloaded, match="limit of 1"):
+        await service.start(ask("a b c"))
+    with pytest.raises(Overloaded):
+        await service.start_all([ask("a"), ask("b")])
+    assert engine.running == 1
+    assert [chunk.text async for chunk in stream] == ["a", " b", " c"]
+    assert idle(service)
+    assert await text_of(service, ask("a b c")) == "a b c"
+
+
+async def test_waiting_ends_with_the_first_chunk() -> None:
+    service, _ = make_service(delay_s=0.01)
+    stream = await service.start(ask("a b c"))
+    counted = service.admission
+    assert (counted.running, counted.waiting, counted.queued_tokens) == (1, 0, 0)
+    starting = asyncio.create_task(service.start(ask("a b c")))
+    await asyncio.sleep(0)
+    assert (counted.running, counted.waiting, counted.queued_tokens) == (2, 1, 3)
+    starting.cancel()
+    await stream.close()
+    await asyncio.wait([starting])
+    assert idle(service)
+
+
+@pytest.mark.parametrize("text", ["one two", "!dead", "!bug", "!dead-later", "!bug-later", ""])
+async def test_however_a_request_ends_it_is_counted_out(text: str) -> None:
+    service, _ = make_service()
+    for several in (1, 2):
+        try:
+            streams = await service.start_all([ask(text)] * several)
+            async for _ in merged(streams):
+                pass
+        except (Unavailable, Internal, Invalid):
+            pass
+    assert idle(service)
+    assert await service.drain(0.1)
+
+
+async def test_a_quota_is_charged_what_was_used_and_nothing_for_the_servers_faults() -> None:
+    service, _ = make_service()
+    request = replace(ask("a b", max_tokens=98), caller=LIMITED)
+    for text in ("!dead", "!bug"):
+        with pytest.raises((Unavailable, Internal)):
+            await text_of(service, replace(ask(text, max_tokens=90), caller=LIMITED))
+    assert await text_of(service, request) == "a b"
+    with pytest.raises(Overloaded, match="96 left of its 100 per minute"):
+        await text_of(service, request)
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+class Stuck(EchoEngine):
+    """Waits for ever in one step of its work; `stubborn` makes nothing of a cancellation."""
+
+    def __init__(self, where: str, *, stubborn: bool = False) -> None:
+        super().__init__(EngineSettings(kind="echo"))
+        self.where = where
+        self.stubborn = stubborn
+
+    async def hang(self) -> None:
+        try:
+            await never()
+        except asyncio.CancelledError:
+            if not self.stubborn:
+                raise
+
+    async def render(self, *arguments: Any) -> Any:
+        if self.where == "render":
+            await self.hang()
+        return await super().render(*arguments)
+
+    async def generate(self, *arguments: Any) -> Any:
+        if self.where == "first":
+            await self.hang()
+        async with aclosing(super().generate(*arguments)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                if self.where == "later":
+                    await self.hang()
+
+
+def stuck_service(where: str, *, stubborn: bool = False) -> tuple[Service, Stuck]:
+    engine = Stuck(where, stubborn=stubborn)
+    service = Service("echo", max_request_timeout_s=100)
+    service.attach(engine)
+    return service, engine
+
+
+def soon(text: str = "a b c", timeout_s: float = 0.03) -> GenerateRequest:
+    return replace(ask(text), timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+@pytest.mark.parametrize("several", [1, 2])
+@pytest.mark.parametrize("where", ["render", "first", "later"])
+async def test_a_request_ends_at_its_deadline_wherever_it_is(
+    where: str, several: int, stubborn: bool
+) -> None:
+    service, engine = stuck_service(where, stubborn=stubborn)
+
+    async def whole() -> None:
+        async for _ in merged(await service.start_all([soon()] * several)):
+            pass
+
+    with pytest.raises(DeadlineExceeded, match=r"longer than its 0\.03 s"):
+        await whole()
+    assert engine.running == 0
+    assert idle(service)
+    assert await service.drain(0.1)
+    current = asyncio.current_task()
+    assert current is not None
+    assert current.cancelling() == 0
+    async with asyncio.timeout(10):  # nothing is left that a later cancellation would stumble over
+        await asyncio.sleep(0)
+
+
+async def test_a_deadline_does_not_disturb_what_the_caller_does_with_a_chunk() -> None:
+    service, engine = make_service()
+    stream = await service.start(soon("a b c"))
+    seen = []
+
+    async def slowly() -> None:
+        async for chunk in stream:
+            await asyncio.sleep(0.06)  # longer than there is, and not interrupted
+            seen.append(chunk.text)
+
+    with pytest.raises(DeadlineExceeded):
+        await slowly()
+    assert seen == ["a"]
+    assert engine.running == 0
+
+
+async def test_who_is_cancelled_at_the_deadline_stays_cancelled() -> None:
+    service, _ = stuck_service("first")
+    starting = asyncio.create_task(service.start(soon(timeout_s=0.02)))
+    await asyncio.sleep(0)
+    time.sleep(0.03)  # noqa: ASYNC251 the timer is due, and the loop has not seen it yet
+    asyncio.get_running_loop().call_soon(starting.cancel)
+    with pytest.raises((asyncio.CancelledError, DeadlineExceeded)):
+        await starting
+    assert idle(service)
+
+
+async def test_a_request_within_its_time_is_not_touched() -> None:
+    service, _ = make_service(delay_s=0.01)
+    assert await text_of(service, soon("a b", timeout_s=5)) == "a b"
+    assert await service.drain(0.1)
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, 101.0, float("inf"), float("nan")])
+async def test_a_timeout_beyond_the_servers_own_is_refused(timeout_s: float) -> None:
+    service, _ = stuck_service("nowhere")
+    with pytest.raises(Invalid, match=r"at most this server's 100"):
+        await service.start(soon(timeout_s=timeout_s))
+
+
+async def test_the_servers_own_timeout_is_for_requests_that_say_nothing() -> None:
+    engine = Stuck("first")
+    service = Service("echo", request_timeout_s=0.02)
+    service.attach(engine)
+    with pytest.raises(DeadlineExceeded):
+        await service.start(ask("a"))
+
+
+async def test_the_log_line_names_the_key_and_its_tenant(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    service, _ = make_service()
+    await text_of(service, replace(ask("a", max_tokens=1), caller=LIMITED))
+    assert "key=batch tenant=acme outcome=ok" in caplog.text

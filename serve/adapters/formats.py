@@ -1,0 +1,312 @@
+"""Fine-tuned folders: whether the engine could serve what is in one, and the copy that it serves.
+
+PEFT's LoRA and AdaLoRA in safetensors; AdaLoRA becomes plain LoRA, since the engine has only that.
+Everything is judged from adapter_config.json and the safetensors header before the engine sees it,
+and nothing is ever unpickled. Both functions block: call them in a worker thread. Called by the
+store.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.adapters import configs, weights
+from serve.adapters.configs import AdapterConfig, Kind
+from serve.adapters.factors import Factors, find_factors
+from serve.adapters.folders import check_entries, open_file
+from serve.adapters.headers import BadHeader, Header, TensorEntry, read_header, shown
+from serve.adapters.patterns import matcher
+from serve.errors import Invalid, Unavailable
+
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+
+
+@dataclass(frozen=True)
+class AdapterLimits:
+    """What this server can serve: ranks up to max_rank, for these layers of the base (module ->
+    (out_features, in_features), see base_layers), in weight files of at most max_bytes.
+    """
+
+    max_rank: int
+    layers: Mapping[str, tuple[int, int]]
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class CheckedAdapter:
+    """An adapter that the engine could serve, still where it was found.
+
+    `config` is its adapter_config.json, `rank` the highest rank of any module in the copy that will
+    be served, `served_config` that copy's configuration. `modules` and `kept` (AdaLoRA: module ->
+    the ranks that were not pruned) are for `write`.
+    """
+
+    folder: Path
+    kind: Kind
+    config: Mapping[str, Any]
+    rank: int
+    served_config: Mapping[str, Any]
+    header: Header
+    modules: Mapping[str, Factors]
+    kept: Mapping[str, Sequence[int]]
+    scaling: float = 1.0
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        return self.header.tensors
+
+
+@dataclass(frozen=True)
+class Written:
+    """`digest` is the sha256, in hex, of the written weights followed by the written configuration:
+    one for equal weights under configurations that mean the same.
+    """
+
+    digest: str
+    rank: int
+
+
+def check(folder: Path, limits: AdapterLimits) -> CheckedAdapter:
+    """Judge a folder that PEFT's save_pretrained() wrote. Reads the configuration and the weights'
+    header, not the weights.
+
+    Raises Invalid, with the way out, when it is not such a folder, holds links or special files,
+    asks for what the engine cannot do, belongs to another base, or is above a limit.
+    """
+    check_entries(folder)
+    document = _read_config(folder)
+    config = configs.judge(document)
+    header = _read_header(folder, limits.max_bytes)
+    modules = find_factors(header.tensors, config.kind, limits.layers)
+    judge = _check_adalora if config.kind == "adalora" else _check_lora
+    checked = judge(folder, document, config, header, modules)
+    if checked.rank > limits.max_rank:
+        worst = max(
+            modules, key=lambda module: len(checked.kept.get(module, range(modules[module].rank)))
+        )
+        raise Invalid(
+            f"The adapter's rank {checked.rank} (at {worst}) is above this server's limit of "
+            f"{limits.max_rank}; train with a lower rank, or raise engine.max_lora_rank."
+        )
+    if config.kind == "adalora":
+        size = weights.folded_bytes(header, modules, checked.kept)
+        _check_size(size, limits.max_bytes, "would take, as plain LoRA in float32,")
+    return checked
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        with open_file(folder, configs.NAME) as file:
+            text = file.read(configs.MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        whole = (folder / "config.json").exists()
+        hint = (
+            "it looks like a whole model, which `packhorse serve` takes as it is"
+            if whole
+            else "give the folder that the PEFT model's save_pretrained() wrote"
+        )
+        raise Invalid(f"{folder} has no {configs.NAME}; {hint}.") from error
+    if len(text) > configs.MAX_BYTES:
+        raise Invalid(
+            f"{configs.NAME} is above the limit of {configs.MAX_BYTES} bytes; save the adapter "
+            "again, or remove from it what PEFT did not write."
+        )
+    return configs.parse(text)
+
+
+def _read_header(folder: Path, max_bytes: int) -> Header:
+    try:
+        with open_file(folder, weights.NAME) as file:
+            _check_size(os.fstat(file.fileno()).st_size, max_bytes, "has")
+            return read_header(file, max_bytes=weights.MAX_HEADER_BYTES)
+    except FileNotFoundError as error:
+        for name in _PICKLES:
+            if (folder / name).exists():
+                raise Invalid(
+                    f"{folder} has {name} and no {weights.NAME}. Loading a pickle can run any "
+                    "code, so it is never done; save the adapter as safetensors "
+                    "(save_pretrained(folder, safe_serialization=True))."
+                ) from error
+        raise Invalid(
+            f"{folder} has no {weights.NAME}; give the folder that the PEFT model's "
+            "save_pretrained() wrote."
+        ) from error
+    except BadHeader as error:
+        raise Invalid(f"{weights.NAME} {error}.") from error
+
+
+def _check_size(size: int, max_bytes: int, verb: str) -> None:
+    if size > max_bytes:
+        raise Invalid(
+            f"{weights.NAME} {verb} {size} bytes, above the limit of {max_bytes}; train with a "
+            "lower rank or fewer target_modules, or raise adapters.max_bytes."
+        )
+
+
+def _check_lora(
+    folder: Path,
+    document: Mapping[str, Any],
+    config: AdapterConfig,
+    header: Header,
+    modules: Mapping[str, Factors],
+) -> CheckedAdapter:
+    rank_of = matcher("rank_pattern", config.rank_pattern)
+    alpha_of = matcher("alpha_pattern", config.alpha_pattern)
+    alphas = {}
+    for module, factors in modules.items():
+        said = rank_of(module)
+        said = config.rank if said is None else said
+        if factors.rank != said:
+            raise Invalid(
+                f"{module} has rank {factors.rank} in {weights.NAME} and {said} in {configs.NAME} "
+                "(r, rank_pattern), which scales it; correct the one that is wrong."
+            )
+        alpha = alpha_of(module)
+        alphas[module] = config.alpha if alpha is None else alpha
+    ranks = {module: factors.rank for module, factors in modules.items()}
+    rank = max(ranks.values())
+    served = _served_config(ranks, alphas, use_rslora=config.use_rslora)
+    return CheckedAdapter(folder, config.kind, document, rank, served, header, modules, {})
+
+
+def _check_adalora(
+    folder: Path,
+    document: Mapping[str, Any],
+    config: AdapterConfig,
+    header: Header,
+    modules: Mapping[str, Factors],
+) -> CheckedAdapter:
+    if strangers := sorted(config.masks.keys() - modules.keys()):
+        raise Invalid(
+            f"{configs.NAME}'s rank_pattern names {shown(strangers[0])}, of which {weights.NAME} "
+            "has no tensors: one of the two is from another save; save the adapter again."
+        )
+    kept: dict[str, Sequence[int]] = {}
+    for module, factors in modules.items():
+        mask = config.masks.get(module, (True,) * config.rank)
+        if factors.rank == sum(mask):  # PEFT drops pruned ranks when it saves
+            kept[module] = range(factors.rank)
+        elif factors.rank == len(mask):
+            kept[module] = [rank for rank, keep in enumerate(mask) if keep]
+        else:
+            raise Invalid(
+                f"{module} has rank {factors.rank} in {weights.NAME}, and {configs.NAME} (init_r, "
+                f"rank_pattern) says {sum(mask)} of {len(mask)}; save the adapter again."
+            )
+    rank = max(map(len, kept.values()))
+    if rank == 0:
+        raise Invalid(
+            "AdaLoRA pruned every rank of every module, so the adapter has rank 0 and changes "
+            "nothing; train again with a higher target_r."
+        )
+    changed = [module for module in modules if kept[module]]
+    served = _served_config(
+        dict.fromkeys(changed, rank), dict.fromkeys(changed, float(rank)), use_rslora=False
+    )
+    scaling = weights.adalora_scaling(config.alpha, config.rank)
+    return CheckedAdapter(
+        folder, config.kind, document, rank, served, header, modules, kept, scaling
+    )
+
+
+def _served_config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], *, use_rslora: bool
+) -> dict[str, Any]:
+    """A configuration that says the same as any other with these ranks and alphas, module by
+    module, and nothing that the engine does not read.
+    """
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "bias": "none",
+        "r": int(rank),
+        "lora_alpha": _plain(alpha),
+        "use_rslora": use_rslora,
+        "rank_pattern": {
+            _exactly(module): value for module, value in ranks.items() if value != rank
+        },
+        "alpha_pattern": {
+            _exactly(module): _plain(value) for module, value in alphas.items() if value != alpha
+        },
+        "target_modules": sorted(ranks),
+    }
+
+
+def _exactly(module: str) -> str:
+    """A key for patterns that matches this module, and none whose name ends alike."""
+    return f"^{re.escape(module)}"
+
+
+def _most_common(values: Iterable[float]) -> float:
+    """Of equally common ones the largest."""
+    counts = Counter(values)
+    return max((count, value) for value, count in counts.items())[1]
+
+
+def _plain(number: float) -> float:
+    """16, not 16.0: trainings write either."""
+    return int(number) if number.is_integer() else number
+
+
+def write(checked: CheckedAdapter, folder_to: Path) -> Written:
+    """Write the copy that is served into an existing, empty folder: adapter_model.safetensors (a
+    LoRA's byte for byte, an AdaLoRA's folded into float32 LoRA) and adapter_config.json. Both are
+    read-only and on the disk when this returns; neither is left there when it raises.
+
+    Raises Invalid when the source has changed since it was checked, or holds a NaN or an infinity;
+    Unavailable when the disk is full; FileExistsError when the folder is not empty.
+    """
+    sha256 = hashlib.sha256()
+    names: list[Path] = []
+    try:
+        path = folder_to / weights.NAME
+        with weights.new_file(path, sha256) as file:
+            names.append(path)
+            if checked.kind == "adalora":
+                weights.fold(
+                    checked.folder, checked.header, checked.modules,
+                    kept=checked.kept, scaling=checked.scaling, to=file,
+                )  # fmt: skip
+            else:
+                weights.copy(checked.folder, checked.header, file)
+        path = folder_to / configs.NAME
+        with weights.new_file(path, sha256) as file:
+            names.append(path)
+            text = json.dumps(checked.served_config, sort_keys=True, indent=1, allow_nan=False)
+            file.write(text.encode() + b"\n")
+        _sync(folder_to)
+    except BaseException as error:
+        for path in names:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(folder_to, checked.header.file_bytes) from error
+        raise
+    return Written(sha256.hexdigest(), checked.rank)
+
+
+def _disk_full(folder_to: Path, size: int) -> Unavailable:
+    free = shutil.disk_usage(folder_to).free
+    return Unavailable(
+        f"The disk of the adapter store ({folder_to}) is full: {free} bytes are free, and the "
+        f"adapter takes {size}; free some, for instance by removing adapters, and try again.",
+        retry_after_s=60.0,
+    )
+
+
+def _sync(folder: Path) -> None:
+    """So that the new names outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

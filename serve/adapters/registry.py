@@ -1,0 +1,352 @@
+"""Which adapters there are, which version of each is served, and who uses it.
+
+A request takes a lease on the version that is current when it arrives, and keeps it to its end. A
+replaced or removed version goes, from the engine and from the disk, when its last lease has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serve import metrics
+from serve.adapters.base import AdapterCard, State
+from serve.adapters.formats import AdapterLimits
+from serve.adapters.lease import Lease, Version
+from serve.adapters.residency import Loader, Residency
+from serve.adapters.store import Remembered, Store, check_name
+from serve.adapters.turns import Turns
+from serve.errors import (
+    Conflict,
+    Invalid,
+    NotFound,
+    Overloaded,
+    ServeError,
+    Unavailable,
+    UnknownModel,
+)
+from serve.messages import AdapterVersion
+
+logger = logging.getLogger("packhorse.adapters")
+
+
+@dataclass(slots=True)
+class _Entry:
+    name: str
+    pinned: bool = False
+    current: Version | None = None
+    doing: State | None = None  # while a new version is on its way
+    reason: str | None = None
+    stored: Remembered | None = None  # also of one that has failed since: it may be well again
+
+
+class Registry:
+    """Satisfies the Adapters protocol. `start` it when there is an engine. Changes are made one
+    after the other, and to their end: a caller that leaves does not stop one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        max_registered: int,
+        max_resident: int,
+        turn_tokens: int = 4096,
+        max_running: int | None = None,
+        taken: frozenset[str] = frozenset(),
+    ) -> None:
+        """`max_running` is for each adapter, `turn_tokens` what one may use while others wait.
+        `taken` are names that mean something else.
+        """
+        self._turns_of = partial(Turns, quantum_tokens=turn_tokens, max_running=max_running)
+        self._slots = 1
+        self.turns = self._turns_of(1)
+        self._store = store
+        self._taken = taken
+        self._max_registered = max_registered
+        self._entries: dict[str, _Entry] = {}
+        self._versions: dict[tuple[str, str], Version] = {}  # by name and digest; retired ones too
+        self._numbers = itertools.count(1)
+        self._residency = Residency(max_resident, self._may_go)
+        self._limits: AdapterLimits | None = None
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def start(
+        self, loader: Loader, limits: AdapterLimits, *, slots: int, max_waiting: int | None = None
+    ) -> None:
+        """Have what was registered before a restart; what cannot be loaded is listed as failed.
+        `slots` is how many adapters one batch can have, `max_waiting` how many requests of one
+        adapter may wait for a slot.
+
+        Raises StartupError.
+        """
+        self._limits = limits
+        self._slots = slots
+        self.turns = self._turns_of(slots, max_waiting=max_waiting)
+        self._residency.loader = loader
+        for known in await asyncio.to_thread(self._store.recall):
+            folder = self._store.folder_of(known.name, known.digest)
+            entry = self._entries[known.name] = _Entry(known.name, known.pinned, stored=known)
+            try:
+                self._check_pins(entry, known.pinned)
+                # Again, because the model or the limits may be others than when it was added.
+                staged = await asyncio.to_thread(self._store.stage, known.name, folder, limits)
+                if staged.digest != known.digest:
+                    raise Invalid(
+                        f"The stored copy {folder} is not what it was; add the adapter again."
+                    )
+                entry.current = self._version(known.name, staged.digest, staged.folder, staged.rank)
+            except ServeError as error:
+                self._failed(entry, error)
+        self._count()
+        for entry in self._by_pin()[: self._residency.size]:
+            if entry.current is not None:
+                try:
+                    await self.have_resident(entry.current.adapter)
+                except ServeError as error:
+                    self._failed(entry, error)
+
+    def _by_pin(self) -> list[_Entry]:
+        return sorted(self._entries.values(), key=lambda entry: not entry.pinned)
+
+    def _failed(self, entry: _Entry, error: ServeError) -> None:
+        entry.reason = error.message
+        metrics.ADAPTER_FAILURES.inc()
+        logger.error("adapter=%s failed: %s", entry.name, error.message)
+
+    def _version(self, name: str, digest: str, folder: Path, rank: int) -> Version:
+        """The version, with the number it has if it is still there: the engine takes two versions
+        of one content for one.
+        """
+        known = self._versions.get((name, digest))
+        if known is None:
+            adapter = AdapterVersion(name, digest, folder, next(self._numbers), rank)
+            known = self._versions[name, digest] = Version(adapter)
+        return known
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self._entries.values() if entry.current is not None]
+
+    def folders(self) -> dict[str, Path]:
+        """Those that requests can ask for, with what their current versions are made of."""
+        return {
+            name: entry.current.adapter.folder
+            for name, entry in self._entries.items()
+            if entry.current is not None
+        }
+
+    def cards(self) -> list[AdapterCard]:
+        found = [self._card(entry) for entry in self._entries.values()]
+        current = {id(entry.current) for entry in self._entries.values()}
+        for version in self._versions.values():
+            if id(version) not in current:
+                adapter = version.adapter
+                found.append(
+                    AdapterCard(
+                        adapter.name, "draining", adapter.digest, adapter.rank, False,
+                        version.leases,
+                    )
+                )  # fmt: skip
+        return found
+
+    def card(self, name: str) -> AdapterCard:
+        """Raises NotFound."""
+        return self._card(self._entry(name))
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise NotFound(f"There is no adapter {name[:80]!r} here.", param="name")
+        return entry
+
+    def _card(self, entry: _Entry) -> AdapterCard:
+        version = entry.current
+        state: State = entry.doing or "failed"
+        if version is not None and entry.doing is None:
+            state = "resident" if version.adapter in self._residency else "staged"
+        adapter = version.adapter if version else None
+        return AdapterCard(
+            entry.name,
+            state,
+            adapter.digest if adapter else None,
+            adapter.rank if adapter else None,
+            entry.pinned,
+            version.leases if version else 0,
+            entry.reason,
+        )
+
+    def lease(self, name: str) -> Lease:
+        entry = self._entries.get(name)
+        if entry is None or entry.current is None:
+            why = f": it has failed ({entry.reason})" if entry and entry.reason else ""
+            raise UnknownModel(f"There is no adapter {name[:80]!r} here{why}.", param="model")
+        return Lease(entry.current, self)
+
+    async def have_resident(self, adapter: AdapterVersion) -> None:
+        """Load it into the engine, if it is not there. Raises ServeError."""
+        await self._residency.have(adapter)
+
+    def _may_go(self, adapter: AdapterVersion) -> bool:
+        """Whether the engine may unload it to make room."""
+        version = self._versions.get((adapter.name, adapter.digest))
+        entry = self._entries.get(adapter.name)
+        pinned = entry is not None and entry.pinned and entry.current is version
+        return version is None or not (version.inside or pinned)
+
+    def released(self, version: Version) -> None:
+        """A lease has ended: the last one of a version that was replaced takes it along."""
+        if not version.leases and not self._is_current(version):
+            self._go_on(self._retire(version))
+
+    def _is_current(self, version: Version) -> bool:
+        entry = self._entries.get(version.adapter.name)
+        return entry is not None and entry.current is version
+
+    async def _retire(self, version: Version) -> None:
+        async with self._changing:
+            adapter = version.adapter
+            if version.leases or self._is_current(version):
+                return  # it has come back
+            if self._versions.pop((adapter.name, adapter.digest), None) is None:
+                return
+            try:
+                await self._residency.drop(adapter)
+            except ServeError as error:
+                logger.warning("adapter=%s was not unloaded: %s", adapter.name, error.message)
+            await asyncio.to_thread(self._store.forget, adapter.name, adapter.digest)
+            logger.info("adapter=%s digest=%s is gone", adapter.name, adapter.digest[:12])
+
+    async def put(
+        self, name: str, source: Path, *, replace: bool, pinned: bool | None = None
+    ) -> AdapterCard:
+        check_name(name)
+        if self._limits is None:
+            raise Unavailable("The engine is still loading; try again soon.", retry_after_s=10)
+        if name in self._taken:
+            raise Invalid(
+                f"{name!r} names something else here; give the adapter another name.", param="name"
+            )
+        known = self._entries.get(name)
+        if known is not None and not replace and (known.current is not None or known.doing):
+            raise Conflict(
+                f"There is an adapter {name!r} already; send replace=true to put another in its "
+                "place.",
+                param="name",
+            )
+        if known is None and len(self._entries) >= self._max_registered:
+            raise Overloaded(
+                f"{len(self._entries)} adapters are registered, the limit (adapters.max_registered)"
+                "; remove one first."
+            )
+        entry = self._entries.setdefault(name, _Entry(name))
+        entry.doing = "queued"
+        self._count()
+        card: AdapterCard = await self._go_on(self._put(entry, source, pinned))
+        return card
+
+    def _go_on(self, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        """Do it to its end, whoever waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return asyncio.shield(task)
+
+    async def _put(self, entry: _Entry, source: Path, pinned: bool | None) -> AdapterCard:
+        async with self._changing:
+            if self._entries.get(entry.name) is not entry:
+                raise Conflict(f"The adapter {entry.name!r} was removed meanwhile.", param="name")
+            pinned = entry.pinned if pinned is None else pinned
+            try:
+                self._check_pins(entry, pinned)
+                await self._replace(entry, source, pinned)
+            except BaseException as error:
+                if isinstance(error, ServeError):
+                    self._failed(entry, error)
+                else:
+                    entry.reason = "the server failed on it; its log says more"
+                raise
+            finally:
+                entry.doing = None
+        return self._card(entry)
+
+    def _check_pins(self, entry: _Entry, pinned: bool) -> None:
+        """Raises Invalid when it would leave too little room for adapters that are not pinned."""
+        others = sum(other.pinned for other in self._entries.values() if other is not entry)
+        needed = self._slots + 1  # a batch of others, and one that is loaded meanwhile
+        if pinned and others + 1 + needed > self._residency.size:
+            raise Invalid(
+                f"{others} adapters are pinned. The engine holds {self._residency.size} "
+                f"(engine.max_cpu_loras), of which {needed} are for those that are not; unpin "
+                "another.",
+                param="pinned",
+            )
+
+    async def _replace(self, entry: _Entry, source: Path, pinned: bool) -> None:
+        assert self._limits is not None
+        entry.doing = "validating"
+        staged = await asyncio.to_thread(self._store.stage, entry.name, source, self._limits)
+        entry.doing = "staged"
+        new = self._version(entry.name, staged.digest, staged.folder, staged.rank)
+        old = entry.current
+        try:
+            await self.have_resident(new.adapter)
+            await self._remember(entry, Remembered(entry.name, staged.digest, staged.rank, pinned))
+        except BaseException:
+            if new is not old and not new.leases:
+                self._go_on(self._retire(new))
+            raise
+        entry.current, entry.pinned, entry.reason = new, pinned, None
+        logger.info("adapter=%s digest=%s is served", entry.name, staged.digest[:12])
+        if old is not None and old is not new and not old.leases:
+            self._go_on(self._retire(old))
+
+    async def _remember(self, entry: _Entry, line: Remembered | None) -> None:
+        """Write down what will be, before it is. Raises Unavailable; then nothing has changed."""
+        lines = {other.name: other.stored for other in self._entries.values()}
+        lines[entry.name] = line
+        kept = [each for each in lines.values() if each is not None]
+        await asyncio.to_thread(self._store.remember, kept)
+        entry.stored = line
+
+    def _count(self) -> None:
+        metrics.ADAPTERS.set(len(self._entries))
+
+    async def remove(self, name: str) -> None:
+        self._entry(name)
+        await self._go_on(self._remove(name))
+
+    async def _remove(self, name: str) -> None:
+        async with self._changing:
+            entry = self._entry(name)
+            await self._remember(entry, None)
+            del self._entries[name]
+            self._count()
+        if entry.current is not None and not entry.current.leases:
+            await self._retire(entry.current)
+
+    async def pin(self, name: str, *, pinned: bool) -> AdapterCard:
+        self._entry(name)
+        async with self._changing:
+            entry = self._entry(name)
+            self._check_pins(entry, pinned)
+            if pinned and entry.current is not None:
+                await self.have_resident(entry.current.adapter)
+            if entry.stored is not None:
+                await self._remember(entry, msgspec.structs.replace(entry.stored, pinned=pinned))
+            entry.pinned = pinned
+        return self._card(entry)
+
+    async def settle(self) -> None:
+        """Wait until nothing is being changed, for a clean end."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))

@@ -1,0 +1,91 @@
+"""Whether an engine gets on, judged by what it does and not by what it says.
+
+A step of the engine may take long: a long prompt on a slow machine. So it counts as hung when
+requests wait, no step ends, and the processes that compute use no CPU either. What computes on and
+never ends a step (a kernel that spins) is found by a second, much longer limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import psutil
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from serve.engines.processes import Activity, end, shared_memory
+from serve.engines.vllm.stats import LastingStats
+from serve.errors import EngineHung
+from serve.settings import EngineSettings
+
+WORKER = "VLLM::Worker"  # as vLLM calls the process
+BUSY_SHARE = 0.05  # of one CPU: less is what a process that waits uses
+DEATH_LOOKS, DEATH_LOOK_S = 20, 0.1  # 2 s; it took 0.4
+LONGEST_LOOK_S = 1.0  # more means that the whole machine stood still, or we did
+
+
+async def has_died(llm: AsyncLLM) -> bool:
+    """Whether the engine is at its end, asked when a call of it has failed: a worker's death fails
+    the calls that wait for it first, and only then is the engine known to be dead.
+    """
+    for _ in range(DEATH_LOOKS):
+        if llm.errored:
+            return True
+        await asyncio.sleep(DEATH_LOOK_S)
+    return bool(llm.errored)
+
+
+class Health:
+    """Look every second or so."""
+
+    def __init__(self, llm: AsyncLLM, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._requests = llm.output_processor
+        self._calls = llm.engine_core.utility_results  # futures of what else the core was asked
+        loggers = llm.logger_manager.stat_loggers if llm.logger_manager else ()
+        (self._stats,) = (found for found in loggers if isinstance(found, LastingStats))
+        cores = [
+            psutil.Process(process.pid)
+            for process in llm.engine_core.resources.engine_manager.processes
+        ]
+        below = [child for core in cores for child in core.children(recursive=True)]
+        self._processes = [*cores, *below]
+        self._shared = shared_memory(self._processes)
+        # The core only hands out work, and is busy even while it waits; where there is but one
+        # worker, it may be the core itself. Helpers below it say nothing.
+        workers = [child for child in below if WORKER in " ".join(child.cmdline())]
+        self._activity = Activity(workers or cores)
+        self._looked_s = time.monotonic()
+        self._steps = 0
+        self._step_s = self._idle_s = 0.0  # with work to do: since a step ended, since CPU was used
+
+    def look(self) -> None:
+        """Raises EngineHung."""
+        now_s = time.monotonic()
+        since_s, self._looked_s = now_s - self._looked_s, now_s
+        is_busy = self._activity.since_last_look() > BUSY_SHARE * since_s
+        counted_s = min(since_s, LONGEST_LOOK_S)
+        if self._steps != self._stats.steps:
+            self._steps = self._stats.steps
+            self._step_s = self._idle_s = 0.0
+        # Without work both clocks stand still: clients that leave must not hide a hang.
+        elif self._requests.has_unfinished_requests() or self._calls:
+            self._step_s += counted_s
+            self._idle_s = 0.0 if is_busy else self._idle_s + counted_s
+        step_s, idle_s = self._step_s, self._idle_s
+        if idle_s > self._settings.stall_timeout_s:
+            raise EngineHung(
+                f"Requests wait, and the engine has done nothing for {idle_s:.0f} s, above the "
+                f"limit of {self._settings.stall_timeout_s:.0f} s."
+            )
+        if step_s > self._settings.step_timeout_s:
+            raise EngineHung(
+                f"The engine has been at one step for {step_s:.0f} s, above the limit of "
+                f"{self._settings.step_timeout_s:.0f} s."
+            )
+
+    def end_processes(self) -> None:
+        """At once, whatever they do. What they share is freed, which they can't do then."""
+        end(self._processes)
+        for path in self._shared:
+            path.unlink(missing_ok=True)

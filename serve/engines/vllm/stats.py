@@ -1,0 +1,105 @@
+"""vLLM's own statistics, made to outlive the engine they are of; and its heartbeat.
+
+vLLM unregisters all of its collectors whenever an engine is made, so its counters would restart at
+0 with each rebuild. Here the collectors of the first engine serve all that follow it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from prometheus_client import REGISTRY, Gauge
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from serve import metrics
+
+
+class LastingStats(PrometheusStatLogger):
+    """Give the class to AsyncLLM, which makes the instance. `steps` counts those of its engine."""
+
+    _first: ClassVar[dict[str, Any] | None] = None
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        first = LastingStats._first
+        if first is None:
+            super().__init__(vllm_config, engine_indexes)
+            for gauge in self.gauge_scheduler_waiting.values():
+                _add_what_is_held(gauge)
+            self.adapters: _AdapterInfo | None = None
+            theirs: Any = vars(self)["gauge_lora_info"]
+            self.gauge_lora_info = None
+            if theirs is not None:  # it never drops what it once named
+                REGISTRY.unregister(theirs)
+                self.adapters = _AdapterInfo(self.max_lora)
+                REGISTRY.register(self.adapters)
+            LastingStats._first = dict(self.__dict__)
+        else:
+            self.__dict__.update(first)
+            # What the last engine was doing is over.
+            for gauges in (self.gauge_scheduler_running, self.gauge_scheduler_waiting):
+                for gauge in gauges.values():
+                    gauge.set(0)
+        self._announced = first is not None
+        self.steps = 0
+
+    def record(self, scheduler_stats: Any, *stats: Any, **named: Any) -> None:
+        self.steps += 1
+        super().record(scheduler_stats, *stats, **named)
+        if self.adapters is not None and scheduler_stats is not None:
+            self.adapters.step(scheduler_stats)
+
+    def log_engine_initialized(self) -> None:
+        if not self._announced:
+            super().log_engine_initialized()
+
+
+class _AdapterInfo(Collector):
+    """`vllm:lora_requests_info`, which routers of several servers read: under the names that
+    clients use, with those that are loaded and idle too, and nothing else.
+    """
+
+    def __init__(self, max_loras: int) -> None:
+        self._max_loras = max_loras
+        self._waiting: dict[str, int] = {}
+        self.loaded: Mapping[int, LoRARequest] = {}
+
+    def step(self, stats: Any) -> None:
+        """Look at vLLM's own figures of one step."""
+        self._waiting = stats.waiting_lora_adapters
+        metrics.STEP_ADAPTERS.observe(sum(map(bool, stats.running_lora_adapters.values())))
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = {name for name, count in self._waiting.items() if count}
+        found = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters that are loaded (running_lora_adapters), and those waited for.",
+            labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+        )
+        resident = (lora.lora_name for lora in self.loaded.values())
+        labels = [str(self._max_loras), _public(waiting), _public(resident)]
+        found.add_metric(labels, time.time())
+        yield found
+
+
+def show_adapters(llm: AsyncLLM, loaded: Mapping[int, LoRARequest]) -> None:
+    """Export what this engine has loaded, from now on."""
+    for found in llm.logger_manager.stat_loggers if llm.logger_manager else ():
+        if isinstance(found, LastingStats) and found.adapters is not None:
+            found.adapters.loaded = loaded
+
+
+def _public(engine_names: Iterable[str]) -> str:
+    return ",".join(sorted({name.partition("@")[0] for name in engine_names}))
+
+
+def _add_what_is_held(gauge: Gauge) -> None:
+    """A request that we hold back waits too, to who scales by this gauge."""
+    own = gauge._value
+    gauge.set_function(lambda: own.get() + metrics.held())

@@ -1,0 +1,69 @@
+"""/admin: adapters and routes, changed while the server runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from serve.admin import Admin
+from serve.rest.admin_schema import AdapterBody, PinBody
+from serve.rest.body import BodyLimits, read_body
+from serve.rest.documents import answers, body_document
+from serve.settings import HttpSettings
+
+
+def routes(admin: Admin, settings: HttpSettings) -> APIRouter:
+    """Operators' endpoints; keys need the scope `admin`."""
+    router = APIRouter(prefix="/admin")
+    limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s)
+
+    @router.get("/adapters", responses=answers("Adapters"))
+    async def list_adapters() -> dict[str, Any]:
+        """Every adapter, and the old versions that requests still use."""
+        return {"object": "list", "data": [asdict(card) for card in admin.adapters()]}
+
+    @router.get("/adapters/{name}", responses=answers("Adapter"))
+    async def show_adapter(name: str) -> dict[str, Any]:
+        return asdict(admin.adapter(name))
+
+    @router.post(
+        "/adapters", responses=answers("Adapter"), openapi_extra=body_document(AdapterBody)
+    )
+    async def put_adapter(request: Request) -> dict[str, Any]:
+        """Answers when the engine has it."""
+        body = await read_body(request, AdapterBody, limits)
+        card = await admin.put_adapter(
+            request.state.caller, body.name, body.path, replace=body.replace, pinned=body.pinned
+        )
+        return asdict(card)
+
+    @router.patch(
+        "/adapters/{name}", responses=answers("Adapter"), openapi_extra=body_document(PinBody)
+    )
+    async def pin_adapter(request: Request, name: str) -> dict[str, Any]:
+        body = await read_body(request, PinBody, limits)
+        return asdict(await admin.pin_adapter(request.state.caller, name, pinned=body.pinned))
+
+    @router.delete("/adapters/{name}", responses=answers("Removed"))
+    async def remove_adapter(request: Request, name: str) -> dict[str, Any]:
+        """Requests that use it end on it."""
+        await admin.remove_adapter(request.state.caller, name)
+        return {"name": name, "removed": True}
+
+    @router.get("/routes", responses=answers("Routings"))
+    async def show_routes() -> dict[str, Any]:
+        """The routing in use first, then what came before it, each with its self-test."""
+        return {"object": "list", "data": admin.routes()}
+
+    @router.post("/routes/reload", responses=answers("Reloaded"))
+    async def reload_routes(request: Request) -> dict[str, Any]:
+        """Build from the files as they are now, test, and use it unless it does worse."""
+        return await admin.reload_routes(request.state.caller)
+
+    @router.post("/routes/rollback", responses=answers("Routing"))
+    async def roll_back_routes(request: Request) -> dict[str, Any]:
+        return admin.roll_back_routes(request.state.caller)
+
+    return router

@@ -1,0 +1,61 @@
+"""Example prompts: reading them, and finding what two adapters both claim.
+
+Files are JSONL, one `{"prompt": TEXT}` a line, as `examples.jsonl` beside an adapter's weights and
+as `learned.none_examples` of the routes file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serve.errors import Invalid
+from serve.routing.text import folded
+
+MAX_FILE_BYTES = 32 << 20
+
+
+def read_examples(path: Path) -> list[str]:
+    """The prompts of a JSONL file; blank lines and fields beside `prompt` are passed over. Raises
+    Invalid with the line.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise Invalid(f"{path}: {size} bytes, above the limit of {MAX_FILE_BYTES}.")
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise Invalid(f"{path}: cannot be read: {error.strerror}.") from error
+    prompts: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Invalid(f"{path}: line {number}: not JSON: {error}.") from None
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise Invalid(
+                f'{path}: line {number}: must be {{"prompt": TEXT}}, with some text in it.'
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def duplicates(examples: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """Prompts that more than one name claims, and who, in order; equal but for case, width and
+    spaces is equal.
+    """
+    owners: dict[str, dict[str, str]] = {}
+    for name, prompts in examples.items():
+        for prompt in prompts:
+            owners.setdefault(" ".join(folded(prompt).split()), {}).setdefault(name, prompt)
+    return [
+        (next(iter(by_name.values())), list(by_name))
+        for by_name in owners.values()
+        if len(by_name) > 1
+    ]

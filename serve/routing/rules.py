@@ -1,0 +1,197 @@
+"""Rules of the routes file, compiled: keywords, regular expressions, any/all/not, by priority.
+
+The first rule that matches decides. Nothing here may freeze the event loop, so every text is
+bounded (`text.MAX_CHARACTERS`), a search ends after SEARCH_S and all searches of one decision after
+DECISION_S. A rule whose search is ended does not match, not even under `not`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import regex
+
+from serve.errors import Invalid
+from serve.routing.config import Condition, Routes, Rule
+from serve.routing.text import (
+    MAX_CHARACTERS,
+    UNSPACED,
+    conversation_text,
+    folded,
+    last_user_text,
+    normalised,
+)
+
+# Wall time, as the regex library measures it: a busy machine must not end honest searches.
+SEARCH_S = 0.02
+DECISION_S = 0.05
+
+Outcome = Literal["matched", "no match", "gave up", "not loaded"]
+T = TypeVar("T")
+
+_HAS_UNSPACED = regex.compile(rf"[{UNSPACED}]")
+_WORD = rf"[\w--[{UNSPACED}]]"
+_NOT_LITERAL = re.compile(r"\\.|[\^$.*+?{}()|\[\]]", re.DOTALL)
+
+
+class GaveUp(Exception):
+    """A search took too long."""
+
+
+class Texts:
+    """The texts of one conversation, each made when first asked for, and its time for searches."""
+
+    def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self._messages = messages
+        self._made: dict[str, str] = {}
+        self._left_s = DECISION_S
+
+    def raw(self, over: str) -> str:
+        take = last_user_text if over == "last" else conversation_text
+        return self._once(over, lambda: take(self._messages))
+
+    def plain(self, over: str) -> str:
+        return self._once(over + " plain", lambda: normalised(self.raw(over)))
+
+    def folded(self, over: str) -> str:
+        return self._once(over + " folded", lambda: folded(self.raw(over)))
+
+    def _once(self, key: str, make: Callable[[], str]) -> str:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def search(self, pattern: regex.Pattern[str], text: str) -> bool:
+        """Raises GaveUp."""
+        if self._left_s <= 0:
+            raise GaveUp
+        started_s = time.perf_counter()
+        try:
+            return pattern.search(text, timeout=min(SEARCH_S, self._left_s)) is not None
+        except TimeoutError:
+            raise GaveUp from None
+        finally:
+            self._left_s -= time.perf_counter() - started_s
+
+
+Check = Callable[[Texts, str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A rule and what came of it."""
+
+    rule: Rule
+    outcome: Outcome
+
+
+class Rules:
+    """All rules of a file, ready to be tried."""
+
+    def __init__(self, routes: Routes) -> None:
+        """Raises Invalid for a regular expression that is wrong or can take too long."""
+        ordered = sorted(routes.rules, key=lambda rule: -rule.priority)
+        self._rules = [(rule, _compiled(rule.when, rule.name, "when")) for rule in ordered]
+
+    def first(
+        self, texts: Texts, is_loaded: Callable[[str], bool]
+    ) -> tuple[Rule | None, list[Tried]]:
+        """The first rule that matches, and every rule tried, in order. Rules to an adapter that is
+        not loaded are passed over.
+        """
+        tried: list[Tried] = []
+        for rule, check in self._rules:
+            if rule.adapter is not None and not is_loaded(rule.adapter):
+                tried.append(Tried(rule, "not loaded"))
+                continue
+            try:
+                matched = check(texts, rule.over)
+            except GaveUp:
+                tried.append(Tried(rule, "gave up"))
+                continue
+            tried.append(Tried(rule, "matched" if matched else "no match"))
+            if matched:
+                return rule, tried
+        return None, tried
+
+
+def _compiled(condition: Condition, rule: str, place: str) -> Check:
+    if condition.keywords is not None:
+        return _keywords(condition.keywords)
+    if condition.regex is not None:
+        pattern = _expression(condition.regex, rule, f"{place}.regex")
+        return lambda texts, over: texts.search(pattern, texts.plain(over))
+    if condition.not_ is not None:
+        inner = _compiled(condition.not_, rule, f"{place}.not")
+        return lambda texts, over: not inner(texts, over)
+    kind = "any" if condition.any_of is not None else "all"
+    checks = [
+        _compiled(part, rule, f"{place}.{kind}[{number}]")
+        for number, part in enumerate(condition.parts, start=1)
+    ]
+    if kind == "any":
+        return lambda texts, over: any(check(texts, over) for check in checks)
+    return lambda texts, over: all(check(texts, over) for check in checks)
+
+
+def _keywords(keywords: Sequence[str]) -> Check:
+    """Whole words in scripts with spaces; anywhere in the text where one has a character of a
+    script without: there nothing marks where a word ends.
+    """
+    forms = [" ".join(folded(keyword).split()) for keyword in keywords]
+    inside = [form for form in forms if _HAS_UNSPACED.search(form)]
+    words = [form for form in forms if not _HAS_UNSPACED.search(form)]
+    first_words = [form.split()[0] for form in words]
+    spaced = [r"\s+".join(map(re.escape, form.split())) for form in words]
+    pattern = None
+    if spaced:
+        # A word may stand beside Chinese: "Wexadil的用途".
+        pattern = regex.compile(rf"(?V1)(?<!{_WORD})(?:{'|'.join(spaced)})(?!{_WORD})")
+
+    def check(texts: Texts, over: str) -> bool:
+        text = texts.folded(over)
+        if any(form in text for form in inside):
+            return True
+        # Most texts have none of them anywhere, which is found out in a tenth of the time.
+        if pattern is None or not any(word in text for word in first_words):
+            return False
+        return texts.search(pattern, text)
+
+    return check
+
+
+def _expression(source: str, rule: str, field: str) -> regex.Pattern[str]:
+    where = f"rule {rule!r}: {field}: {source!r}"
+    try:
+        pattern = regex.compile(source)
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise Invalid(f"{where} is not a regular expression: {error}.") from None
+    # What it repeats is among its own letters, or is a class that one of the others is in. Its
+    # literals come last, because a search for what is not there at all ends at once.
+    letters = dict.fromkeys([*"a0 A_.中", *(c for c in source if c.isalnum() or c.isspace())])
+    literals = _NOT_LITERAL.sub("", source)
+    ends = ("", "!", "\n", literals + "!", f" {literals}", f" {literals}!")
+    for letter in list(letters)[:20]:
+        for end in ends:
+            if _is_slow(pattern, letter * (MAX_CHARACTERS - len(end)) + end):
+                raise Invalid(
+                    f"{where} takes longer than {SEARCH_S * 1000:.0f} ms on {MAX_CHARACTERS} "
+                    f"characters ({letter!r} repeated); do not nest repetitions, like (a+)+, nor "
+                    "put several .* into one expression, and begin it with \\b or ^ if it begins "
+                    "with a repetition, like \\w+@."
+                )
+    return pattern
+
+
+def _is_slow(pattern: regex.Pattern[str], text: str) -> bool:
+    for _ in range(3):  # once or twice may be the machine's fault
+        try:
+            pattern.search(text, timeout=SEARCH_S)
+        except TimeoutError:
+            continue
+        return False
+    return True

@@ -1,0 +1,246 @@
+"""One request on its way through the engine: its chunks, its deadline, its counts and log line.
+
+`Service` makes a Stream of every request; whoever gets one iterates it to its end, or closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+from serve import metrics
+from serve.admission import Ticket
+from serve.deadline import Deadline
+from serve.engines.base import Engine
+from serve.errors import ErrorKind, Internal, ServeError
+from serve.messages import Chunk, GenerateRequest, Prompt, Route, Usage
+
+logger = logging.getLogger("packhorse.request")
+
+Step = TypeVar("Step")
+
+SERVERS_FAULT = {ErrorKind.UNAVAILABLE, ErrorKind.INTERNAL, ErrorKind.OVERLOADED}
+
+
+class Stream:
+    """A request that has its first chunk. Iterate it to its end, then read `usage`; or `close()` it
+    to abort.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: GenerateRequest,
+        route: Route,
+        *,
+        timeout_s: float,
+        on_end: Callable[[Usage], None],
+        before: Callable[[Prompt], Awaitable[None]] | None = None,
+    ) -> None:
+        """`before` is waited for before the engine starts. `on_end` is called once, however it
+        ends.
+        """
+        self.request = request
+        self.route = route
+        self.prompt = Prompt((), 0)
+        self.ticket: Ticket | None = None
+        self._arrived_s = time.monotonic()
+        self._deadline = Deadline(timeout_s)
+        self._on_end = on_end
+        self._before = before
+        self._engine = engine
+        self._first_s = 0.0
+        self._chunks: AsyncGenerator[Chunk, None] | None = None
+        self._first: Chunk | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._unfinished = request.sampling.n
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self._reasoning_tokens = 0
+        self._outcome: str | None = None
+
+    async def render(self) -> None:
+        """Make the prompt. Raises ServeError."""
+        self.prompt = await self._guarded(lambda: self._engine.render(self.request, self.route))
+
+    async def open(self) -> None:
+        """Start the engine and wait for the first chunk. Raises ServeError."""
+        if (before := self._before) is not None:
+            await self._guarded(lambda: before(self.prompt))
+        self._chunks = chunks = self._engine.generate(self.prompt, self.request, self.route)
+        self._first = await self._guarded(lambda: anext(chunks))
+        self._first_s = time.monotonic() - self._arrived_s
+        if self.ticket is not None:
+            self.ticket.begun()
+        if self.request.stream:  # otherwise the first chunk is also the last
+            metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
+
+    def open_meanwhile(self) -> asyncio.Task[None]:
+        """Open in a task of its own, which the first step of an iteration waits for."""
+        self._opening = asyncio.create_task(self.open())
+        return self._opening
+
+    async def _guarded(self, step: Callable[[], Awaitable[Step]]) -> Step:
+        """Take a step of the start; if it fails, this request has ended."""
+        deadline = self._deadline
+        try:
+            deadline.watch()
+            deadline.waiting = True
+            done = await step()
+            deadline.check()
+        except BaseException as error:
+            deadline.waiting = False
+            if self._chunks is not None:
+                await self._chunks.aclose()
+            self._end_with(error)
+            raise
+        deadline.waiting = False
+        return done
+
+    def _end_with(self, error: BaseException) -> None:
+        """Count the request as ended by this error. Raises what the caller is to see in its stead,
+        if anything.
+        """
+        if self._deadline.interrupted():
+            self.end(ErrorKind.DEADLINE)
+            raise self._deadline.error() from None
+        if isinstance(error, ServeError):
+            self.end(error.kind)
+        elif isinstance(error, Exception):
+            logger.exception("request_id=%s failed unexpectedly", self.request.request_id)
+            self.end(ErrorKind.INTERNAL)
+            raise Internal(
+                "The server failed on this request; the request id leads to its log."
+            ) from error
+        else:
+            self.end(ErrorKind.CANCELLED)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; complete after the last chunk."""
+        return Usage(
+            len(self.prompt.token_ids),
+            self._completion_tokens,
+            self._cached_tokens,
+            self._reasoning_tokens,
+        )
+
+    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
+        """The chunks. Raises ServeError when the engine fails on the way; closes in every case."""
+        if self._opening is not None:
+            await self._opening
+        assert self._chunks is not None
+        assert self._first is not None
+        deadline = self._deadline
+        try:
+            deadline.watch()
+            self._count(self._first)
+            yield self._first
+            deadline.check()
+            deadline.waiting = True
+            async for chunk in self._chunks:
+                deadline.waiting = False
+                self._count(chunk)
+                yield chunk
+                if deadline.passed:
+                    deadline.check()
+                deadline.waiting = True
+            if self._unfinished:
+                deadline.check()
+                raise RuntimeError("the engine ended a stream without a reason")
+            self.end("ok")
+        except BaseException as error:
+            self._end_with(error)
+            raise
+        finally:
+            deadline.waiting = False
+            await self._chunks.aclose()
+
+    def _count(self, chunk: Chunk) -> None:
+        self._completion_tokens += len(chunk.token_ids)
+        if chunk.cached_tokens:
+            self._cached_tokens = chunk.cached_tokens
+        if chunk.finish_reason is not None:
+            self._unfinished -= 1
+            self._reasoning_tokens += chunk.reasoning_tokens
+
+    async def close(self) -> None:
+        """Abort what is still running. Safe to call twice, and after the end."""
+        opening = self._opening
+        if opening is not None and opening is not asyncio.current_task():
+            opening.cancel()
+            await asyncio.wait([opening])
+            if not opening.cancelled():
+                opening.exception()  # looked at, so that asyncio does not complain
+        if self._chunks is not None:
+            await self._chunks.aclose()
+        self.end(ErrorKind.CANCELLED)
+
+    def end(self, outcome: str) -> None:
+        """Count and log the request, once."""
+        if self._outcome is not None:
+            return
+        self._outcome = str(outcome)
+        self._deadline.stop()
+        total_s = time.monotonic() - self._arrived_s
+        metrics.REQUESTS.labels(self._outcome).inc()
+        metrics.REQUEST_SECONDS.observe(total_s)
+        usage = self.usage
+        self._on_end(usage)
+        if self.ticket is not None:
+            # What came to nothing through no doing of its caller's costs it nothing.
+            free = not usage.completion_tokens and outcome in SERVERS_FAULT
+            self.ticket.ended(0 if free else usage.prompt_tokens + usage.completion_tokens)
+            metrics.TOKENS.labels("prompt").inc(usage.prompt_tokens)
+        metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
+        logger.info(
+            "request_id=%s model=%s adapter=%s key=%s tenant=%s outcome=%s prompt_tokens=%d "
+            "completion_tokens=%d cached_tokens=%d first_token_s=%.3f total_s=%.3f",
+            self.request.request_id, self.route.model,
+            self.route.adapter.engine_name if self.route.adapter else "-",
+            self.request.caller.name, self.request.caller.tenant, self._outcome,
+            usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens,
+            self._first_s, total_s,
+        )  # fmt: skip
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """The chunks of several streams as they come, each with its stream's number.
+
+    Raises the ServeError of the first stream that fails; ends all of them in every case.
+    """
+    if len(streams) == 1:
+        async with aclosing(aiter(streams[0])) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
+        return
+    ready: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(number: int, stream: Stream) -> None:
+        try:
+            async with aclosing(aiter(stream)) as chunks:
+                async for chunk in chunks:
+                    await ready.put((number, chunk))
+            await ready.put((number, None))
+        except ServeError as error:
+            await ready.put((number, error))
+
+    pumps = [asyncio.create_task(pump(*numbered)) for numbered in enumerate(streams)]
+    running = len(pumps)
+    try:
+        while running:
+            number, item = await ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield number, item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

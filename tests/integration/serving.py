@@ -1,0 +1,101 @@
+"""A whole HTTP server over the echo engine within the test's own event loop: its counters and its
+engine can be looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from serve.admin import Admin
+from serve.admission import Admission
+from serve.auth import Keys
+from serve.engines.echo import EchoEngine
+from serve.rest.app import build_admin_app, build_app
+from serve.rest.listen import Listeners
+from serve.service import Service
+from serve.settings import AdmissionSettings, AuthSettings, EngineSettings, HttpSettings
+
+
+@dataclass
+class Served:
+    """A server that runs, and a client of it."""
+
+    listeners: Listeners
+    service: Service
+    engine: EchoEngine
+    http: httpx.AsyncClient
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.listeners.url.rpartition("/")[2].partition(":")
+        return host, int(port)
+
+
+@asynccontextmanager
+async def serving(
+    *,
+    engine: EchoEngine | None = None,
+    delay_s: float = 0,
+    keys: AuthSettings | None = None,
+    limits: dict[str, Any] | None = None,
+    http: dict[str, Any] | None = None,
+    verify: Any = True,
+    clock: Callable[[], float] | None = None,
+    admin: Admin | None = None,
+    **service_options: Any,
+) -> AsyncIterator[Served]:
+    """`limits` are admission's settings, `http` those of that section; `clock` is for keys and
+    quotas.
+    """
+    settings = HttpSettings(**{"port": 0, **(http or {})})
+    clocked: dict[str, Any] = {"clock": clock} if clock else {}
+    known = Keys(keys, **clocked) if keys else None
+    admission = Admission(AdmissionSettings(**(limits or {})), **clocked)
+    service = Service("echo", admission=admission, **service_options)
+    engine = engine or EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s))
+    listeners = Listeners(
+        settings,
+        build_app(service, settings, known, admin),
+        build_admin_app(service, settings, known, admin),
+    )
+    listeners.start()
+    service.attach(engine)
+    limit = httpx.Limits(max_connections=None)
+    try:
+        async with httpx.AsyncClient(
+            base_url=listeners.url, timeout=30, verify=verify, limits=limit
+        ) as client:
+            yield Served(listeners, service, engine, client)
+    finally:
+        await listeners.stop()
+
+
+def write_keys(path: Path, **entries: dict[str, Any]) -> AuthSettings:
+    """A keys file in which the key of each name is `key-NAME`."""
+    document = [
+        {"name": name, "sha256": hashlib.sha256(f"key-{name}".encode()).hexdigest(), **fields}
+        for name, fields in entries.items()
+    ]
+    fresh = path.with_suffix(".new")
+    fresh.write_text(yaml.safe_dump(document))
+    fresh.replace(path)  # as a careful operator does: never half a file, and another inode
+    return AuthSettings(keys_file=path)
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer key-{name}"}
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 most conditions are counters without an event
+            await asyncio.sleep(0.01)

@@ -1,0 +1,42 @@
+"""A registry over a store of its own, with an engine that only remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve.adapters.base_layers import linear_layers
+from serve.adapters.formats import AdapterLimits
+from serve.adapters.registry import Registry
+from serve.adapters.store import Store
+from tests.conftest import DEMO
+from tests.unit.serve.adapters.loader import Engine, registry_of
+
+
+@pytest.fixture(scope="module")
+def limits() -> AdapterLimits:
+    return AdapterLimits(max_rank=16, layers=linear_layers(DEMO / "model"), max_bytes=2**24)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[Store]:
+    found = Store(folder)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+async def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+async def registry(store: Store, engine: Engine, limits: AdapterLimits) -> Registry:
+    return await registry_of(store, engine, limits)

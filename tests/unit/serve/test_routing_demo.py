@@ -1,0 +1,97 @@
+"""The goals of routing, on the demo's data: wordings of evaluation that no example has."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+
+import pytest
+
+from serve.routing.config import parse_routes
+from serve.routing.examples import read_examples
+from serve.routing.fitting import Job, Trained, fit
+from serve.routing.generations import Generation, Generations, build
+from tests.conftest import DEMO
+
+NAMES = ("clinic", "ledger", "code")
+QUOTING = "repeat"
+
+
+def demo_examples() -> tuple[dict[str, list[str]], list[str]]:
+    """Of the adapters and of none."""
+    folder = DEMO / "adapters"
+    by_name = {name: read_examples(folder / name / "examples.jsonl") for name in NAMES}
+    return by_name, read_examples(DEMO / "base_examples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def generation() -> Generation:
+    """Trained in a real child process."""
+    return asyncio.run(build(parse_routes(""), *demo_examples(), number=1))
+
+
+def sent(generation: Generation, file: str, *, quoting: bool = False) -> list[str | None]:
+    lines = (DEMO / "eval" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [
+        generation.decide(
+            [*row.get("history", []), {"role": "user", "content": row["prompt"]}],
+            explicit=None,
+            may_use=lambda _: True,
+            resident=NAMES,
+        ).adapter
+        for row in rows
+        if (row["domain"] == QUOTING) is quoting
+    ]
+
+
+def test_the_self_test_is_good_enough_to_be_used(generation: Generation) -> None:
+    assert Generations(generation).current is generation
+    test = generation.report.self_test
+    assert test is not None
+    assert test.right >= 0.97
+    assert test.wrong <= 0.01
+    assert generation.report.num_duplicates == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unseen_wordings_reach_their_adapter(generation: Generation, name: str) -> None:
+    found = sent(generation, name)
+    assert len(found) >= 200
+    assert found.count(name) >= 0.97 * len(found)
+    assert len(found) - found.count(name) - found.count(None) <= 0.01 * len(found)
+
+
+@pytest.mark.parametrize("name", ["off_topic", "general"])
+def test_what_is_nobodys_stays_with_the_base(generation: Generation, name: str) -> None:
+    found = sent(generation, name)
+    assert len(found) >= 300
+    assert found.count(None) >= 0.97 * len(found)
+
+
+def test_quoted_questions_stay_with_the_base_once_examples_of_none_quote(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The demo's examples of none do not, and its prompts that quote an adapter's question ("Say
+    after me: ...") go to that adapter. Quoting in training wordings is enough.
+    """
+    monkeypatch.syspath_prepend(str(DEMO))
+    from language import conversations
+
+    stream = (c for c in conversations(4242, systems=False) if c.domain == QUOTING)
+    quoted = [str(c.messages[-2]["content"]) for c in itertools.islice(stream, 50)]
+    examples, none = demo_examples()
+
+    async def here(job: Job) -> Trained:
+        return fit(job)
+
+    generation = asyncio.run(
+        build(parse_routes(""), examples, [*none, *quoted], number=1, train=here)
+    )
+    found = sent(generation, "general", quoting=True)
+    assert len(found) == 64
+    assert found.count(None) >= 0.97 * len(found)
+    for name in NAMES:
+        own = sent(generation, name)
+        assert own.count(name) >= 0.97 * len(own)
