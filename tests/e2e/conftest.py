@@ -11,6 +11,12 @@ import pytest
 from tests.conftest import BIN, DEMO, Server, running_server
 from tests.e2e.questions import QUESTIONS, Score, ask_all
 
+# Without it vLLM's CPU build has neither a kernel for 4-bit weights nor an 8-bit KV cache.
+AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
+needs_avx512 = pytest.mark.skipif(
+    not AVX512, reason="NOT TESTED HERE: this CPU has no AVX-512, and vLLM no kernel without it"
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of the shared servers last, and what ends servers after that: they stay up from the
@@ -52,7 +58,11 @@ def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def rtn_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 bits; the INT8 model where vLLM has no kernel for them."""
+    if not AVX512:
+        folder: Path = request.getfixturevalue("int8_folder")
+        return folder
     return quantize("rtn", tmp_path_factory.mktemp("rtn"), "--no-quality")
 
 

@@ -9,14 +9,14 @@ import os
 import time
 from typing import Any
 
-from serve.engines.vllm.worker import AmxWorker
+from serve.engines.vllm.worker import MendedWorker
 
 POISON = [301, 302, 303, 304]
 SLOW = [305, 306, 307, 308]
 SLOW_S = 20
 
 
-class FaultyWorker(AmxWorker):
+class FaultyWorker(MendedWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         for new in scheduler_output.scheduled_new_reqs:
             if new.prompt_token_ids[:4] == POISON:

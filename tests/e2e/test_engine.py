@@ -28,6 +28,7 @@ import pytest
 from quantize.evaluate import Message, Question
 from tests.client import CHAT, TEXT, wait_for
 from tests.conftest import DEMO, Server, running_server
+from tests.e2e.conftest import needs_avx512
 from tests.e2e.questions import QUESTIONS, ask_all
 
 CACHE_BYTES = 64 * 1024 * 1024
@@ -309,7 +310,9 @@ class TestPreemption:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def client(cls, rtn_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    def client(
+        cls, packed_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Client]:
         folder = tmp_path_factory.mktemp("preemption")
         config = configured(
             folder,
@@ -320,7 +323,7 @@ class TestPreemption:
             # Or a preempted request would find its blocks again instead of being computed anew.
             enable_prefix_caching=False,
         )
-        with running_client(folder, rtn_folder, config) as client:
+        with running_client(folder, packed_folder, config) as client:
             yield client
 
     def test_the_start_says_how_little_fits(self, client: Client) -> None:
@@ -342,9 +345,7 @@ class TestPreemption:
         assert client.vllm("kv_cache_usage_perc") == 0
 
 
-@pytest.mark.skipif(
-    "avx512f" not in Path("/proc/cpuinfo").read_text(), reason="vLLM's fp8 cache needs AVX-512"
-)
+@needs_avx512
 class TestEightBitCache:
     """The INT8 model with an fp8 cache in the same memory as the first server's."""
 

@@ -29,6 +29,7 @@ from tests.client import (
     wait_for,
 )
 from tests.conftest import DEMO, Server, running_server
+from tests.e2e.conftest import AVX512
 from tests.e2e.questions import QUESTIONS, ask_all
 
 
@@ -156,22 +157,20 @@ def running_in_vllm(http: httpx.Client) -> float:
 
 
 def test_four_bits_serve_and_sigterm_to_all_drains_and_leaves_no_process(
-    rtn_folder: Path, tmp_path: Path
+    packed_folder: Path, tmp_path: Path
 ) -> None:
     """The 4-bit checkpoint, under a name and limits from a YAML file, with an fp8 KV cache. The
     signal goes to the engine's processes too, as a terminal and a service manager send it.
     """
-    # vLLM's CPU kernel for it needs AVX-512.
-    fp8 = "avx512f" in Path("/proc/cpuinfo").read_text()
     config = tmp_path / "serve.yaml"
     config.write_text(
         "service: {served_model_name: packed}\n"
-        f"engine: {{max_model_len: 512, kv_cache_dtype: {'fp8' if fp8 else 'auto'}}}\n"
+        f"engine: {{max_model_len: 512, kv_cache_dtype: {'fp8' if AVX512 else 'auto'}}}\n"
     )
     # What lies in the user's folder is not taken for a module.
     for name in ("serve", "vllm", "torch"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
-    with running_server(tmp_path, str(rtn_folder), "--config", str(config)) as server:
+    with running_server(tmp_path, str(packed_folder), "--config", str(config)) as server:
         assert server.model == "packed"
         processes = children(server.process.pid)
         assert len(processes) >= 2

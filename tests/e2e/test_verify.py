@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from quantize.errors import Unloadable
 from quantize.verify import verify
 from tests.conftest import DEMO
+from tests.e2e.conftest import needs_avx512
 
 MODEL = DEMO / "model"
 # Of keys and values, by block: each different, none so small that the model's values overflow.
@@ -42,6 +43,7 @@ def with_kv_scales(source: Path, folder: Path) -> Path:
     return folder
 
 
+@needs_avx512
 def test_an_int8_checkpoint_with_kv_scales_loads_and_answers_as_the_original(
     int8_folder: Path, tmp_path: Path
 ) -> None:

@@ -9,9 +9,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm.envs
 from vllm import AsyncEngineArgs
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
 from serve.errors import StartupError
@@ -21,7 +22,7 @@ logger = logging.getLogger("packhorse.engine")
 
 GIB = 1024**3
 # By name: they are imported in vllm's child.
-AMX_WORKER = "serve.engines.vllm.worker.AmxWorker"
+WORKER = "serve.engines.vllm.worker.MendedWorker"
 IN_CORE = "serve.engines.vllm.worker.InCore"
 # Ours under vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
 SHARED = (
@@ -43,7 +44,7 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         if given["enforce_eager"] is None:
             given["enforce_eager"] = True
         given["kv_cache_memory_bytes"] = given["kv_cache_memory_bytes"] or GIB
-        given["worker_cls"] = AMX_WORKER
+        given["worker_cls"] = WORKER
         if _fits_in_core(settings.model_extra or {}):
             given["distributed_executor_backend"] = IN_CORE
     given = {field: value for field, value in given.items() if value is not None}
@@ -92,19 +93,50 @@ def _refuse_unknown(names: dict[str, Any]) -> None:
 
 
 def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
-    """Raises StartupError for float16 under W8A8 on a CPU: its kernel aborts the whole process."""
+    """Raises StartupError for what vLLM's CPU build finds out too late: float16 under W8A8 aborts
+    the whole process; without AVX-512 4-bit weights have no kernel, at their first use, and
+    neither has an 8-bit KV cache.
+    """
+    if not current_platform.is_cpu():
+        return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    quantization = config.get("quantization_config") or {}
+    groups = (quantization.get("config_groups") or {}).values()
     rounds_inputs = any(
-        (group.get("input_activations") or {}).get("type") == "int" for group in groups.values()
+        (group.get("input_activations") or {}).get("type") == "int" for group in groups
     )
     own = str(config.get("dtype") or config.get("torch_dtype") or "")
     dtype = own if settings.dtype == "auto" else settings.dtype
-    if current_platform.is_cpu() and rounds_inputs and dtype in ("float16", "half"):
+    if rounds_inputs and dtype in ("float16", "half"):
         raise StartupError(
             f"{folder} has 8-bit weights and activations, which vLLM's CPU kernel runs in bfloat16 "
             f"only, not in {dtype}; pass --dtype bfloat16."
         )
+    if not _without_avx512():
+        return
+    if quantization.get("quant_method") in ("gptq", "awq") or any(
+        (group.get("weights") or {}).get("num_bits") == 4 for group in groups
+    ):
+        raise StartupError(
+            f"{folder} has 4-bit weights, and this CPU has no AVX-512, without which vLLM has no "
+            "kernel for them; serve it on another machine, or quantize with --method int8."
+        )
+    kv = "this CPU has no AVX-512, without which vLLM has no 8-bit KV cache"
+    if settings.kv_cache_dtype.startswith("fp8"):
+        raise StartupError(
+            f"engine.kv_cache_dtype is {settings.kv_cache_dtype}, and {kv}; pass "
+            "--kv-cache-dtype auto."
+        )
+    if quantization.get("kv_cache_scheme"):
+        raise StartupError(
+            f"{folder} has scales for an 8-bit KV cache, which vLLM takes for them by itself, and "
+            f"{kv}; serve it on another machine, or quantize without --kv."
+        )
+
+
+def _without_avx512() -> bool:
+    x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    return x86 and not torch.cpu._is_avx512_supported()
 
 
 def warn_of_missing_scales(folder: Path, settings: EngineSettings) -> None:

@@ -1,11 +1,12 @@
-"""vLLM's CPU worker, allowed to use AMX, and at home in the core's own process. Runs in vLLM's own
-children, see arguments.py.
+"""vLLM's CPU worker, mended in two places, and at home in the core's own process. Runs in vLLM's
+own children, see arguments.py.
 """
 
 from __future__ import annotations
 
 import torch
 import vllm.envs
+from vllm.lora.layers import base_linear
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 from vllm.utils.torch_utils import available_cpu_count
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -14,14 +15,18 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from serve.engines.vllm.nursery import chosen_threads, die_with_parent
 
 
-class AmxWorker(CPUWorker):
+class MendedWorker(CPUWorker):
     """Linux ends a process with SIGILL when it uses AMX tiles without having asked for them. oneDNN
     asks, at its first large product; vLLM's attention kernel does not. So with plain vLLM 0.32 an
     engine whose first prompt is a few tokens long dies of it (docs/lab-log.md).
+
+    Without AMX, W8A8 layers keep their weight in oneDNN only, and vLLM 0.32's LoRA layers, which
+    ask it for its device, do not start on them.
     """
 
     def init_device(self) -> None:
         torch.cpu._init_amx()  # does nothing where there is no AMX
+        base_linear._get_lora_device = lambda layer: torch.device("cpu")
         # Where the worker is a process of its own: the core, its parent, ends with the server. It
         # notices by itself, but not while it is stopped.
         die_with_parent()

@@ -98,7 +98,8 @@ def test_fast_products_are_near(
             live.keep_original()
             runner.leave(live)
     wanted, found = last_hidden(tmp_path, rows), torch.cat(runner.original)
-    assert 0 < (found - wanted).square().mean() < 1e-3 * wanted.square().mean()
+    # Not a bit is lost where the CPU has no product for it.
+    assert (found - wanted).square().mean() < 1e-3 * wanted.square().mean()
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from serve.engines.vllm.arguments import engine_args, warn_of_missing_scales
+from serve.engines.vllm import arguments
+from serve.engines.vllm.arguments import (
+    engine_args,
+    refuse_what_would_crash,
+    warn_of_missing_scales,
+)
 from serve.engines.vllm.constraints import check_schema, check_tools, structured_outputs
 from serve.errors import Invalid, StartupError
 from serve.messages import Constraint
@@ -56,6 +61,55 @@ def test_an_8_bit_cache_without_scales_is_worth_a_warning(
     with caplog.at_level(logging.WARNING, "packhorse.engine"):
         warn_of_missing_scales(tmp_path, settings(kv_cache_dtype=dtype))
     assert ("has no k/v scales" in caplog.text) == warns
+
+
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "group_0": {"weights": {"num_bits": 8}, "input_activations": {"type": "int"}}
+    },
+}
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4}, "input_activations": None}},
+}
+
+
+def checkpoint(folder: Path, quantization: dict[str, Any] | None, dtype: str = "bfloat16") -> Path:
+    config = {"dtype": dtype, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantization", "fields", "message"),
+    [
+        ({"quant_method": "gptq"}, {}, r"4-bit weights.*no AVX-512.*--method int8\."),
+        ({"quant_method": "awq"}, {}, r"4-bit weights.*no AVX-512"),
+        (PACKED, {}, r"4-bit weights.*no AVX-512"),
+        (None, {"kv_cache_dtype": "fp8"}, r"is fp8, and .*no AVX-512.*--kv-cache-dtype auto\."),
+        (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, {}, r"has scales.*quantize without --kv\."),
+    ],
+)
+def test_what_a_cpu_without_avx512_cannot_run_is_refused_there_alone(
+    quantization: dict[str, Any] | None,
+    fields: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = checkpoint(tmp_path, quantization)
+    monkeypatch.setattr(arguments.torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(StartupError, match=message):
+        refuse_what_would_crash(folder, settings(**fields))
+    monkeypatch.setattr(arguments.torch.cpu, "_is_avx512_supported", lambda: True)
+    refuse_what_would_crash(folder, settings(**fields))
+
+
+def test_float16_under_int8_is_refused_on_every_cpu(tmp_path: Path) -> None:
+    refuse_what_would_crash(checkpoint(tmp_path, INT8), settings())
+    with pytest.raises(StartupError, match=r"bfloat16 only, not in float16; pass --dtype"):
+        refuse_what_would_crash(checkpoint(tmp_path, INT8, "float16"), settings())
 
 
 @pytest.mark.parametrize(
