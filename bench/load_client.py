@@ -27,6 +27,7 @@ import re
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -76,6 +77,7 @@ class Connection(asyncio.Protocol):
         if self._busy or (self._run.waiting and not self._run.may_refuse):
             seen = getattr(self, "_rest", b"")[:2000]
             self._run.fail(f"the server closed a connection ({error}); last bytes: {seen!r}")
+        self._run.gone(self)
 
     def _read_head(self, data: bytes, now_s: float) -> None:
         head, blank, rest = data.partition(b"\r\n\r\n")
@@ -173,7 +175,7 @@ class Run:
         self.may_refuse = load.rate_per_s is not None
         self.refusals_s: list[float] = []
         self.not_sent = 0
-        self._idle: list[Connection] = []
+        self._idle: deque[Connection] = deque()
         self._probes_s: list[float] = []
         self._left = len(requests)
         self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -192,6 +194,11 @@ class Run:
         if not says_when:
             self.fail("429 without Retry-After")
         self.refusals_s.append(after_s)
+
+    def gone(self, connection: Connection) -> None:
+        """The server has ended it. An idle one may be ended at any time."""
+        if connection in self._idle:
+            self._idle.remove(connection)
 
     def ended(self, connection: Connection) -> None:
         if self.may_refuse:
@@ -214,10 +221,16 @@ class Run:
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
             request = self.waiting.pop()
             if self._idle:
-                self._idle.pop().send(request)
+                # The one that has rested longest: servers end connections that nobody uses.
+                self._idle.popleft().send(request)
             else:
                 self.not_sent += 1
                 self._one_less()
+
+    def _told(self, arriving: asyncio.Task[None]) -> None:
+        """A client that has stopped sending would wait for ever."""
+        if not arriving.cancelled() and (error := arriving.exception()):
+            self.fail(f"sending ended with {error!r}")
 
     async def _probe(self) -> None:
         while True:
@@ -229,8 +242,9 @@ class Run:
         cpu_s, started_s = time.process_time(), time.perf_counter()
         arriving = None
         if self.load.rate_per_s is not None:
-            self._idle = list(connections)
+            self._idle = deque(connections)
             arriving = asyncio.create_task(self._arrive(self.load.rate_per_s))
+            arriving.add_done_callback(self._told)
         else:
             for connection in connections:
                 connection.send(self.waiting.pop())
