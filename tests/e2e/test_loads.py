@@ -145,8 +145,10 @@ def test_vllm_computes_what_the_codes_say(
         for difference in apart(one, other)
     ]
     assert len(differences) > 250
-    # The cache's own rounding, to three bits of fraction, is no part of the reference: 0.029.
-    assert sum(differences) / len(differences) < (0.05 if row == "KV scales" else 0.02)
+    # The cache's own rounding, to three bits of fraction, is no part of the reference: 0.029. Nor
+    # are oneDNN's sums of 8-bit products without VNNI, which overflow (docs/lab-log.md): 0.032.
+    inexact = row == "KV scales" or not AVX512
+    assert sum(differences) / len(differences) < (0.05 if inexact else 0.02)
 
 
 @needs_avx512

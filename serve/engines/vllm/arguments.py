@@ -114,6 +114,12 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
         )
     if not _without_avx512():
         return
+    if rounds_inputs:
+        logger.warning(
+            "This CPU has no AVX-512: its sums of 8-bit products may overflow, so answers of %s "
+            "are less exact here than elsewhere; the original in bfloat16 is not concerned",
+            folder.name,
+        )
     if quantization.get("quant_method") in ("gptq", "awq") or any(
         (group.get("weights") or {}).get("num_bits") == 4 for group in groups
     ):

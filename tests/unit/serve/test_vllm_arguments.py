@@ -106,6 +106,18 @@ def test_what_a_cpu_without_avx512_cannot_run_is_refused_there_alone(
     refuse_what_would_crash(folder, settings(**fields))
 
 
+@pytest.mark.parametrize("avx512", [True, False])
+def test_int8_is_less_exact_without_avx512_and_the_start_says_so(
+    avx512: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(arguments.torch.cpu, "_is_avx512_supported", lambda: avx512)
+    refuse_what_would_crash(checkpoint(tmp_path, INT8), settings())
+    assert ("may overflow" in caplog.text) is not avx512
+
+
 def test_float16_under_int8_is_refused_on_every_cpu(tmp_path: Path) -> None:
     refuse_what_would_crash(checkpoint(tmp_path, INT8), settings())
     with pytest.raises(StartupError, match=r"bfloat16 only, not in float16; pass --dtype"):
