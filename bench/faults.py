@@ -105,6 +105,14 @@ class Clients:
         else:
             self.tally.statuses["stream, broken off"] += 1
 
+    def take_all_seats(self) -> list[asyncio.Task[None]]:
+        """As many requests as the engine has places, half of them streams."""
+        return [
+            asyncio.create_task(step())
+            for step in (self.whole, self.stream)
+            for _ in range(SEATS // 2)
+        ]
+
     async def malformed(self) -> None:
         response = await self.http.post(PATH, content=random.choice(MALFORMED))
         self.tally.statuses[f"malformed: {response.status_code}"] += 1
@@ -173,11 +181,7 @@ async def kills(work_folder: Path, *, own_worker: bool) -> dict[str, Any]:
     async with server(work_folder, supervisor=limits, engine=engine) as clients:
         for victim, fault in faults:
             clients.tally, clients.tokens = Tally(), LONG
-            tasks = [
-                asyncio.create_task(step())
-                for step in (clients.whole, clients.stream)
-                for _ in range(SEATS // 2)
-            ]
+            tasks = clients.take_all_seats()
             while await clients.metric("packhorse_requests_in_flight") < SEATS:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             clients.tally.live_s.clear()
@@ -205,11 +209,7 @@ async def leave(work_folder: Path, times: int = 20) -> dict[str, Any]:
     async with server(work_folder) as clients:
         clients.tokens = LONG
         for _ in range(times):
-            tasks = [
-                asyncio.create_task(step())
-                for step in (clients.whole, clients.stream)
-                for _ in range(SEATS // 2)
-            ]
+            tasks = clients.take_all_seats()
             while await clients.metric("vllm:num_requests_running{") < SEATS:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             started_s = time.perf_counter()

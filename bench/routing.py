@@ -126,9 +126,7 @@ def fifty() -> dict[str, Any]:
 
     def whole(prompt: str) -> Any:
         message = {"role": "user", "content": prompt}
-        return cascade.decide(
-            [message], explicit=None, may_use=lambda _: True, resident=table.adapters
-        )
+        return cascade.decide([message], may_use=lambda _: True, resident=table.adapters)
 
     progress("routing: decisions")
     fresh = [[language.new_words() for _ in range(100)] for _ in range(ROUNDS)]
@@ -166,9 +164,9 @@ def demo() -> dict[str, Any]:
             if title != file and len(some) == len(rows):
                 continue
             sent = [
-                generation.decide(
+                generation.cascade.decide(
                     [*row.get("history", []), {"role": "user", "content": row["prompt"]}],
-                    explicit=None, may_use=lambda _: True, resident=NAMES,
+                    may_use=lambda _: True, resident=NAMES,
                 ).adapter
                 for row in some
             ]  # fmt: skip

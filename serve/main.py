@@ -148,6 +148,7 @@ def build_router(settings: Settings, registry: Registry | None) -> Router | None
     return Router(
         file,
         registry.folders,
+        registry,
         known=lambda: [card.name for card in registry.cards()],
         takes_base_name=settings.routing.base_name,
     )

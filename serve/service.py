@@ -238,7 +238,7 @@ class Service:
                 "lists what it may.",
                 param="model",
             )
-        if self._adapters is None or name not in self._adapters.names:
+        if self._adapters is None or name not in self._adapters:
             known = self.models(caller)
             more = f" and {len(known) - 5} more (GET /v1/models)" if len(known) > 5 else ""
             raise UnknownModel(

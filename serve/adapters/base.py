@@ -45,6 +45,10 @@ class Lease(Protocol):
 
 
 class Adapters(Protocol):
+    def __contains__(self, name: object) -> bool:
+        """Whether requests can ask for it; at no cost, for every request."""
+        ...
+
     @property
     def names(self) -> Sequence[str]:
         """Those that requests can ask for."""

@@ -133,6 +133,10 @@ class Registry:
             known = self._versions[name, digest] = Version(adapter)
         return known
 
+    def __contains__(self, name: object) -> bool:
+        entry = self._entries.get(name) if isinstance(name, str) else None
+        return entry is not None and entry.current is not None
+
     @property
     def names(self) -> list[str]:
         return [entry.name for entry in self._entries.values() if entry.current is not None]

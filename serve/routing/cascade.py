@@ -1,5 +1,6 @@
-"""Puts the stages in order: explicit name, rules, learned table, default. A pure function of the
-conversation and of what the caller may use; the server calls it on the event loop.
+"""Puts the stages in order: rules, learned table, default. A pure function of the conversation and
+of what the caller may use; the server calls it on the event loop. A request that names its adapter
+does not come here.
 
 An explanation (`Decision.trace`) speaks only of adapters that the caller may use: others are
 neither named nor hinted at by the name of a rule or by a score.
@@ -7,11 +8,11 @@ neither named nor hinted at by the name of a rule or by a score.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from serve.errors import Forbidden, UnknownModel
+from serve.errors import Forbidden
 from serve.messages import RouteStage
 from serve.routing.base import Decision, Step
 from serve.routing.config import Routes
@@ -34,18 +35,14 @@ class Cascade:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        explicit: str | None,
         may_use: Callable[[str], bool],
-        resident: Collection[str],
+        resident: Container[str],
     ) -> Decision:
-        """Which adapter. `explicit` is the adapter that the request names; `resident` are those
-        that can answer now.
+        """Which adapter, of those that can answer now (`resident`).
 
-        Raises UnknownModel for an explicit name that is not resident, Forbidden for one that the
-        key may not use, and, where the routes say `forbidden: refuse`, for a route to such a one.
+        Raises Forbidden, where the routes say `forbidden: refuse`, for one that the key may not
+        use.
         """
-        if explicit is not None:
-            return _explicitly(explicit, may_use, resident)
         texts = Texts(messages)
         trace: list[Step] = []
         rule, tried = self.rules.first(texts, lambda name: name in resident)
@@ -83,7 +80,7 @@ class Cascade:
         text: str,
         trace: list[Step],
         may_use: Callable[[str], bool],
-        resident: Collection[str],
+        resident: Container[str],
     ) -> Decision:
         """A Decision of stage "default" means that it abstains; its reason lacks an end."""
         verdict = table.judge(text)
@@ -116,7 +113,7 @@ class Cascade:
         margin: float | None,
         trace: list[Step],
         may_use: Callable[[str], bool],
-        resident: Collection[str],
+        resident: Container[str],
     ) -> Decision:
         default = self.routes.default
         if default is not None and default in resident and may_use(default):
@@ -135,13 +132,3 @@ class Cascade:
             )
         reason = "The text belongs to an adapter that this key may not use; the base answers."
         return Decision(None, stage, None, reason, tuple(trace))
-
-
-def _explicitly(name: str, may_use: Callable[[str], bool], resident: Collection[str]) -> Decision:
-    if not may_use(name):
-        raise Forbidden(f"This key may not use {name!r}; ask the operator for one that may.")
-    if name not in resident:
-        known = ", ".join(sorted(each for each in resident if may_use(each))) or "none"
-        raise UnknownModel(f"There is no adapter {name!r} here; there are: {known}.")
-    trace: Step = {"stage": "access", "adapter": name, "outcome": "allowed"}
-    return Decision(name, "explicit", None, f"The request names {name!r}.", (trace,))

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from serve.errors import Conflict, Invalid
-from serve.routing.base import Decision
 from serve.routing.cascade import Cascade
 from serve.routing.config import Routes
 from serve.routing.examples import duplicates
@@ -57,19 +55,8 @@ class Generation:
     created_s: float
     cascade: Cascade = field(repr=False)
 
-    def decide(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        explicit: str | None,
-        may_use: Callable[[str], bool],
-        resident: Collection[str],
-    ) -> Decision:
-        """See Cascade.decide."""
-        return self.cascade.decide(messages, explicit=explicit, may_use=may_use, resident=resident)
-
     def without_table(self, why: Sequence[str]) -> Generation:
-        """The same with explicit names, rules and default only, and the reasons in its notes."""
+        """The same with rules and default only, and the reasons in its notes."""
         notes = (*self.report.notes, *why, "The learned stage is off.")
         report = replace(self.report, notes=notes)
         return replace(self, report=report, cascade=Cascade(self.routes, None, self.cascade.rules))

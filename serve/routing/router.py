@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,20 @@ class Router:
         self,
         file: Path | None,
         adapters: Callable[[], Mapping[str, Path]],
+        resident: Container[str],
         *,
         known: Callable[[], Iterable[str]] = tuple,
         takes_base_name: bool = False,
     ) -> None:
         """`file` holds the routes; without one, the learned stage has its defaults. `adapters` are
-        the names that can be asked for now, with the folders of their versions; `known` are those
-        that routes may name besides, though nothing goes there now.
+        the names that can be asked for now, with the folders of their versions, and `resident` the
+        same names, asked at every request; `known` are those that routes may name besides, though
+        nothing goes there now.
         """
         self.takes_base_name = takes_base_name
         self._file = file
         self._adapters = adapters
+        self._resident = resident
         self._known = known
         self._generations: Generations | None = None
         self._seen: Signature = ()
@@ -127,10 +130,8 @@ class Router:
         self, messages: Sequence[Mapping[str, Any]], *, may_use: Callable[[str], bool]
     ) -> Decision:
         with metrics.ROUTE_SECONDS.time():
-            resident: Collection[str] = self._adapters().keys()
-            return self._built.current.decide(
-                messages, explicit=None, may_use=may_use, resident=resident
-            )
+            cascade = self._built.current.cascade
+            return cascade.decide(messages, may_use=may_use, resident=self._resident)
 
     def generations(self) -> list[dict[str, Any]]:
         return [_document(each) for each in (self._built.current, *self._built.history)]

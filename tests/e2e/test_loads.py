@@ -147,8 +147,8 @@ def test_vllm_computes_what_the_codes_say(
     assert len(differences) > 250
     # The cache's own rounding, to three bits of fraction, is no part of the reference: 0.029. Nor
     # are oneDNN's sums of 8-bit products without VNNI, which overflow (docs/lab-log.md): 0.032.
-    inexact = row == "KV scales" or not AVX512
-    assert sum(differences) / len(differences) < (0.05 if inexact else 0.02)
+    limit = 0.05 if row == "KV scales" else 0.02 if AVX512 else 0.035
+    assert sum(differences) / len(differences) < limit
 
 
 @needs_avx512

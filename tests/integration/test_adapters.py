@@ -51,7 +51,7 @@ async def adapted(folder: Path, *, forbidden: str = "base") -> AsyncIterator[Ser
         await registry.start(engine, limits, slots=2)
         for name in ("clinic", "code"):
             await registry.put(name, ADAPTERS / name, replace=False)
-        router = Router(write_routes(folder, forbidden), registry.folders)
+        router = Router(write_routes(folder, forbidden), registry.folders, registry)
         await router.start()
         keys = write_keys(folder / "keys.yaml", **KEYS)
         async with serving(

@@ -98,8 +98,10 @@ def test_fast_products_are_near(
             live.keep_original()
             runner.leave(live)
     wanted, found = last_hidden(tmp_path, rows), torch.cat(runner.original)
-    # Not a bit is lost where the CPU has no product for it.
-    assert (found - wanted).square().mean() < 1e-3 * wanted.square().mean()
+    lost = (found - wanted).square().mean()
+    assert lost < 1e-3 * wanted.square().mean()
+    # Attention has a bfloat16 of its own, but for Gemma 2's; products only where the CPU has them.
+    assert lost > 0 or (model_type == "gemma2" and not torch.cpu._is_amx_tile_supported())
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

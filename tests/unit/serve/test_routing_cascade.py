@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.errors import Forbidden, UnknownModel
+from serve.errors import Forbidden
 from serve.routing.base import Decision
 from serve.routing.cascade import Cascade
 from serve.routing.config import parse_routes
@@ -33,28 +33,13 @@ def decide(
     table: Table | None,
     text: Any,
     *,
-    explicit: str | None = None,
     may: frozenset[str] = ALL,
     resident: frozenset[str] = ALL,
     **file: Any,
 ) -> Decision:
     cascade = Cascade(parse_routes(json.dumps({"rules": RULES, **file})), table)
     messages = [{"role": "user", "content": text}] if text is not None else []
-    return cascade.decide(messages, explicit=explicit, may_use=may.__contains__, resident=resident)
-
-
-def test_an_explicit_name_comes_first(table: Table) -> None:
-    decision = decide(table, "a rose", explicit="cars")
-    assert (decision.adapter, decision.stage, decision.margin) == ("cars", "explicit", None)
-    with pytest.raises(Forbidden, match="'cars'"):
-        decide(table, "a rose", explicit="cars", may=frozenset({"garden"}))
-    with pytest.raises(UnknownModel, match="there are: cars, garden"):
-        decide(table, "", explicit="x", may=frozenset({"x", "cars", "garden"}))
-
-
-def test_a_name_that_is_not_there_and_not_allowed_says_only_the_latter(table: Table) -> None:
-    with pytest.raises(Forbidden):
-        decide(table, "", explicit="secret")
+    return cascade.decide(messages, may_use=may.__contains__, resident=resident)
 
 
 def test_rules_come_before_the_table(table: Table) -> None:
@@ -94,9 +79,7 @@ def test_the_learned_stage_can_be_switched_off_or_look_at_everything(table: Tabl
     routes = parse_routes(json.dumps({"learned": {"over": "conversation"}}))
     messages = [{"role": "user", "content": text} for text in (CAR, "and then?")]
     for given, expected in ((routes, "cars"), (parse_routes(""), None)):
-        decision = Cascade(given, table).decide(
-            messages, explicit=None, may_use=ALL.__contains__, resident=ALL
-        )
+        decision = Cascade(given, table).decide(messages, may_use=ALL.__contains__, resident=ALL)
         assert decision.adapter == expected
 
 

@@ -35,9 +35,8 @@ def sent(generation: Generation, file: str, *, quoting: bool = False) -> list[st
     lines = (DEMO / "eval" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [
-        generation.decide(
+        generation.cascade.decide(
             [*row.get("history", []), {"role": "user", "content": row["prompt"]}],
-            explicit=None,
             may_use=lambda _: True,
             resident=NAMES,
         ).adapter

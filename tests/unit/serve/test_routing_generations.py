@@ -48,9 +48,8 @@ async def built(
 
 
 def adapter_of(generation: Generation, text: str) -> str | None:
-    return generation.decide(
+    return generation.cascade.decide(
         [{"role": "user", "content": text}],
-        explicit=None,
         may_use=lambda _: True,
         resident=DATA.adapters,
     ).adapter
@@ -73,9 +72,8 @@ async def test_an_adapter_without_examples_has_rules_and_says_so() -> None:
     examples = {**DATA.adapters, "boats": []}
     generation = await built(examples=examples, rules=[rule])
     assert any("'boats' has no examples" in note for note in generation.report.notes)
-    decision = generation.decide(
+    decision = generation.cascade.decide(
         [{"role": "user", "content": "sail away"}],
-        explicit=None,
         may_use=lambda _: True,
         resident=examples,
     )

@@ -21,7 +21,9 @@ class World:
         self.adapters: dict[str, Path] = {}
         self.known: list[str] = []
         self.routes()
-        self.router = Router(self.file, lambda: self.adapters, known=lambda: self.known)
+        self.router = Router(
+            self.file, lambda: self.adapters, self.adapters, known=lambda: self.known
+        )
 
     def routes(self, *rules: tuple[str, str], learned: bool = False) -> None:
         written = [
