@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.base import AdapterCard, Adapters
+from serve.cache.base import Amount, Results
+from serve.cache.key import EVERYTHING, adapter_scope, model_scope
 from serve.errors import Invalid, NotFound
 from serve.messages import Caller
 from serve.routing.base import Routing
@@ -19,9 +21,19 @@ logger = logging.getLogger("packhorse.admin")
 class Admin:
     """Every call raises NotFound on a server without what it is about."""
 
-    def __init__(self, adapters: Adapters | None = None, routing: Routing | None = None) -> None:
+    def __init__(
+        self,
+        adapters: Adapters | None = None,
+        routing: Routing | None = None,
+        cache: Results | None = None,
+        *,
+        model: str = "",
+    ) -> None:
+        """`model` is the base's name."""
         self._registry = adapters
         self._router = routing
+        self._cache = cache
+        self._model = model
 
     @property
     def _routing(self) -> Routing:
@@ -83,3 +95,36 @@ class Admin:
         """Raises NotFound, Invalid."""
         logger.info("key=%s pins adapter=%s pinned=%s", caller.name, name, pinned)
         return await self._adapters.pin(name, pinned=pinned)
+
+    @property
+    def _results(self) -> Results:
+        if self._cache is None:
+            raise NotFound("This server has no result cache: cache.enabled is off.")
+        return self._cache
+
+    def cache_scope(
+        self, *, model: str | None = None, adapter: str | None = None, tenant: str | None = None
+    ) -> str:
+        """What a flush is about; none of the three is everything. Raises Invalid, NotFound."""
+        if sum(name is not None for name in (model, adapter, tenant)) > 1:
+            raise Invalid("Give one of model, adapter and tenant, or none for everything.")
+        if model is not None and model != self._model:
+            raise NotFound(f"There is no model {model[:80]!r} here; it is {self._model!r}.")
+        if model is not None:
+            return model_scope(model)
+        if adapter is not None:
+            self.adapter(adapter)
+            return adapter_scope(adapter)
+        return EVERYTHING if tenant is None else self._results.tenant_scope(tenant)
+
+    async def cache_amount(self, scope: str) -> Amount:
+        """What the result cache has of it."""
+        return await self._results.amount(scope)
+
+    async def flush_cache(self, caller: Caller, scope: str) -> Amount:
+        """Make it void on every replica; returns what went. Raises Unavailable."""
+        results = self._results
+        gone = await results.amount(scope)
+        logger.info("key=%s flushes the result cache: %s", caller.name, scope)
+        await results.flush(scope)
+        return gone

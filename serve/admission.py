@@ -157,6 +157,7 @@ class Admission:
         """Let the requests of one call go to the engine, all or none. Raises Overloaded, which has
         then changed nothing.
 
+        A call with no demand, because its answers are there already, counts as a request only.
         What asks for more than a whole limit is taken when there is nothing else, or it could never
         run.
         """
@@ -166,6 +167,10 @@ class Admission:
             answer_tokens += demand.answer_tokens
             choices += demand.choices
         account = self._check_quotas(caller, tokens + answer_tokens)
+        if not demands:
+            if account is not None:
+                account.requests.take(1)
+            return []
         if self.running and self.running + choices > self.max_running:
             raise _refused(
                 "running",
@@ -214,7 +219,7 @@ class Admission:
                 wait_s,
                 clamp=False,
             )
-        wait_s = account.tokens.seconds_until(tokens)
+        wait_s = account.tokens.seconds_until(tokens) if tokens else 0.0
         if wait_s:
             raise _refused(
                 "key_tokens",

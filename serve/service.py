@@ -1,4 +1,5 @@
-"""The whole product on two screens: route, render, admit, start the engine, hand back a stream.
+"""The whole product on two screens: route, render, look into the cache, admit, start the engine,
+hand back a stream.
 
 Every protocol calls `Service.start` and iterates the Stream it returns. All that can still be
 refused is refused in `start`, because a streaming response sends its status before its first item.
@@ -17,30 +18,31 @@ from functools import partial
 from serve import metrics
 from serve.adapters.base import Adapters, Lease
 from serve.admission import Admission, Demand, Place
+from serve.cache.base import Results
 from serve.engines.base import Engine
-from serve.errors import Forbidden, Invalid, ServeError, Unavailable, UnknownModel
+from serve.errors import ErrorKind, Forbidden, Invalid, ServeError, Unavailable, UnknownModel
 from serve.messages import (
     ANONYMOUS,
     Caller,
     GenerateRequest,
     Message,
-    Prompt,
     Route,
     RouteStage,
-    Usage,
 )
 from serve.routing.base import AUTO, Decision, Routing
+from serve.sources import Generation, Shared, Stored
 from serve.stream import Stream
 
 logger = logging.getLogger("packhorse.request")
 
+# A shared generation that ends like this ends for its leader's reasons: who has read nothing of it
+# may try for itself, so often.
+LEADERS_OWN = {ErrorKind.CANCELLED, ErrorKind.OVERLOADED, ErrorKind.UNAVAILABLE}
+MAX_TRIES = 3
+
 
 def may_use(caller: Caller, adapter: str) -> bool:
     return caller.adapters is None or adapter in caller.adapters
-
-
-async def _ready(lease: Lease, prompt: Prompt) -> None:
-    await lease.ready(len(prompt.token_ids), prompt.max_tokens)
 
 
 class Service:
@@ -55,6 +57,7 @@ class Service:
         admission: Admission | None = None,
         adapters: Adapters | None = None,
         routing: Routing | None = None,
+        cache: Results | None = None,
         request_timeout_s: float = 600.0,
         max_request_timeout_s: float = 3600.0,
     ) -> None:
@@ -63,6 +66,7 @@ class Service:
         self.admission = admission or Admission()
         self._adapters = adapters
         self._routing = routing
+        self._cache = cache
         self._request_timeout_s = request_timeout_s
         self._max_request_timeout_s = max_request_timeout_s
         self.created_s = int(time.time())
@@ -98,6 +102,7 @@ class Service:
         """
         stream = self._new_stream(request)
         await stream.render()
+        await self._find(stream)
         self._admit([stream])
         await stream.open()
         return stream
@@ -116,6 +121,8 @@ class Service:
                 stream = self._new_stream(request)
                 streams.append(stream)
                 await stream.render()
+            for stream in streams:
+                await self._find(stream)
             self._admit(streams)
             openings = [stream.open_meanwhile() for stream in streams]
             done, _ = await asyncio.wait(openings, return_when=asyncio.FIRST_COMPLETED)
@@ -133,15 +140,18 @@ class Service:
             self._check_open()
             engine, timeout_s = self.engine, self._timeout_s(request)
             lease, stage = self._lease(request)
-            route = Route(self.model, lease.adapter if lease else None, stage)
+            adapter = lease.adapter if lease else None
+            partition = self._cache.partition(request) if self._cache else None
+            route = Route(self.model, adapter, stage, partition)
             metrics.ROUTES.labels(route.adapter.name if route.adapter else "", stage).inc()
             stream = Stream(
                 engine,
                 request,
                 route,
+                lease=lease,
                 timeout_s=timeout_s,
-                on_end=partial(self._ended, lease),
-                before=partial(_ready, lease) if lease else None,
+                on_end=self._ended,
+                again=self._find_again,
             )
         except ServeError as error:
             self.refused(request.request_id, error, request.caller)
@@ -151,15 +161,59 @@ class Service:
         metrics.IN_FLIGHT.set(self._in_flight)
         return stream
 
+    async def _find(self, stream: Stream) -> None:
+        """Give the stream a source that needs no place in the engine, if there is one. If not, and
+        the result can be kept, others wait for it from now on.
+        """
+        cache, request = self._cache, stream.request
+        if cache is None or (key := cache.key(request, stream.route, stream.prompt)) is None:
+            return
+        anew = request.cache.mode == "refresh"
+        if not anew and (flight := cache.flight(key)) is not None:
+            stream.mark = "coalesced"
+            metrics.CACHE_COALESCED.inc()
+            stream.source = Shared(flight.join(), whole=not request.stream, leads=False)
+            return
+        result = None if anew else cache.recall(key, request)
+        if result is None:
+            flight = stream.leading = cache.lead(key)
+            if cache.has_store and not anew:
+                result = await stream.guarded(lambda: cache.fetch(key, request))
+                if result is not None:
+                    stream.leading = None
+                    flight.settle(result.chunks)
+        stream.mark = "hit" if result else "miss"
+        if result is not None:
+            stream.source = Stored(result.chunks)
+
+    async def _find_again(self, stream: Stream, error: ServeError) -> bool:
+        """Another source for a stream that has read nothing of a generation that it shared. Raises
+        ServeError.
+        """
+        stream.tries += 1
+        if (
+            not isinstance(stream.source, Shared)
+            or error.kind not in LEADERS_OWN
+            or stream.tries > MAX_TRIES
+        ):
+            return False
+        stream.source = None
+        await self._find(stream)
+        self._admit([stream])
+        return True
+
     def _admit(self, streams: Sequence[Stream]) -> None:
-        """Let rendered streams of one call go to the engine. Raises Overloaded, which ends them."""
+        """Let rendered streams of one call go to the engine, those that have no source yet. Raises
+        Overloaded, which ends them.
+        """
+        open_ones = [stream for stream in streams if stream.source is None]
         demands = [
             Demand(
                 len(stream.prompt.token_ids),
                 stream.prompt.max_tokens * stream.request.sampling.n,
                 stream.request.sampling.n,
             )
-            for stream in streams
+            for stream in open_ones
         ]
         try:
             tickets = self.admission.admit(streams[0].request.caller, demands)
@@ -167,8 +221,18 @@ class Service:
             for stream in streams:
                 stream.end(error.kind)
             raise
-        for stream, ticket in zip(streams, tickets, strict=True):
-            stream.ticket = ticket
+        for stream, ticket in zip(open_ones, tickets, strict=True):
+            request, lease, flight = stream.request, stream.lease, stream.leading
+            if flight is not None and lease is not None:
+                lease = lease.again()  # the generation may outlast the stream
+            generation = Generation(
+                self.engine, stream.prompt, request, stream.route, ticket, lease
+            )
+            stream.source = generation
+            if flight is not None:
+                stream.leading = None
+                stream.source = Shared(flight.join(), whole=not request.stream, leads=True)
+                flight.launch(generation, request.sampling.n)
 
     def _timeout_s(self, request: GenerateRequest) -> float:
         """How long the request may take. Raises Invalid when it asks for too much."""
@@ -220,6 +284,10 @@ class Service:
         """Whether it could have any."""
         return self._adapters is not None
 
+    @property
+    def has_cache(self) -> bool:
+        return self._cache is not None
+
     def models(self, caller: Caller = ANONYMOUS) -> list[str]:
         """The names that this caller can ask for, the base's first."""
         adapters = self._adapters.names if self._adapters else ()
@@ -255,14 +323,12 @@ class Service:
             request_id, caller.name, caller.tenant, error.kind,
         )  # fmt: skip
 
-    def _ended(self, lease: Lease | None, usage: Usage) -> None:
+    def _ended(self) -> None:
         """One request less."""
         self._in_flight -= 1
         metrics.IN_FLIGHT.set(self._in_flight)
         if not self._in_flight:
             self._idle.set()
-        if lease is not None:
-            lease.release(usage.prompt_tokens + usage.completion_tokens)
 
     async def check_ready(self) -> None:
         """Raises Unavailable while draining or without a working engine."""

@@ -140,6 +140,62 @@ class SupervisorSettings(_Section):
     """An engine that is not there after so long has failed: its processes are ended."""
 
 
+class CacheSettings(_Section):
+    """Owner: cache/. The result cache, see docs/caching.md."""
+
+    enabled: bool = True
+    memory_bytes: int = Field(256 * 2**20, ge=0)
+    """Results in this process; the least recently used go first. 0: only the store has any."""
+    ttl_s: float = Field(24 * 3600.0, gt=0)
+    """Older results are not given out."""
+    max_entry_bytes: int = Field(2**20, ge=1)
+    """Larger results are not kept."""
+    store: SecretStr | None = None
+    """Shared by replicas: redis://HOST:PORT/DB, rediss:// (TLS), unix://PATH, or
+    memcached://HOST:PORT. Needs `secret`.
+    """
+    secret: SecretStr | None = None
+    """What tenants' marks and checksums are made with; the same for all replicas. Unset: a new one
+    at each start.
+    """
+    prefix: str = Field("packhorse", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """What names in the store begin with."""
+    timeout_s: float = Field(0.1, gt=0, le=10)
+    """How long the store may take; the engine answers then."""
+    digests_file: Path | None = Field(default_factory=lambda: _cache_home() / "digests.json")
+    """Where digests of weight files are remembered, so that each is read once."""
+
+    @field_validator("store")
+    @classmethod
+    def _is_a_store(cls, store: SecretStr | None) -> SecretStr | None:
+        # Without the value in the message: it may have a password.
+        schemes = ("redis://", "rediss://", "unix://", "memcached://")
+        if store is not None and not store.get_secret_value().startswith(schemes):
+            raise ValueError(f"must begin with one of {', '.join(schemes)}")
+        return store
+
+    @field_validator("secret")
+    @classmethod
+    def _is_long(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and len(secret.get_secret_value()) < 16:
+            raise ValueError("must have at least 16 characters; `openssl rand -hex 32` makes one")
+        return secret
+
+    @model_validator(mode="after")
+    def _store_has_secret(self) -> CacheSettings:
+        if self.store is not None and self.secret is None:
+            raise ValueError(
+                "cache.store needs cache.secret, the same for all replicas, or nothing could be "
+                "shared; `openssl rand -hex 32` makes one"
+            )
+        return self
+
+
+def _cache_home() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "packhorse"
+
+
 class RoutingSettings(_Section):
     """Owner: routing/. Which adapter answers requests for the model `auto`."""
 
@@ -249,6 +305,7 @@ class Settings(BaseSettings):
     supervisor: SupervisorSettings = SupervisorSettings()
     adapters: AdapterSettings = AdapterSettings()
     routing: RoutingSettings = RoutingSettings()
+    cache: CacheSettings = CacheSettings()
     engine: EngineSettings = EngineSettings()
 
 
@@ -289,7 +346,7 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
 
 def _shown(fault: ErrorDetails) -> str:
     """The value at fault, unless it is a secret, or a whole section."""
-    if "api_key" in fault["loc"] or isinstance(fault["input"], dict):
+    if {"api_key", "store", "secret"} & set(fault["loc"]) or isinstance(fault["input"], dict):
         return ""
     return f" = {fault['input']!r}"
 
@@ -308,6 +365,21 @@ def _refuse_unknown_environment() -> None:
         close = difflib.get_close_matches(unknown[0].upper(), known, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; see docs/settings.md."
         raise StartupError(f"There is no setting {unknown[0]}{hint}")
+
+
+# vLLM's own that decide nothing of an answer.
+_HARMLESS = ("HOST", "PORT", "LOG", "USAGE", "TRACE", "API_KEY", "CACHE_ROOT", "ASSETS", "DEBUG")
+
+
+def answer_environment() -> dict[str, str]:
+    """What of the environment may change the engine's answers: all that vLLM reads under its own
+    name, but for what is known to be harmless.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("VLLM_") and not any(part in name for part in _HARMLESS)
+    }
 
 
 def prepare_environment() -> None:

@@ -13,17 +13,17 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from serve import metrics
-from serve.admission import Ticket
+from serve.adapters.base import Lease
+from serve.cache.singleflight import Flight
 from serve.deadline import Deadline
 from serve.engines.base import Engine
-from serve.errors import ErrorKind, Internal, ServeError
-from serve.messages import Chunk, GenerateRequest, Prompt, Route, Usage
+from serve.errors import Cancelled, ErrorKind, Internal, ServeError
+from serve.messages import CacheMark, Chunk, GenerateRequest, Prompt, Route, Usage
+from serve.sources import Source
 
 logger = logging.getLogger("packhorse.request")
 
 Step = TypeVar("Step")
-
-SERVERS_FAULT = {ErrorKind.UNAVAILABLE, ErrorKind.INTERNAL, ErrorKind.OVERLOADED}
 
 
 class Stream:
@@ -37,21 +37,28 @@ class Stream:
         request: GenerateRequest,
         route: Route,
         *,
+        lease: Lease | None,
         timeout_s: float,
-        on_end: Callable[[Usage], None],
-        before: Callable[[Prompt], Awaitable[None]] | None = None,
+        on_end: Callable[[], None],
+        again: Callable[[Stream, ServeError], Awaitable[bool]],
     ) -> None:
-        """`before` is waited for before the engine starts. `on_end` is called once, however it
-        ends.
+        """It has the `lease` until its end. `on_end` is called once, however it ends; `again` when
+        its source has failed before it gave anything: whether it has another one now.
         """
         self.request = request
         self.route = route
+        self.lease = lease
         self.prompt = Prompt((), 0)
-        self.ticket: Ticket | None = None
+        self.source: Source | None = None
+        """Where the chunks come from; set before `open`."""
+        self.leading: Flight | None = None
+        """What others wait for and this stream has not launched yet."""
+        self.mark: CacheMark = "bypass"
+        self.tries = 0
         self._arrived_s = time.monotonic()
         self._deadline = Deadline(timeout_s)
         self._on_end = on_end
-        self._before = before
+        self._again = again
         self._engine = engine
         self._first_s = 0.0
         self._chunks: AsyncGenerator[Chunk, None] | None = None
@@ -65,26 +72,37 @@ class Stream:
 
     async def render(self) -> None:
         """Make the prompt. Raises ServeError."""
-        self.prompt = await self._guarded(lambda: self._engine.render(self.request, self.route))
+        self.prompt = await self.guarded(lambda: self._engine.render(self.request, self.route))
 
     async def open(self) -> None:
-        """Start the engine and wait for the first chunk. Raises ServeError."""
-        if (before := self._before) is not None:
-            await self._guarded(lambda: before(self.prompt))
-        self._chunks = chunks = self._engine.generate(self.prompt, self.request, self.route)
-        self._first = await self._guarded(lambda: anext(chunks))
+        """Wait for the first chunk. Raises ServeError."""
+        await self.guarded(self._begin)
         self._first_s = time.monotonic() - self._arrived_s
-        if self.ticket is not None:
-            self.ticket.begun()
         if self.request.stream:  # otherwise the first chunk is also the last
             metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
+
+    async def _begin(self) -> None:
+        while True:
+            source = self.source
+            assert source is not None
+            try:
+                await source.ready()
+                self._chunks = source.chunks()
+                self._first = await anext(self._chunks)
+            except ServeError as error:
+                source.ended(0, error.kind)
+                if await self._again(self, error):
+                    continue
+                raise
+            source.begun()
+            return
 
     def open_meanwhile(self) -> asyncio.Task[None]:
         """Open in a task of its own, which the first step of an iteration waits for."""
         self._opening = asyncio.create_task(self.open())
         return self._opening
 
-    async def _guarded(self, step: Callable[[], Awaitable[Step]]) -> Step:
+    async def guarded(self, step: Callable[[], Awaitable[Step]]) -> Step:
         """Take a step of the start; if it fails, this request has ended."""
         deadline = self._deadline
         try:
@@ -190,20 +208,21 @@ class Stream:
         metrics.REQUESTS.labels(self._outcome).inc()
         metrics.REQUEST_SECONDS.observe(total_s)
         usage = self.usage
-        self._on_end(usage)
-        if self.ticket is not None:
-            # What came to nothing through no doing of its caller's costs it nothing.
-            free = not usage.completion_tokens and outcome in SERVERS_FAULT
-            self.ticket.ended(0 if free else usage.prompt_tokens + usage.completion_tokens)
-            metrics.TOKENS.labels("prompt").inc(usage.prompt_tokens)
-        metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
+        if self.leading is not None:
+            self.leading.fail(Cancelled("The request that this one waited for has ended."))
+        if self.source is not None:
+            self.source.ended(usage.completion_tokens, self._outcome)
+        if self.lease is not None:
+            self.lease.release()
+        self._on_end()
         logger.info(
-            "request_id=%s model=%s adapter=%s key=%s tenant=%s outcome=%s prompt_tokens=%d "
-            "completion_tokens=%d cached_tokens=%d first_token_s=%.3f total_s=%.3f",
+            "request_id=%s model=%s adapter=%s key=%s tenant=%s outcome=%s cache=%s "
+            "prompt_tokens=%d completion_tokens=%d cached_tokens=%d first_token_s=%.3f "
+            "total_s=%.3f",
             self.request.request_id, self.route.model,
             self.route.adapter.engine_name if self.route.adapter else "-",
             self.request.caller.name, self.request.caller.tenant, self._outcome,
-            usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens,
+            self.mark, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens,
             self._first_s, total_s,
         )  # fmt: skip
 

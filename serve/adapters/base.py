@@ -35,6 +35,10 @@ class Lease(Protocol):
     @property
     def adapter(self) -> AdapterVersion: ...
 
+    def again(self) -> Lease:
+        """Another right to the same version; this one must not have been released."""
+        ...
+
     async def ready(self, prompt_tokens: int, max_tokens: int) -> None:
         """Wait for the adapter's turn, and have it in the engine. Raises ServeError."""
         ...

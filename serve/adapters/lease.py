@@ -37,6 +37,9 @@ class Lease:
         self._charged_tokens: int | None = None
         version.leases += 1
 
+    def again(self) -> Lease:
+        return Lease(self._version, self._registry)
+
     async def ready(self, prompt_tokens: int, max_tokens: int) -> None:
         tokens = prompt_tokens + min(max_tokens, USUAL_ANSWER_TOKENS)
         await self._registry.turns.enter(self.adapter.int_id, tokens)

@@ -12,7 +12,15 @@ from collections.abc import AsyncGenerator, Sequence
 
 from serve.engines.base import Capacity, answer_budget
 from serve.errors import Unavailable
-from serve.messages import AdapterVersion, Chunk, FinishReason, GenerateRequest, Prompt, Route
+from serve.messages import (
+    AdapterVersion,
+    Chunk,
+    FinishReason,
+    GenerateRequest,
+    Prompt,
+    Route,
+    Settled,
+)
 from serve.settings import EngineSettings
 
 # A prompt that is exactly one of these raises: before the first chunk, or after it.
@@ -65,7 +73,9 @@ class EchoEngine:
         text = _text(request)
         token_ids = range(len(text.split()))
         budget = answer_budget(request, len(token_ids), self.max_model_len)
-        return Prompt(token_ids, budget, text, engine_input=text)
+        asked = {name: getattr(request.sampling, name) for name in Settled._fields}
+        settled = Settled(**{name: value for name, value in asked.items() if value is not None})
+        return Prompt(token_ids, budget, text, engine_input=text, settled=settled)
 
     async def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route

@@ -8,10 +8,19 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from serve.admin import Admin
+from serve.errors import Invalid
 from serve.rest.admin_schema import AdapterBody, PinBody
 from serve.rest.body import BodyLimits, read_body
 from serve.rest.documents import answers, body_document
 from serve.settings import HttpSettings
+
+SCOPES = ("model", "adapter", "tenant")
+CACHE_QUERY: dict[str, Any] = {
+    "parameters": [
+        {"name": name, "in": "query", "schema": {"type": kind}}
+        for name, kind in (*((scope, "string") for scope in SCOPES), ("dry_run", "boolean"))
+    ]
+}
 
 
 def routes(admin: Admin, settings: HttpSettings) -> APIRouter:
@@ -65,5 +74,36 @@ def routes(admin: Admin, settings: HttpSettings) -> APIRouter:
     @router.post("/routes/rollback", responses=answers("Routing"))
     async def roll_back_routes(request: Request) -> dict[str, Any]:
         return admin.roll_back_routes(request.state.caller)
+
+    @router.get("/cache", responses=answers("Cache"))
+    async def show_cache(request: Request) -> dict[str, Any]:
+        """What the result cache has, of everything or of one model, adapter or tenant."""
+        scope = cache_scope(request)
+        return {"flushed": False, **asdict(await admin.cache_amount(scope))}
+
+    @router.delete("/cache", responses=answers("Cache"), openapi_extra=CACHE_QUERY)
+    async def flush_cache(request: Request) -> dict[str, Any]:
+        """Make it void, on every replica; with `dry_run=true` only say how much would go."""
+        scope = cache_scope(request, "dry_run")
+        dry_run = request.query_params.get("dry_run", "false")
+        if dry_run not in ("true", "false"):
+            raise Invalid("dry_run must be true or false.", param="dry_run")
+        if dry_run == "true":
+            return {"flushed": False, **asdict(await admin.cache_amount(scope))}
+        gone = await admin.flush_cache(request.state.caller, scope)
+        return {"flushed": True, **asdict(gone)}
+
+    def cache_scope(request: Request, *more: str) -> str:
+        """The scope that the query names. Unknown names are refused: a flush of everything must not
+        come from a slip of the pen.
+        """
+        query = request.query_params
+        if unknown := sorted(set(query) - {*SCOPES, *more}):
+            raise Invalid(
+                f"There is no parameter {unknown[0][:80]!r} here; there are "
+                f"{', '.join((*SCOPES, *more))}.",
+                param=unknown[0][:80],
+            )
+        return admin.cache_scope(**{name: query.get(name) for name in SCOPES})
 
     return router

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from serve.errors import Invalid
 from serve.messages import (
     ANONYMOUS,
+    AUTO_CACHE,
+    CachePolicy,
     Caller,
     ChatOptions,
     GenerateRequest,
@@ -155,7 +157,11 @@ class ChatBody(_Conversation, GenerateBody):
         return self
 
     def to_requests(
-        self, request_id: str, caller: Caller = ANONYMOUS, timeout_s: float | None = None
+        self,
+        request_id: str,
+        caller: Caller = ANONYMOUS,
+        timeout_s: float | None = None,
+        cache: CachePolicy = AUTO_CACHE,
     ) -> list[GenerateRequest]:
         """Always one. Raises Invalid."""
         limits = {
@@ -185,6 +191,8 @@ class ChatBody(_Conversation, GenerateBody):
             stream=bool(self.stream),
             caller=caller,
             timeout_s=timeout_s,
+            cache=cache,
+            cache_salt=self.cache_salt,
         )
         return [request]
 

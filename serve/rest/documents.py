@@ -131,6 +131,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "generation": ROUTING,
         }
     ),
+    "Cache": _object(
+        {
+            "flushed": {"type": "boolean"},
+            "memory_entries": COUNT,
+            "memory_bytes": COUNT,
+            "store_entries": {"type": ["integer", "null"]},
+        }
+    ),
     "Tokens": _object(
         {
             "count": COUNT,

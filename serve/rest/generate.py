@@ -12,11 +12,11 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 
 from serve.errors import Invalid, ServeError
-from serve.messages import Caller, GenerateRequest
+from serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
 from serve.rest.body import BodyLimits, read_body, unless_disconnected
 from serve.rest.chat_schema import ChatBody
 from serve.rest.documents import answers, body_document
-from serve.rest.schema import CompletionBody
+from serve.rest.schema import CacheOptions, CompletionBody
 from serve.rest.shapes import Answer, ChatShape, Shape, TextShape, common_fields, whole_document
 from serve.rest.sse import EventStream
 from serve.service import Service
@@ -55,7 +55,7 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
     async def route(request: Request) -> dict[str, Any]:
         """Where this chat completion would go, and why; nothing is generated."""
         body = await checked(request, ChatBody)
-        (asked,) = body.to_requests(request.state.request_id, request.state.caller, None)
+        (asked,) = body.to_requests(request.state.request_id, request.state.caller)
         decision = service.decide(asked)
         return {"model": decision.adapter or service.model, **asdict(decision)}
 
@@ -70,7 +70,12 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         request_id: str = request.state.request_id
         caller: Caller = request.state.caller
         try:
-            asked = body.to_requests(request_id, caller, timeout_of(request, body.timeout_s))
+            asked = body.to_requests(
+                request_id,
+                caller,
+                timeout_of(request, body.timeout_s),
+                cache_policy(request, body.cache),
+            )
         except ServeError as error:
             service.refused(request_id, error, caller)
             raise
@@ -83,7 +88,7 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
                 include_usage=body.include_usage,
                 continuous_usage=body.continuous_usage,
                 stalled_client_timeout_s=settings.stalled_client_timeout_s,
-                headers=routed(streams),
+                headers=marks(streams),
             )
         return await unless_disconnected(request.receive, whole(asked, shape, request_id))
 
@@ -96,17 +101,21 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
                 await stream.close()
         common = common_fields(shape, request_id, name_of(streams))
         document = whole_document(shape, common, choices, streams)
-        return Response(document, media_type="application/json", headers=routed(streams))
+        return Response(document, media_type="application/json", headers=marks(streams))
 
-    def routed(streams: Sequence[Stream]) -> dict[str, str]:
-        """Headers that say who answers, and which stage of routing chose it."""
-        if not service.has_adapters:
-            return {}
-        stages = sorted({stream.route.stage for stream in streams})
-        name = quote(
-            name_of(streams), safe="/:,@ "
-        )  # headers are ASCII, names of folders need not be
-        return {"x-packhorse-model": name, "x-packhorse-route": ", ".join(stages)}
+    def marks(streams: Sequence[Stream]) -> dict[str, str]:
+        """Headers that say who answers, which stage of routing chose it, and what the result cache
+        had to do with it; one call's prompts may differ in each.
+        """
+        headers = {}
+        if service.has_adapters:
+            # Headers are ASCII, names of folders need not be.
+            headers["x-packhorse-model"] = quote(name_of(streams), safe="/:,@ ")
+            stages = sorted({stream.route.stage for stream in streams})
+            headers["x-packhorse-route"] = ", ".join(stages)
+        if service.has_cache:
+            headers["x-packhorse-cache"] = ", ".join(sorted({stream.mark for stream in streams}))
+        return headers
 
     return router
 
@@ -128,6 +137,33 @@ def timeout_of(request: Request, field_s: float | None) -> float | None:
             "The header x-request-timeout-s is not a number of seconds; send for example 30 or 2.5."
         )
     return float(header) if field_s is None else min(float(header), field_s)
+
+
+def cache_policy(request: Request, field: CacheOptions | None) -> CachePolicy:
+    """What the field and the header Cache-Control ask for, taken together: the field's mode, or
+    else the header's; the lower age of the two. Raises Invalid.
+    """
+    header = request.headers.get("cache-control")
+    if header is None:
+        return CachePolicy(field.mode, field.max_age_s) if field else AUTO_CACHE
+    mode: CacheMode = "auto"
+    ages = [] if field is None or field.max_age_s is None else [field.max_age_s]
+    for directive in header.lower().split(","):
+        name, _, value = directive.strip().partition("=")
+        if name == "no-store":
+            mode = "off"
+        elif name == "no-cache" and mode != "off":
+            mode = "refresh"
+        elif name == "max-age":
+            if not SECONDS.fullmatch(value):
+                raise Invalid(
+                    "max-age in the header Cache-Control is not a number of seconds; send for "
+                    "example max-age=60."
+                )
+            ages.append(float(value))
+    if field is not None and field.mode != "auto":
+        mode = field.mode
+    return CachePolicy(mode, min(ages, default=None))
 
 
 async def collect(streams: Sequence[Stream]) -> dict[int, Answer]:

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve.errors import Invalid
-from serve.messages import ANONYMOUS, Caller, Constraint, GenerateRequest, Sampling
+from serve.messages import (
+    ANONYMOUS,
+    AUTO_CACHE,
+    CacheMode,
+    CachePolicy,
+    Caller,
+    Constraint,
+    GenerateRequest,
+    Sampling,
+)
 
 INT32_MAX = 2**31 - 1  # what the engine's own integers hold
 INT64_MAX = 2**63 - 1
@@ -94,6 +103,13 @@ class StructuredOutputs(StrictBody):
         return Constraint("json_object", True)
 
 
+class CacheOptions(StrictBody):
+    """What to do with the result cache, see docs/caching.md."""
+
+    mode: CacheMode = "auto"
+    max_age_s: float | None = Field(None, ge=0)
+
+
 class GenerateBody(StrictBody):
     """What chat and plain completions share."""
 
@@ -127,6 +143,8 @@ class GenerateBody(StrictBody):
     return_tokens_as_token_ids: bool | None = None
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
     timeout_s: float | None = Field(None, gt=0)
+    cache: CacheOptions | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Without effect here, taken so that existing clients work.
@@ -259,7 +277,11 @@ class CompletionBody(GenerateBody):
         return self.max_tokens == 0
 
     def to_requests(
-        self, request_id: str, caller: Caller = ANONYMOUS, timeout_s: float | None = None
+        self,
+        request_id: str,
+        caller: Caller = ANONYMOUS,
+        timeout_s: float | None = None,
+        cache: CachePolicy = AUTO_CACHE,
     ) -> list[GenerateRequest]:
         """One request a prompt. Raises Invalid."""
         prompt_logprobs = self.prompt_logprobs
@@ -285,6 +307,8 @@ class CompletionBody(GenerateBody):
                 stream=bool(self.stream),
                 caller=caller,
                 timeout_s=timeout_s,
+                cache=cache,
+                cache_salt=self.cache_salt,
             )
             for number, prompt in enumerate(prompts)
         ]

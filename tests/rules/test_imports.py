@@ -23,17 +23,35 @@ ALLOWED: dict[str, set[str]] = {
     "serve.auth": LEAVES | {"serve.settings"},
     "serve.deadline": LEAVES,
     "serve.routing": LEAVES,
-    "serve.stream": LEAVES | {"serve.admission", "serve.deadline", "serve.engines.base"},
+    "serve.cache": LEAVES,
+    "serve.sources": LEAVES
+    | {
+        "serve.adapters.base",
+        "serve.admission",
+        "serve.cache.singleflight",
+        "serve.engines.base",
+    },
+    "serve.stream": LEAVES
+    | {
+        "serve.adapters.base",
+        "serve.cache.singleflight",
+        "serve.deadline",
+        "serve.engines.base",
+        "serve.sources",
+    },
     "serve.service": LEAVES
     | {
         "serve.adapters.base",
         "serve.admission",
+        "serve.cache.base",
         "serve.engines.base",
         "serve.routing.base",
+        "serve.sources",
         "serve.stream",
     },
     "serve.adapters": LEAVES,
-    "serve.admin": LEAVES | {"serve.adapters.base", "serve.routing.base"},
+    "serve.admin": LEAVES
+    | {"serve.adapters.base", "serve.cache.base", "serve.cache.key", "serve.routing.base"},
     "serve.rest": LEAVES
     | {
         "serve.adapters.base",
@@ -78,6 +96,8 @@ ONLY_IN = {
     "uvicorn": ("serve.rest.listen",),
     "yaml": ("serve.auth", "serve.routing"),
     "sklearn": ("serve.routing",),
+    "redis": ("serve.cache.redis",),
+    "aiomcache": ("serve.cache.memcached",),
 }
 
 

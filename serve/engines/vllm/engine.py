@@ -38,7 +38,7 @@ from serve.engines.vllm.health import Health, has_died
 from serve.engines.vllm.loras import Loras
 from serve.engines.vllm.nursery import engine_is_born_here
 from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, chunks_of, refuse_failure
-from serve.engines.vllm.sampling import invalid, sampling_params
+from serve.engines.vllm.sampling import invalid, sampling_params, settled
 from serve.engines.vllm.stats import LastingStats
 from serve.errors import EngineDied, Invalid, Overloaded, StartupError
 from serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
@@ -179,7 +179,10 @@ class VllmEngine:
         if reader:
             params.skip_special_tokens = reader.skip_special_tokens
         text = engine_input.get("prompt") if request.echo else None
-        return Prompt(token_ids, budget, text, Rendered(engine_input, params, reader))
+        if route.partition is not None:
+            engine_input["cache_salt"] = route.partition
+        rendered = Rendered(engine_input, params, reader)
+        return Prompt(token_ids, budget, text, rendered, settled(params), reader is not None)
 
     async def _engine_input(
         self, request: GenerateRequest, *, max_total_tokens: int | None

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from serve.errors import Invalid
-from serve.messages import GenerateRequest
+from serve.messages import GenerateRequest, Settled
 
 # Fields that None leaves to the model's generation_config.json.
 OPTIONAL = (
@@ -61,6 +61,22 @@ def sampling_params(
         )
     except (ValueError, VLLMClientError) as error:
         raise invalid(error) from error
+
+
+def settled(params: SamplingParams) -> Settled:
+    """What vLLM makes of the fields that models have defaults for. It sets what has no effect at
+    temperature 0 to a value that says so.
+    """
+    return Settled(
+        params.temperature,
+        params.top_p,
+        params.top_k,
+        params.min_p,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.repetition_penalty,
+        params.seed,
+    )
 
 
 def invalid(error: Exception, param: str | None = None) -> Invalid:

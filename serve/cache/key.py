@@ -1,0 +1,149 @@
+"""What makes two requests equal: a digest over everything that decides an answer.
+
+Two requests with the same key get the same answer, so anything that is not in here is shared:
+whether it is streamed (except where the answer is parsed, which differs), deadlines, priorities,
+request ids, which of a tenant's keys asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgspec
+
+from serve.messages import ChatOptions, GenerateRequest, Prompt, Route, Sampling, Settled
+
+# Changes when the meaning of the parts below does.
+VERSION = b"packhorse-result-1"
+
+# Of Sampling: written in another form below, or decided by `Prompt`.
+_ELSEWHERE = {
+    "max_tokens", "default_max_tokens", "stop_token_ids", "allowed_token_ids", "bad_words",
+    "logit_bias", "constraint", *Settled._fields,
+}  # fmt: skip
+_AS_SENT = tuple(f.name for f in fields(Sampling) if f.name not in _ELSEWHERE)
+_encode = msgspec.msgpack.Encoder(enc_hook=repr).encode
+
+
+EVERYTHING = "all"
+
+
+def model_scope(name: str) -> str:
+    return f"model:{name}"
+
+
+def adapter_scope(name: str) -> str:
+    return f"adapter:{name}"
+
+
+def tenant_scope(mark: bytes) -> str:
+    return f"tenant:{mark.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """`digest` is what a result is stored under, `scopes` the flushes that make it void."""
+
+    digest: bytes
+    scopes: tuple[str, ...]
+
+
+class Tenants:
+    """Marks of tenants, that tell nothing to who does not have the secret."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._marks: dict[str, bytes] = {}
+        self._partitions: dict[str, str] = {}
+
+    def mark(self, tenant: str) -> bytes:
+        """16 bytes."""
+        mark = self._marks.get(tenant)
+        if mark is None:  # as many as there are in the keys file
+            mark = self._marks[tenant] = self._hmac(b"tenant", tenant.encode())[:16]
+        return mark
+
+    def partition(self, tenant: str, salt: str | None) -> str:
+        """The tenant's part of the engine's prefix cache, 32 hexadecimal digits; within it, the
+        part of those who send this salt.
+        """
+        if salt is not None:
+            return self._hmac(b"salt", self.mark(tenant) + salt.encode()).hex()[:32]
+        partition = self._partitions.get(tenant)
+        if partition is None:
+            partition = self._hmac(b"partition", tenant.encode()).hex()[:32]
+            self._partitions[tenant] = partition
+        return partition
+
+    def _hmac(self, purpose: bytes, text: bytes) -> bytes:
+        return hmac.digest(self._secret, purpose + b"\0" + text, hashlib.sha256)
+
+
+def is_repeatable(request: GenerateRequest, prompt: Prompt) -> bool:
+    """Whether the model says the same each time: greedy, or from a seed of the request's own."""
+    settled = prompt.settled
+    return settled.temperature == 0 or request.sampling.seed is not None
+
+
+def scopes_of(route: Route, tenant: bytes) -> tuple[str, ...]:
+    """The scopes of a request's result."""
+    adapter = route.adapter.name if route.adapter else ""
+    return EVERYTHING, model_scope(route.model), adapter_scope(adapter), tenant_scope(tenant)
+
+
+def digest_of(
+    request: GenerateRequest,
+    route: Route,
+    prompt: Prompt,
+    *,
+    identity: bytes,
+    tenant: bytes,
+    epochs: Sequence[str],
+) -> bytes:
+    """32 bytes. `identity` is the model's and its engine's, `epochs` what flushes have made of it.
+
+    Order and defaults: fields are taken by name from what the schema has made of them, with what
+    the engine has filled in for those left out. What means a set is sorted. A JSON schema is not:
+    the order of its properties is the order in which the model writes them.
+    """
+    sampling, settled = request.sampling, prompt.settled
+    if settled.temperature == 0:
+        # These have no effect then; engines may leave them as sent.
+        settled = settled._replace(top_p=1.0, top_k=0, min_p=0.0, seed=None)
+    constraint = sampling.constraint
+    parts = (
+        VERSION,
+        identity,
+        tenant,
+        epochs,
+        route.model,
+        route.adapter.digest if route.adapter else None,
+        array("q", prompt.token_ids).tobytes(),
+        prompt.max_tokens,
+        tuple(settled._replace(top_k=max(settled.top_k, 0))),  # vLLM takes -1 for all, too
+        [getattr(sampling, name) for name in _AS_SENT],
+        sorted(set(sampling.stop_token_ids)),
+        None if sampling.allowed_token_ids is None else sorted(set(sampling.allowed_token_ids)),
+        sorted(set(sampling.bad_words)),
+        sorted(sampling.logit_bias.items()),
+        (constraint.kind, constraint.value) if constraint else None,
+        _parsing(request) if prompt.is_parsed else None,
+    )
+    return hashlib.blake2b(_encode(parts), digest_size=32).digest()
+
+
+def _parsing(request: GenerateRequest) -> list[Any]:
+    """What decides how an answer is read. vLLM's parsers differ for streams, in where they put
+    white space for instance.
+    """
+    options = request.chat
+    plain = [getattr(options, f.name) for f in fields(ChatOptions) if f.name not in _NESTED]
+    return [request.stream, plain, options.tools, sorted(options.template_variables.items())]
+
+
+_NESTED = {"tools", "template_variables"}

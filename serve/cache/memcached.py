@@ -1,0 +1,119 @@
+"""Results in Memcached, shared by replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from aiomcache import Client
+from aiomcache.exceptions import ClientException
+
+from serve.cache.base import StoreError
+from serve.cache.epochs import checked
+from serve.cache.key import Key
+from serve.cache.names import name_of
+
+Reply = TypeVar("Reply")
+
+MAX_CONNECTIONS = 64
+MAX_TRIES = 20  # at epochs that another replica changes at the same time
+MAX_RELATIVE_S = 30 * 24 * 3600  # Memcached takes more for a date
+
+
+class MemcachedStore:
+    """Satisfies the Store protocol. Epochs are one value, changed by compare-and-swap."""
+
+    def __init__(self, url: str, prefix: str, timeout_s: float) -> None:
+        """`url` is memcached://HOST:PORT. Raises ValueError."""
+        place = urlsplit(url)
+        if not place.hostname or place.path not in ("", "/"):
+            raise ValueError("write memcached://HOST:PORT")
+        self._host, self._port = place.hostname, place.port or 11211
+        self.name = f"memcached://{self._host}:{self._port}"
+        self._prefix = prefix
+        self._timeout_s = timeout_s
+        self._client = self._new_client()
+
+    def _new_client(self) -> Client:
+        return Client(self._host, self._port, pool_size=MAX_CONNECTIONS, pool_minsize=1)
+
+    async def get(self, key: Key) -> bytes | None:
+        name = name_of(self._prefix, key).encode()
+        return await self._asked(lambda client: client.get(name))
+
+    async def put(self, key: Key, value: bytes, ttl_s: float) -> None:
+        name, ttl = name_of(self._prefix, key).encode(), min(max(1, int(ttl_s)), MAX_RELATIVE_S)
+        if not await self._asked(lambda client: client.set(name, value, ttl)):
+            raise StoreError("error", "the value was not taken")
+
+    async def merge_epochs(self, seen: Mapping[str, str]) -> dict[str, str]:
+        name = f"{self._prefix}:epochs".encode()
+        for _ in range(MAX_TRIES):
+            held, token = await self._asked(lambda client: client.gets(name))
+            epochs = _epochs_from(held)
+            merged = {**epochs, **{s: e for s, e in seen.items() if e > epochs.get(s, "")}}
+            if merged == epochs:
+                return epochs
+            value = json.dumps(merged).encode()
+            if await self._asked(partial(_swap, name, value, token)):
+                return merged
+        raise StoreError("error", "the epochs are changed all the time")
+
+    async def count(self, scope: str) -> int | None:
+        return None  # it lists no keys
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _asked(self, ask: Callable[[Client], Awaitable[Reply]]) -> Reply:
+        """Raises StoreError."""
+        client = self._client
+        # Of its own: one that was interrupted would leave its answer to the next on its connection.
+        asking = asyncio.ensure_future(_within(self._timeout_s, ask(client)))
+        asking.add_done_callback(_seen)
+        try:
+            return await asyncio.shield(asking)
+        except TimeoutError as error:
+            self._forget(client)
+            raise StoreError("timeout", f"no answer within {self._timeout_s:g} s") from error
+        except OSError as error:
+            raise StoreError("refused", str(error)) from error
+        except ClientException as error:
+            raise StoreError("error", str(error)) from error
+        except Exception as error:  # what its parser makes of an answer that is not Memcached's
+            self._forget(client)
+            raise StoreError("error", f"{type(error).__name__}: {error}") from error
+
+    def _forget(self, client: Client) -> None:
+        """Its connections may be in the middle of something."""
+        if self._client is client:
+            self._client = self._new_client()
+
+
+async def _within(timeout_s: float, reply: Awaitable[Reply]) -> Reply:
+    async with asyncio.timeout(timeout_s):
+        return await reply
+
+
+def _seen(asking: asyncio.Future[Reply]) -> None:
+    """Whoever waited may have left; asyncio would complain of an error that nobody looked at."""
+    if not asking.cancelled():
+        asking.exception()
+
+
+async def _swap(name: bytes, value: bytes, token: int | None, client: Client) -> bool:
+    if token is None:
+        return bool(await client.add(name, value))
+    return bool(await client.cas(name, value, token))
+
+
+def _epochs_from(held: bytes | None) -> dict[str, str]:
+    """Raises StoreError for what is none of ours."""
+    try:
+        return checked(json.loads(held)) if held is not None else {}
+    except ValueError as error:
+        raise StoreError("error", "the epochs cannot be read") from error
