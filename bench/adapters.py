@@ -251,7 +251,7 @@ async def fair(work_folder: Path, seconds: float) -> dict[str, Any]:
 async def loading(work_folder: Path) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=work_folder))
     names = copies(folder, 24)
-    async with server(work_folder, folder, max_loras=4, max_cpu_loras=4) as (http, _):
+    async with server(work_folder, folder, max_loras=4, max_cpu_loras=5) as (http, _):
 
         async def first_token_s(model: str) -> float:
             body = {"model": model, "prompt": "The", "max_tokens": 2, "stream": True}
@@ -306,7 +306,7 @@ async def loading(work_folder: Path) -> dict[str, Any]:
 def mixed(work_folder: Path) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=work_folder))
     names = copies(folder, 8)
-    lora = {"enable_lora": True, "max_loras": 8, "max_cpu_loras": 8, "max_lora_rank": 8}
+    lora = {"enable_lora": True, "max_loras": 8, "max_cpu_loras": 9, "max_lora_rank": 8}
     paths = [f"{name}={folder / name}" for name in names]
     rates: dict[str, list[float]] = defaultdict(list)
 
@@ -327,7 +327,7 @@ def mixed(work_folder: Path) -> dict[str, Any]:
         }
         with packhorse_with(DEMO / "model", work_folder, settings) as running:
             measure("ours", running)
-        more = ["--enable-lora", "--max-loras", 8, "--max-cpu-loras", 8, "--max-lora-rank", 8,
+        more = ["--enable-lora", "--max-loras", 8, "--max-cpu-loras", 9, "--max-lora-rank", 8,
                 "--lora-modules", *paths]  # fmt: skip
         with plain_vllm(DEMO / "model", work_folder, more) as running:
             measure("plain vLLM", running)
