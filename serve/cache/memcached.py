@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from aiomcache import Client
 from aiomcache.exceptions import ClientException
+from aiomcache.pool import Connection
 
 from serve.cache.base import StoreError
 from serve.cache.epochs import checked
@@ -20,7 +22,7 @@ from serve.cache.names import name_of
 Reply = TypeVar("Reply")
 
 MAX_CONNECTIONS = 64
-MAX_TRIES = 20  # at epochs that another replica changes at the same time
+MAX_TRIES = 100  # at epochs that another replica changes at the same time
 MAX_RELATIVE_S = 30 * 24 * 3600  # Memcached takes more for a date
 
 
@@ -32,14 +34,12 @@ class MemcachedStore:
         place = urlsplit(url)
         if not place.hostname or place.path not in ("", "/"):
             raise ValueError("write memcached://HOST:PORT")
-        self._host, self._port = place.hostname, place.port or 11211
-        self.name = f"memcached://{self._host}:{self._port}"
+        self.name = f"memcached://{place.hostname}:{place.port or 11211}"
         self._prefix = prefix
         self._timeout_s = timeout_s
-        self._client = self._new_client()
-
-    def _new_client(self) -> Client:
-        return Client(self._host, self._port, pool_size=MAX_CONNECTIONS, pool_minsize=1)
+        self._client = _Client(
+            place.hostname, place.port or 11211, pool_size=MAX_CONNECTIONS, pool_minsize=1
+        )
 
     async def get(self, key: Key) -> bytes | None:
         name = name_of(self._prefix, key).encode()
@@ -71,38 +71,47 @@ class MemcachedStore:
 
     async def _asked(self, ask: Callable[[Client], Awaitable[Reply]]) -> Reply:
         """Raises StoreError."""
-        client = self._client
-        # Of its own: one that was interrupted would leave its answer to the next on its connection.
-        asking = asyncio.ensure_future(_within(self._timeout_s, ask(client)))
-        asking.add_done_callback(_seen)
         try:
-            return await asyncio.shield(asking)
+            async with asyncio.timeout(self._timeout_s):
+                return await ask(self._client)
         except TimeoutError as error:
-            self._forget(client)
             raise StoreError("timeout", f"no answer within {self._timeout_s:g} s") from error
         except OSError as error:
             raise StoreError("refused", str(error)) from error
         except ClientException as error:
             raise StoreError("error", str(error)) from error
         except Exception as error:  # what its parser makes of an answer that is not Memcached's
-            self._forget(client)
             raise StoreError("error", f"{type(error).__name__}: {error}") from error
 
-    def _forget(self, client: Client) -> None:
-        """Its connections may be in the middle of something."""
-        if self._client is client:
-            self._client = self._new_client()
+
+class _Client(Client):
+    """aiomcache's, mended in two places that all commands pass.
+
+    What is interrupted leaves its answer on the connection, for the next to take for its own: here
+    such a connection is closed. And a server that hangs up in the middle of an answer would have
+    the original read nothing again and again, without ever letting the event loop go on.
+    """
+
+    async def _execute_simple_command(self, conn: Connection, raw_command: bytes) -> bytes:
+        with _whole(conn):
+            conn.writer.write(raw_command)
+            await conn.writer.drain()
+            line = await conn.reader.readuntil(b"\r\n")
+            return line[:-2]
+
+    async def _multi_get(self, conn: Connection, *keys: bytes, **options: Any) -> Any:
+        with _whole(conn):
+            return await super()._multi_get(conn, *keys, **options)
 
 
-async def _within(timeout_s: float, reply: Awaitable[Reply]) -> Reply:
-    async with asyncio.timeout(timeout_s):
-        return await reply
-
-
-def _seen(asking: asyncio.Future[Reply]) -> None:
-    """Whoever waited may have left; asyncio would complain of an error that nobody looked at."""
-    if not asking.cancelled():
-        asking.exception()
+@contextmanager
+def _whole(conn: Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        # The pool closes what has an exception.
+        conn.reader.set_exception(ConnectionError("interrupted"))
+        raise
 
 
 async def _swap(name: bytes, value: bytes, token: int | None, client: Client) -> bool:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from redis import exceptions
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -45,13 +45,15 @@ class RedisStore:
         self.name = f"{place.scheme}://{place.hostname or ''}:{place.port or 6379}"
         self._prefix = prefix
         self._timeout_s = timeout_s
-        self._client: Redis = Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
+            timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),  # the engine has the answer, too
         )
+        self._client: Redis = Redis.from_pool(pool)
 
     async def get(self, key: Key) -> bytes | None:
         reply = await self._asked(self._client.get(name_of(self._prefix, key)))

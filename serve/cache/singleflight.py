@@ -26,6 +26,8 @@ from serve.messages import Chunk
 
 logger = logging.getLogger("packhorse.cache")
 
+_LEFT = Cancelled("Nobody waited for this any more.")
+
 
 class Generation(Protocol):
     """A request's work in the engine, not begun."""
@@ -72,21 +74,20 @@ class Flight:
         self._end(error, None)
 
     def launch(self, generation: Generation, choices: int) -> None:
-        self._running = asyncio.create_task(self._run(generation, choices))
+        running = self._running = asyncio.create_task(self._run(generation, choices))
+        # A task that is cancelled before its first step never runs.
+        running.add_done_callback(lambda _: self._land(generation, _LEFT))
 
     async def _run(self, generation: Generation, choices: int) -> None:
-        """Read the generation to its end. Raises nothing: what goes wrong is told to the readers,
-        and who cancels it has none.
-        """
-        tokens, unfinished = 0, choices
-        error: ServeError | None = Cancelled("Nobody waited for this any more.")
+        """Read the generation to its end. What goes wrong is told to the readers."""
+        unfinished = choices
+        error: ServeError | None = _LEFT
         try:
             await generation.ready()
             async with aclosing(generation.chunks()) as chunks:
                 async for chunk in chunks:
                     if not self._chunks:
                         generation.begun()
-                    tokens += len(chunk.token_ids)
                     unfinished -= chunk.finish_reason is not None
                     self._chunks.append(chunk)
                     if unfinished:  # else with the end, when the result is kept
@@ -100,8 +101,14 @@ class Flight:
             logger.exception("A shared generation failed unexpectedly")
             error = Internal("The server failed on this request; its log says more.")
         finally:
-            generation.ended(tokens, "ok" if error is None else error.kind)
-            self._end(error, None if error else joined(self._chunks))
+            self._land(generation, error)
+
+    def _land(self, generation: Generation, error: ServeError | None) -> None:
+        if self._is_over:
+            return
+        tokens = sum(len(chunk.token_ids) for chunk in self._chunks)
+        generation.ended(tokens, "ok" if error is None else error.kind)
+        self._end(error, None if error else joined(self._chunks))
 
     def _end(self, error: ServeError | None, whole: tuple[Chunk, ...] | None) -> None:
         self._is_over = True

@@ -1,0 +1,91 @@
+"""Real Redis and Memcached servers, started and ended by the test that uses them."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+# Where Debian puts them, also when PATH has no /usr/sbin or the like.
+PLACES = "/usr/bin:/usr/sbin:/usr/local/bin:/opt/bin"
+
+
+def program(name: str) -> str:
+    """Its path; without it the test is skipped, loudly."""
+    found = shutil.which(name) or shutil.which(name, path=PLACES)
+    if found is None:
+        pytest.skip(f"NOT TESTED HERE: there is no {name}; `.ci/run` installs Debian's")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class StoreServer:
+    """A store that can be killed, stopped and started again on the same port."""
+
+    url: str
+    port: int
+    command: list[str]
+    folder: Path
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    def start(self) -> None:
+        with (self.folder / "store.log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=self.folder)
+        deadline_s = time.monotonic() + 20
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    return
+            except OSError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.01)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def pause(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def running_store(kind: str, folder: Path, *options: str) -> Iterator[StoreServer]:
+    """`redis` or `memcached`, which loses everything when it is killed."""
+    port = free_port()
+    if kind == "redis":
+        command = [program("redis-server"), "--port", str(port), "--bind", "127.0.0.1"]
+        command += ["--save", "", "--appendonly", "no", *options]
+        url = f"redis://127.0.0.1:{port}/0"
+    else:
+        command = [program("memcached"), "-p", str(port), "-l", "127.0.0.1", "-U", "0"]
+        command += ["-u", "nobody", *options]
+        url = f"memcached://127.0.0.1:{port}"
+    server = StoreServer(url, port, command, folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
