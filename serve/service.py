@@ -35,10 +35,9 @@ from serve.stream import Stream
 
 logger = logging.getLogger("packhorse.request")
 
-# A shared generation that ends like this ends for its leader's reasons: who has read nothing of it
-# may try for itself, so often.
-LEADERS_OWN = {ErrorKind.CANCELLED, ErrorKind.OVERLOADED, ErrorKind.UNAVAILABLE}
-MAX_TRIES = 3
+# Who has read nothing of a shared generation that ends like this may try again, so often: for the
+# first two the reasons were its leader's own; the last may have been the request's doing.
+MAX_TRIES = {ErrorKind.CANCELLED: 3, ErrorKind.OVERLOADED: 3, ErrorKind.UNAVAILABLE: 1}
 
 
 def may_use(caller: Caller, adapter: str) -> bool:
@@ -191,11 +190,8 @@ class Service:
         ServeError.
         """
         stream.tries += 1
-        if (
-            not isinstance(stream.source, Shared)
-            or error.kind not in LEADERS_OWN
-            or stream.tries > MAX_TRIES
-        ):
+        shared = isinstance(stream.source, Shared)
+        if not shared or stream.tries > MAX_TRIES.get(error.kind, 0):
             return False
         stream.source = None
         await self._find(stream)

@@ -8,6 +8,7 @@ feature works.
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncGenerator, Sequence
 
 from serve.engines.base import Capacity, answer_budget
@@ -41,6 +42,11 @@ def _text(request: GenerateRequest) -> str:
     return " ".join(map(str, request.prompt or ()))
 
 
+def _tokens(text: str) -> list[int]:
+    """A word is a token: equal words have equal ids."""
+    return [zlib.crc32(word.encode()) >> 1 for word in text.split()]
+
+
 class EchoEngine:
     """Echoes; counts what runs, so that tests can see an abort arrive."""
 
@@ -60,8 +66,8 @@ class EchoEngine:
         self.dead = False
         self.adapters: set[str] = set()
 
-    async def tokenize(self, request: GenerateRequest) -> range:
-        return range(len(_text(request).split()))
+    async def tokenize(self, request: GenerateRequest) -> list[int]:
+        return _tokens(_text(request))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return " ".join(map(str, token_ids))
@@ -71,7 +77,7 @@ class EchoEngine:
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
         text = _text(request)
-        token_ids = range(len(text.split()))
+        token_ids = _tokens(text)
         budget = answer_budget(request, len(token_ids), self.max_model_len)
         asked = {name: getattr(request.sampling, name) for name in Settled._fields}
         settled = Settled(**{name: value for name, value in asked.items() if value is not None})
