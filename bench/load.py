@@ -45,6 +45,11 @@ class Load:
     """
     models: tuple[str, ...] = ()
     """Asked for in turn, instead of the target's own."""
+    zipf: float | None = None
+    """Natural repetition: prompts are drawn from `distinct`, the k-th likeliest with a probability
+    proportional to k ** -zipf. None: all are different.
+    """
+    distinct: int = 1000
 
     @property
     def tokens(self) -> int:
@@ -60,14 +65,18 @@ class Target:
 
 
 def token_prompts(load: Load) -> list[list[int]]:
-    """Token ids, `prompt_tokens` each, all prompts different. Ids are between 100 and 2000, which
-    all but toy vocabularies have.
+    """Token ids, `prompt_tokens` each, all prompts different unless the load is to repeat some. Ids
+    are between 100 and 2000, which all but toy vocabularies have.
     """
     chooser = random.Random(load.seed)
-    return [
+    prompts = [
         [chooser.randrange(100, 2000) for _ in range(load.prompt_tokens)]
-        for _ in range(load.requests)
+        for _ in range(load.requests if load.zipf is None else load.distinct)
     ]
+    if load.zipf is None:
+        return prompts
+    weights = [rank**-load.zipf for rank in range(1, load.distinct + 1)]
+    return chooser.choices(prompts, weights, k=load.requests)
 
 
 def bodies(load: Load, model: str) -> list[dict[str, Any]]:

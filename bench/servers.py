@@ -123,18 +123,20 @@ def packhorse(folder: Path, work_folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def packhorse_with(folder: Path, work_folder: Path, settings: dict[str, Any]) -> Iterator[Server]:
-    """The same with settings of the caller's."""
-    config = _written(work_folder / "packhorse.yaml", settings)
+    """The same with settings of the caller's. Without a result cache unless they have one: plain
+    vLLM has none, and what is measured is not to be answered from it.
+    """
+    config = _written(work_folder / "packhorse.yaml", {"cache": {"enabled": False}, **settings})
     arguments = [str(folder), "--served-model-name", MODEL, "--config", str(config)]
     with _packhorse(arguments, work_folder) as server:
         yield server
 
 
 @contextmanager
-def echo(work_folder: Path, *, delay_s: float = 0.0) -> Iterator[Server]:
+def echo(work_folder: Path, *, delay_s: float = 0.0, cache: bool = False) -> Iterator[Server]:
     """`packhorse serve --engine echo`."""
     engine = {"kind": "echo", "echo_delay_s": delay_s}
-    config = _written(work_folder / "echo.yaml", {"engine": engine})
+    config = _written(work_folder / "echo.yaml", {"engine": engine, "cache": {"enabled": cache}})
     arguments = ["--served-model-name", MODEL, "--config", str(config)]
     with _packhorse(arguments, work_folder) as server:
         yield server
