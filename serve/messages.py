@@ -224,7 +224,8 @@ class Prompt:
     engine that rendered it wants back.
 
     `is_parsed`: reasoning or tool calls are read out of the answer, for which it matters whether it
-    is streamed.
+    is streamed. `is_lasting`: the same request renders to the same at any other time; a template
+    that writes today's date does not.
     """
 
     token_ids: Sequence[int]
@@ -233,9 +234,10 @@ class Prompt:
     engine_input: Any = field(default=None, repr=False)
     settled: Settled = NEUTRAL
     is_parsed: bool = False
+    is_lasting: bool = False
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """A token's log-probability, and those of the likeliest tokens in its place, best first.
 
     `rank` counts from 1. `logprob` None: the first token of a prompt, which nothing precedes.
@@ -248,7 +250,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[TokenLogprob, ...] = ()
 
 
-class ToolCall(msgspec.Struct, frozen=True):
+class ToolCall(msgspec.Struct, frozen=True, gc=False):
     """A piece of a tool call, or a whole one. `id` and `name` come with its first piece."""
 
     index: int
@@ -257,11 +259,12 @@ class ToolCall(msgspec.Struct, frozen=True):
     name: str | None = None
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """Newly generated tokens of one choice. The last chunk of each choice, and only that, has a
     finish_reason; `stop_reason` is the stop string or token id that was met.
 
-    One of these is made per token, hence msgspec: it costs a tenth of a frozen dataclass.
+    One of these is made per token, hence msgspec: it costs a tenth of a frozen dataclass. None of
+    its parts leads back to it, so the collector need not look at those that are kept for others.
     """
 
     text: str

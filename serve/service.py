@@ -19,6 +19,7 @@ from serve import metrics
 from serve.adapters.base import Adapters, Lease
 from serve.admission import Admission, Demand, Place
 from serve.cache.base import Results
+from serve.cache.key import Key
 from serve.engines.base import Engine
 from serve.errors import ErrorKind, Forbidden, Invalid, ServeError, Unavailable, UnknownModel
 from serve.messages import (
@@ -100,8 +101,7 @@ class Service:
         Raises ServeError.
         """
         stream = self._new_stream(request)
-        await stream.render()
-        await self._find(stream)
+        await self._prepare(stream)
         self._admit([stream])
         await stream.open()
         return stream
@@ -119,9 +119,7 @@ class Service:
             for request in requests:
                 stream = self._new_stream(request)
                 streams.append(stream)
-                await stream.render()
-            for stream in streams:
-                await self._find(stream)
+                await self._prepare(stream)
             self._admit(streams)
             openings = [stream.open_meanwhile() for stream in streams]
             done, _ = await asyncio.wait(openings, return_when=asyncio.FIRST_COMPLETED)
@@ -160,13 +158,31 @@ class Service:
         metrics.IN_FLIGHT.set(self._in_flight)
         return stream
 
-    async def _find(self, stream: Stream) -> None:
-        """Give the stream a source that needs no place in the engine, if there is one. If not, and
-        the result can be kept, others wait for it from now on.
+    async def _prepare(self, stream: Stream) -> None:
+        """Render the request, unless the cache knows its prompt and has its answer too. Raises
+        ServeError.
         """
         cache, request = self._cache, stream.request
-        if cache is None or (key := cache.key(request, stream.route, stream.prompt)) is None:
+        if cache is None or not cache.concerns(request):
+            await stream.render()
             return
+        known = cache.known(request)
+        is_rendered = known is None
+        if known is None:
+            await stream.render()
+            known = cache.learn(request, stream.prompt)
+        stream.prompt = known.prompt
+        key = cache.key(request, stream.route, known)
+        if key is not None:
+            await self._find(stream, key, cache)
+        if stream.source is None and not is_rendered:
+            await stream.render()
+
+    async def _find(self, stream: Stream, key: Key, cache: Results) -> None:
+        """Give the stream a source that needs no place in the engine, if there is one. If not,
+        others wait for its result from now on.
+        """
+        request = stream.request
         anew = request.cache.mode == "refresh"
         if not anew and (flight := cache.flight(key)) is not None:
             stream.mark = "coalesced"
@@ -194,7 +210,7 @@ class Service:
         if not shared or stream.tries > MAX_TRIES.get(error.kind, 0):
             return False
         stream.source = None
-        await self._find(stream)
+        await self._prepare(stream)
         self._admit([stream])
         return True
 

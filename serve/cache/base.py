@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from serve.cache.key import Key
+from serve.cache.prompts import Known
 from serve.cache.singleflight import Flight
 from serve.cache.values import Result
 from serve.messages import GenerateRequest, Prompt, Route
@@ -61,7 +62,19 @@ class Results(Protocol):
         """The part of the engine's prefix cache that the request may see."""
         ...
 
-    def key(self, request: GenerateRequest, route: Route, prompt: Prompt) -> Key | None:
+    def concerns(self, request: GenerateRequest) -> bool:
+        """Whether its result may be looked up or kept, as far as can be told before rendering."""
+        ...
+
+    def known(self, request: GenerateRequest) -> Known | None:
+        """An equal request's prompt, without what the engine wants."""
+        ...
+
+    def learn(self, request: GenerateRequest, prompt: Prompt) -> Known:
+        """Remember the request's prompt."""
+        ...
+
+    def key(self, request: GenerateRequest, route: Route, known: Known) -> Key | None:
         """What its result is kept under; None when it is neither looked up nor kept."""
         ...
 

@@ -12,6 +12,7 @@ import hmac
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ _ELSEWHERE = {
     "max_tokens", "default_max_tokens", "stop_token_ids", "allowed_token_ids", "bad_words",
     "logit_bias", "constraint", *Settled._fields,
 }  # fmt: skip
-_AS_SENT = tuple(f.name for f in fields(Sampling) if f.name not in _ELSEWHERE)
+_as_sent = attrgetter(*(f.name for f in fields(Sampling) if f.name not in _ELSEWHERE))
 _encode = msgspec.msgpack.Encoder(enc_hook=repr).encode
 
 
@@ -84,10 +85,15 @@ class Tenants:
         return hmac.digest(self._secret, purpose + b"\0" + text, hashlib.sha256)
 
 
+def may_be_repeatable(request: GenerateRequest) -> bool:
+    """Whether it could be, as far as can be told before it is rendered."""
+    sampling = request.sampling
+    return not sampling.temperature or sampling.seed is not None
+
+
 def is_repeatable(request: GenerateRequest, prompt: Prompt) -> bool:
     """Whether the model says the same each time: greedy, or from a seed of the request's own."""
-    settled = prompt.settled
-    return settled.temperature == 0 or request.sampling.seed is not None
+    return prompt.settled.temperature == 0 or request.sampling.seed is not None
 
 
 def scopes_of(route: Route, tenant: bytes) -> tuple[str, ...]:
@@ -97,15 +103,18 @@ def scopes_of(route: Route, tenant: bytes) -> tuple[str, ...]:
 
 
 def digest_of(
-    request: GenerateRequest,
-    route: Route,
-    prompt: Prompt,
-    *,
-    identity: bytes,
-    tenant: bytes,
-    epochs: Sequence[str],
+    route: Route, content: bytes, *, identity: bytes, tenant: bytes, epochs: Sequence[str]
 ) -> bytes:
-    """32 bytes. `identity` is the model's and its engine's, `epochs` what flushes have made of it.
+    """32 bytes. `content` is `content_of` the request; `identity` is the model's and its engine's,
+    `epochs` what flushes have made of it.
+    """
+    adapter = route.adapter.digest if route.adapter else None
+    parts = (VERSION, identity, tenant, epochs, route.model, adapter, content)
+    return hashlib.blake2b(_encode(parts), digest_size=32).digest()
+
+
+def content_of(request: GenerateRequest, prompt: Prompt) -> bytes:
+    """What is asked, as 32 bytes.
 
     Order and defaults: fields are taken by name from what the schema has made of them, with what
     the engine has filled in for those left out. What means a set is sorted. A JSON schema is not:
@@ -117,22 +126,35 @@ def digest_of(
         settled = settled._replace(top_p=1.0, top_k=0, min_p=0.0, seed=None)
     constraint = sampling.constraint
     parts = (
-        VERSION,
-        identity,
-        tenant,
-        epochs,
-        route.model,
-        route.adapter.digest if route.adapter else None,
         array("q", prompt.token_ids).tobytes(),
         prompt.max_tokens,
         tuple(settled._replace(top_k=max(settled.top_k, 0))),  # vLLM takes -1 for all, too
-        [getattr(sampling, name) for name in _AS_SENT],
+        _as_sent(sampling),
         sorted(set(sampling.stop_token_ids)),
         None if sampling.allowed_token_ids is None else sorted(set(sampling.allowed_token_ids)),
         sorted(set(sampling.bad_words)),
         sorted(sampling.logit_bias.items()),
         (constraint.kind, constraint.value) if constraint else None,
         _parsing(request) if prompt.is_parsed else None,
+    )
+    return hashlib.blake2b(_encode(parts), digest_size=32).digest()
+
+
+def rendering_of(request: GenerateRequest) -> bytes:
+    """All that a prompt is made of, and its tenant, so that nobody can tell from the time that it
+    takes what another has asked.
+    """
+    parts = (
+        request.messages,
+        request.prompt,
+        request.chat,
+        request.sampling,
+        request.echo,
+        request.add_special_tokens,
+        request.truncate_prompt_tokens,
+        request.priority,
+        request.caller.tenant,
+        request.stream,
     )
     return hashlib.blake2b(_encode(parts), digest_size=32).digest()
 

@@ -20,6 +20,7 @@ from serve.cache.breaker import Breaker
 from serve.cache.epochs import Epochs
 from serve.cache.key import EVERYTHING, Key, Tenants
 from serve.cache.memory import Memory
+from serve.cache.prompts import Known, Prompts
 from serve.cache.singleflight import Flight, Flights
 from serve.cache.values import Result, decode, encode, seal, unseal
 from serve.errors import Unavailable
@@ -54,6 +55,7 @@ class ResultCache:
         self._tenants = Tenants(secret)
         self._epochs = Epochs(clock=clock)
         self._memory = Memory(memory_bytes)
+        self._prompts = Prompts()
         self._flights = Flights()
         self._store = store
         self._breaker = Breaker(store.name) if store else None
@@ -65,18 +67,26 @@ class ResultCache:
     def partition(self, request: GenerateRequest) -> str:
         return self._tenants.partition(request.caller.tenant, request.cache_salt)
 
-    def key(self, request: GenerateRequest, route: Route, prompt: Prompt) -> Key | None:
+    def concerns(self, request: GenerateRequest) -> bool:
         mode = request.cache.mode
-        if mode == "off" or not (mode == "always" or keys.is_repeatable(request, prompt)):
-            return None
-        if self._store is not None and not self._knows_flushes():
+        if mode == "off" or not (mode == "always" or keys.may_be_repeatable(request)):
+            return False
+        return self._store is None or self._knows_flushes()
+
+    def known(self, request: GenerateRequest) -> Known | None:
+        return self._prompts.get(request, self.identity)
+
+    def learn(self, request: GenerateRequest, prompt: Prompt) -> Known:
+        return self._prompts.learn(request, self.identity, prompt)
+
+    def key(self, request: GenerateRequest, route: Route, known: Known) -> Key | None:
+        if request.cache.mode != "always" and not keys.is_repeatable(request, known.prompt):
             return None
         tenant = self._tenants.mark(request.caller.tenant)
         scopes = keys.scopes_of(route, tenant)
         digest = keys.digest_of(
-            request,
             route,
-            prompt,
+            known.content,
             identity=self.identity,
             tenant=tenant,
             epochs=self._epochs.of(scopes),

@@ -57,7 +57,7 @@ class Flight:
         self._readers = 0
         self._is_over = False
         self._error: ServeError | None = None
-        self._news = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self._running: asyncio.Task[None] | None = None
 
     def join(self) -> Reader:
@@ -66,7 +66,7 @@ class Flight:
 
     def settle(self, chunks: Sequence[Chunk]) -> None:
         """The answer is there already."""
-        self._chunks = list(chunks)
+        self._chunks += chunks
         self._end(None, None)
 
     def fail(self, error: ServeError) -> None:
@@ -80,17 +80,19 @@ class Flight:
 
     async def _run(self, generation: Generation, choices: int) -> None:
         """Read the generation to its end. What goes wrong is told to the readers."""
-        unfinished = choices
+        unfinished, read = choices, self._chunks
         error: ServeError | None = _LEFT
         try:
             await generation.ready()
             async with aclosing(generation.chunks()) as chunks:
                 async for chunk in chunks:
-                    if not self._chunks:
+                    if not read:
                         generation.begun()
-                    unfinished -= chunk.finish_reason is not None
-                    self._chunks.append(chunk)
-                    if unfinished:  # else with the end, when the result is kept
+                    read.append(chunk)
+                    if chunk.finish_reason is not None:
+                        unfinished -= 1
+                    # The last is told with the end, when the result is kept.
+                    if self._waiting and unfinished:
                         self._tell()
             if unfinished:
                 raise RuntimeError("the engine ended a generation without a reason")
@@ -117,8 +119,16 @@ class Flight:
         self._tell()
 
     def _tell(self) -> None:
-        self._news.set()
-        self._news.clear()
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():  # or its reader was cancelled
+                waiter.set_result(None)
+
+    def _news(self) -> asyncio.Future[None]:
+        """Done when there is more to read."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        return waiter
 
     def _left(self) -> None:
         self._readers -= 1
@@ -139,19 +149,19 @@ class Reader:
         flight, read = self._flight, 0
         if flight is None:
             raise RuntimeError("a reader that has left cannot read")
+        chunks = flight._chunks
         while True:
-            while not whole and read < len(flight._chunks):
-                chunk = flight._chunks[read]
+            while not whole and read < len(chunks):
+                yield chunks[read]
                 read += 1
-                yield chunk
             if flight._is_over:
                 break
-            await flight._news.wait()
+            await flight._news()
         if flight._error is not None:
             # Of its own: a traceback grows with each that raises it.
             raise copy.copy(flight._error)
         if whole:
-            for chunk in joined(flight._chunks):
+            for chunk in joined(chunks):
                 yield chunk
 
     def leave(self) -> None:

@@ -81,7 +81,7 @@ class EchoEngine:
         budget = answer_budget(request, len(token_ids), self.max_model_len)
         asked = {name: getattr(request.sampling, name) for name in Settled._fields}
         settled = Settled(**{name: value for name, value in asked.items() if value is not None})
-        return Prompt(token_ids, budget, text, engine_input=text, settled=settled)
+        return Prompt(token_ids, budget, text, text, settled, is_lasting=True)
 
     async def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
 from serve.errors import Invalid, ServeError
 from serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
@@ -28,9 +30,19 @@ Body = TypeVar("Body", ChatBody, CompletionBody)
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
+class PlainRoute(APIRoute):
+    """Calls its endpoint with the request and nothing more: what FastAPI does before, to find out
+    what an endpoint wants, is a tenth of what an answer from the cache costs.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
 def routes(service: Service, settings: HttpSettings) -> APIRouter:
     """Both endpoints over one service."""
-    router = APIRouter()
+    router = APIRouter(route_class=PlainRoute)
     limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s)
 
     @router.post(
@@ -52,12 +64,12 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         return await answer(request, body, TextShape(body))
 
     @router.post("/v1/route", responses=answers("Decision"), openapi_extra=body_document(ChatBody))
-    async def route(request: Request) -> dict[str, Any]:
+    async def route(request: Request) -> Response:
         """Where this chat completion would go, and why; nothing is generated."""
         body = await checked(request, ChatBody)
         (asked,) = body.to_requests(request.state.request_id, request.state.caller)
         decision = service.decide(asked)
-        return {"model": decision.adapter or service.model, **asdict(decision)}
+        return JSONResponse({"model": decision.adapter or service.model, **asdict(decision)})
 
     async def checked(request: Request, schema: type[Body]) -> Body:
         try:

@@ -15,11 +15,12 @@ import pytest
 
 from serve.cache import STORES
 from serve.cache.base import Store, StoreError
+from serve.cache.key import Key
 from serve.cache.names import name_of
 from serve.cache.results import LOOK_EVERY_S, STALE_S, ResultCache
 from serve.cache.singleflight import Flight
 from serve.errors import Unavailable
-from serve.messages import Chunk, Prompt, Route
+from serve.messages import Chunk, GenerateRequest, Prompt, Route
 from tests.integration.serving import until
 from tests.stores import StoreServer, free_port, running_store
 from tests.unit.serve.cache.making import GREEDY, ask, key
@@ -70,10 +71,16 @@ async def cache_at(
         await cache.close()
 
 
+def key_of(cache: ResultCache, request: GenerateRequest, text: str) -> Key | None:
+    if not cache.concerns(request):
+        return None
+    return cache.key(request, Route("echo"), cache.learn(request, prompt(text)))
+
+
 async def find(cache: ResultCache, text: str = "one", tenant: str = "acme") -> str | None:
     """What the cache has for a request, in either tier."""
     request = ask(text, tenant=tenant)
-    made = cache.key(request, Route("echo"), prompt(text))
+    made = key_of(cache, request, text)
     if made is None:
         return None
     result = cache.recall(made, request) or await cache.fetch(made, request)
@@ -83,7 +90,7 @@ async def find(cache: ResultCache, text: str = "one", tenant: str = "acme") -> s
 async def keep(cache: ResultCache, text: str = "one", tenant: str = "acme") -> None:
     """As if an engine had answered."""
     request = ask(text, tenant=tenant)
-    made = cache.key(request, Route("echo"), prompt(text))
+    made = key_of(cache, request, text)
     assert made is not None
     flight = cache.lead(made)
     assert isinstance(flight, Flight)
@@ -285,7 +292,7 @@ async def test_nobody_gets_what_another_asked_for(server: StoreServer) -> None:
 async def test_a_value_cut_short_is_a_miss(redis: StoreServer) -> None:
     async with cache_at(redis.url, memory=0) as one:
         await keep(one)
-        made = one.key(ask("one", tenant="acme"), Route("echo"), prompt("one"))
+        made = key_of(one, ask("one", tenant="acme"), "one")
         assert made is not None
         name = name_of("test", made)
         redis_cli(redis, "setrange", name, "30", "garbage")

@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "serve.adapters.base",
         "serve.admission",
         "serve.cache.base",
+        "serve.cache.key",
         "serve.engines.base",
         "serve.routing.base",
         "serve.sources",

@@ -18,7 +18,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.exceptions import VLLMClientError
 from vllm.parser import ParserManager
 from vllm.renderers.chat_utils import load_chat_template, make_tool_call_id
-from vllm.renderers.hf import _cached_resolve_chat_template_kwargs, resolve_chat_template
+from vllm.renderers.hf import (
+    HfRenderer,
+    _cached_resolve_chat_template_kwargs,
+    resolve_chat_template,
+)
 from vllm.renderers.params import ChatParams, merge_kwargs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -33,6 +37,8 @@ from serve.settings import EngineSettings
 OURS = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 )
+# What a template can call that does not answer the same each time.
+CHANGING = ("strftime_now", "lipsum", "| random", "|random")
 
 
 def template_of(settings: EngineSettings) -> str | None:
@@ -70,6 +76,7 @@ class Chat:
         self._llm = llm
         self._template = template_of(settings)
         self._defaults = dict(settings.default_chat_template_kwargs)
+        self._is_lasting: dict[bool, bool] = {}  # with tools, without
         self._parser_class = parser_class(
             settings,
             is_harmony=llm.model_config.hf_config.model_type == "gpt_oss",
@@ -79,6 +86,27 @@ class Chat:
         self._parses_reasoning = bool(
             self._parser_class and self._parser_class.reasoning_parser_cls
         )
+
+    def is_lasting(self, request: GenerateRequest) -> bool:
+        """Whether the request's messages become the same prompt at any time."""
+        with_tools = bool(request.chat.tools)  # there may be a template of their own
+        if with_tools not in self._is_lasting:
+            # Other renderers write the date in code of their own.
+            lasting = isinstance(self._llm.renderer, HfRenderer)
+            template = self._resolved(request.chat) if lasting else None
+            self._is_lasting[with_tools] = template is not None and not any(
+                name in template for name in CHANGING
+            )
+        return self._is_lasting[with_tools]
+
+    def _resolved(self, options: ChatOptions) -> str | None:
+        template: str | None = resolve_chat_template(
+            self._llm.renderer.get_tokenizer(),
+            chat_template=self._template,
+            tools=list(options.tools) or None,
+            model_config=self._llm.model_config,
+        )
+        return template
 
     def params(self, request: GenerateRequest) -> ChatParams:
         """What the renderer needs to know. Raises Invalid for what the template would ignore."""
@@ -109,13 +137,7 @@ class Chat:
             asked.add("documents")
         if not asked:
             return
-        template = resolve_chat_template(
-            self._llm.renderer.get_tokenizer(),
-            chat_template=self._template,
-            tools=list(options.tools) or None,
-            model_config=self._llm.model_config,
-        )
-        known = set(_cached_resolve_chat_template_kwargs(template or ""))
+        known = set(_cached_resolve_chat_template_kwargs(self._resolved(options) or ""))
         if "enable_thinking" in known:
             known.add("reasoning_effort")  # it becomes that variable, see `params`
         ignored = sorted(asked - known) or sorted(set(options.template_variables) & OURS)

@@ -182,7 +182,15 @@ class VllmEngine:
         if route.partition is not None:
             engine_input["cache_salt"] = route.partition
         rendered = Rendered(engine_input, params, reader)
-        return Prompt(token_ids, budget, text, rendered, settled(params), reader is not None)
+        return Prompt(
+            token_ids,
+            budget,
+            text,
+            rendered,
+            settled(params),
+            is_parsed=reader is not None,
+            is_lasting=template is None or self._chat.is_lasting(request),
+        )
 
     async def _engine_input(
         self, request: GenerateRequest, *, max_total_tokens: int | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from serve.cache.key import Key, digest_of
+from serve.cache.key import Key, content_of, digest_of
 from serve.messages import (
     AdapterVersion,
     CachePolicy,
@@ -57,12 +57,8 @@ def digest(
     **fields: Any,
 ) -> bytes:
     known: dict[str, Any] = {"identity": b"model", "tenant": b"t" * 16, "epochs": ["", "", ""]}
-    return digest_of(
-        request or ask(),
-        route or Route("echo"),
-        prompt or Prompt((1, 2, 3), 10, settled=GREEDY),
-        **{**known, **fields},
-    )
+    content = content_of(request or ask(), prompt or Prompt((1, 2, 3), 10, settled=GREEDY))
+    return digest_of(route or Route("echo"), content, **{**known, **fields})
 
 
 def key(number: int, *, adapter: str = "", tenant: str = "00") -> Key:

@@ -360,8 +360,8 @@ async def test_a_batch_that_is_refused_leaves_nothing_to_wait_for() -> None:
 
 async def test_tenants_have_parts_of_the_prefix_cache() -> None:
     service, engine = make()
-    asked = [ask(tenant="a"), ask(tenant="b"), ask(tenant="a")]
-    asked += [replace(ask(tenant="a"), cache_salt="x"), replace(ask(tenant="b"), cache_salt="x")]
+    asked = [ask(tenant=name, temperature=0.7) for name in ("a", "b", "a")]
+    asked += [replace(request, cache_salt="x") for request in asked[:2]]
     for request in asked:
         await answer(service, request)
     a, b, again, salted_a, salted_b = engine.partitions
