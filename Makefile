@@ -38,6 +38,7 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/faults.py --soak-minutes 20
 	@"$(PY)" bench/routing.py
 	@"$(PY)" bench/adapters.py
+	@"$(PY)" bench/cache_load.py
 	@"$(PY)" bench/serve_load.py --layers
 	@"$(PY)" bench/serve_load.py --compare --ceiling
 

@@ -1,5 +1,5 @@
 """The demo: quantize the embedded model, serve it with vLLM and three adapters, talk to it, replace
-an adapter while it answers, look at its metrics.
+an adapter while it answers, ask twice, look at its metrics.
 
     make demo            # or: python demo/run.py
     make demo KEEP=1     # leaves the server up until Ctrl-C
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ METRICS = (
     "packhorse_first_token_seconds_sum",
     "packhorse_routes_total",
     "packhorse_adapters_resident",
+    "packhorse_cache_lookups_total",
+    "packhorse_cache_saved_tokens_total",
     "vllm:generation_tokens_total",
     "vllm:kv_cache_usage_perc",
     "vllm:prefix_cache_hits_total",
@@ -114,6 +117,33 @@ def replace_under_load(url: str, client: OpenAI) -> None:
     console.print(f"asked after ({card['digest'][:12]} now):  {escape(after)}")
 
 
+def cached(url: str) -> None:
+    """A miss, a hit, and two equal requests at the same time; the header says which is which."""
+    body = {
+        "model": OUT.name,
+        "messages": [{"role": "user", "content": "Tell me a tale about a miller and a lamp."}],
+        "temperature": 0,
+    }
+
+    def once(_: int) -> str:
+        request = urllib.request.Request(
+            url + "/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        started_s = time.monotonic()
+        with urllib.request.urlopen(request, timeout=120) as response:
+            response.read()
+            took_ms = (time.monotonic() - started_s) * 1000
+            return f"{response.headers['x-packhorse-cache']} ({took_ms:.1f} ms)"
+
+    console.print(f"asked once:        {once(0)}")
+    console.print(f"asked again:       {once(1)}")
+    body["messages"][0]["content"] += " And a horse."  # type: ignore[index]
+    with ThreadPoolExecutor(2) as pool:
+        console.print(f"twice, at once:    {', '.join(sorted(pool.map(once, range(2))))}")
+
+
 def ask(
     client: OpenAI, messages: list[dict[str, Any]], *, stream: bool = False, model: str = OUT.name
 ) -> None:
@@ -178,7 +208,10 @@ def main(*, keep: bool, port: int) -> None:
         step("5. Replace an adapter while it answers")
         replace_under_load(url, client)
 
-        step("6. Some of what /metrics says")
+        step("6. Ask what was asked before")
+        cached(url)
+
+        step("7. Some of what /metrics says")
         show_metrics(url)
         took_s = time.monotonic() - started_s
         console.print(f"\nDone in {took_s:.0f} s. Report: {OUT}/quantize_report.json")

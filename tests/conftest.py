@@ -46,8 +46,14 @@ def running_server(
     *arguments: str,
     start_timeout_s: float = 240,
     environment: dict[str, str] | None = None,
+    cache: bool = False,
 ) -> Iterator[Server]:
-    """`packhorse serve ARGUMENTS` on a port that the system chooses, ready; log in `folder`."""
+    """`packhorse serve ARGUMENTS` on a port that the system chooses, ready; log in `folder`.
+
+    Without a result cache unless asked for: most tests are about what is behind it, and ask the
+    same more than once.
+    """
+    settings = {} if cache else {"PACKHORSE_CACHE__ENABLED": "false"}
     log_path = folder / f"serve-{time.monotonic_ns()}.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -55,7 +61,7 @@ def running_server(
             stdout=log,
             stderr=log,
             cwd=folder,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **settings, **(environment or {})},
             start_new_session=True,  # a process group, as a shell gives it
         )
     try:

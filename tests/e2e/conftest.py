@@ -91,5 +91,6 @@ def int8_server(
     int8_folder: Path, base_score: Score, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """The server of most tests."""
-    with running_server(tmp_path_factory.mktemp("int8"), str(int8_folder)) as server:
+    folder = tmp_path_factory.mktemp("int8")
+    with running_server(folder, str(int8_folder), cache=True) as server:  # as users start it
         yield server
