@@ -28,8 +28,8 @@ check: setup ## lint, formatting and types
 	@"$(VENV)/bin/ruff" format --check .
 	@"$(VENV)/bin/mypy"
 
-proto: ## generate gRPC code (arrives with the gRPC server)
-	@echo "There is no gRPC server yet; see the README's status table."
+proto: setup ## generate serve/rpc/pb from proto/
+	@"$(PY)" tools/make_proto.py
 
 bench: setup ## benchmarks (hours: one trains a model and runs other tools); each ends in one JSON line, kept figures are in bench/results
 	@"$(PY)" bench/quality.py

@@ -117,6 +117,10 @@ def serve(
             "[default: learned from the adapters' examples alone]"
         ),
     ] = None,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(help="Serve gRPC too, on this port; 0 lets the system choose. [default: no]"),
+    ] = None,
     drain_timeout_s: Annotated[
         float | None,
         typer.Option(help="After SIGTERM, how long running requests may take. [default: 30]"),
@@ -144,6 +148,7 @@ def serve(
         "model": model or None,
         "log_level": log_level,
         "http": {"host": host, "port": port},
+        "rpc": {"port": grpc_port},
         "auth": {"keys_file": api_keys},
         "adapters": {"folder": adapters},
         "routing": {"file": routes},

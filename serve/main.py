@@ -38,7 +38,7 @@ from serve.engines.processes import end_children
 from serve.engines.supervisor import Supervisor
 from serve.errors import Invalid, ServeError, StartupError
 from serve.rest.app import build_admin_app, build_app
-from serve.rest.listen import Listeners
+from serve.rest.listen import LAST_WORDS_S, Listeners
 from serve.routing.base import AUTO
 from serve.routing.router import Router
 from serve.service import Service
@@ -90,6 +90,13 @@ async def serve(settings: Settings) -> int:
         build_app(service, settings.http, keys, admin),
         build_admin_app(service, settings.http, keys, admin),
     )
+    rpc = None
+    if settings.rpc.port is not None:
+        from serve.rpc.server import RpcServer  # takes a moment to import
+
+        rpc = RpcServer(service, admin, keys, settings.rpc)
+        await rpc.start()
+        logger.info("gRPC at %s", rpc.address)
     listeners.start()
     url = listeners.url
     if listeners.admin_url:
@@ -125,6 +132,8 @@ async def serve(settings: Settings) -> int:
             if cache is not None:
                 await cache.close()
         finally:
+            if rpc is not None:
+                await rpc.stop(LAST_WORDS_S)
             await listeners.stop()
             gc.freeze()  # engines do not bear being torn down after the modules that they use
             end_children()  # nothing is left by now; should something be, Python would wait for it

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
+import uuid
 from collections.abc import Sequence
 from functools import partial
 
@@ -41,6 +43,17 @@ logger = logging.getLogger("packhorse.request")
 MAX_TRIES = {ErrorKind.CANCELLED: 3, ErrorKind.OVERLOADED: 3, ErrorKind.UNAVAILABLE: 1}
 
 
+# What goes into logs and headers as it is.
+CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def request_id_from(sent: str | bytes | None) -> str:
+    """The client's own id when it is harmless, or else a new one."""
+    if isinstance(sent, str) and CLIENT_ID.fullmatch(sent):
+        return sent
+    return uuid.uuid4().hex
+
+
 def may_use(caller: Caller, adapter: str) -> bool:
     return caller.adapters is None or adapter in caller.adapters
 
@@ -68,7 +81,7 @@ class Service:
         self._routing = routing
         self._cache = cache
         self._request_timeout_s = request_timeout_s
-        self._max_request_timeout_s = max_request_timeout_s
+        self.max_request_timeout_s = max_request_timeout_s
         self.created_s = int(time.time())
         self._engine: Engine | None = None
         self._in_flight = 0
@@ -251,10 +264,10 @@ class Service:
         asked_s = request.timeout_s
         if asked_s is None:
             return self._request_timeout_s
-        if not 0 < asked_s <= self._max_request_timeout_s:
+        if not 0 < asked_s <= self.max_request_timeout_s:
             raise Invalid(
                 f"timeout_s={asked_s:g} is not above 0 and at most this server's "
-                f"{self._max_request_timeout_s:g}; ask for something between.",
+                f"{self.max_request_timeout_s:g}; ask for something between.",
                 param="timeout_s",
             )
         return asked_s

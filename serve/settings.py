@@ -82,6 +82,36 @@ class HttpSettings(_Section):
         return origins
 
 
+class RpcSettings(_Section):
+    """Owner: rpc/. gRPC beside HTTP, see docs/grpc.md."""
+
+    port: int | None = Field(None, ge=0, le=65535)
+    """Unset: no gRPC. 0 lets the system choose; the start says which."""
+    host: str = "127.0.0.1"
+    max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    """Larger requests are refused."""
+    stalled_client_timeout_s: float = Field(60.0, gt=0)
+    """A client that for so long takes nothing of a stream is cut off."""
+    keep_alive_s: float = Field(60.0, ge=1)
+    """How often a connection without traffic is tried."""
+    reflection: bool = True
+    """Whether clients may ask which services there are."""
+    tls_certificate: Path | None = None
+    """PEM file with the certificate chain."""
+    tls_key: Path | None = None
+    """PEM file with its private key."""
+    client_ca: Path | None = None
+    """PEM file with the authorities whose clients may connect (mutual TLS)."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> RpcSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; set both, or neither")
+        if self.client_ca is not None and self.tls_certificate is None:
+            raise ValueError("client_ca needs tls_certificate and tls_key")
+        return self
+
+
 class ServiceSettings(_Section):
     """Owner: service."""
 
@@ -299,6 +329,7 @@ class Settings(BaseSettings):
     model: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     http: HttpSettings = HttpSettings()
+    rpc: RpcSettings = RpcSettings()
     service: ServiceSettings = ServiceSettings()
     auth: AuthSettings = AuthSettings()
     admission: AdmissionSettings = AdmissionSettings()
@@ -395,3 +426,5 @@ def prepare_environment() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # Engines are no forks of this process, and gRPC's threads need not stop for what is one.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

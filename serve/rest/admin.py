@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 
 from serve.admin import Admin
 from serve.errors import Invalid
-from serve.rest.admin_schema import AdapterBody, PinBody
 from serve.rest.body import BodyLimits, read_body
 from serve.rest.documents import answers, body_document
+from serve.schema.admin import AdapterBody, PinBody
 from serve.settings import HttpSettings
 
 SCOPES = ("model", "adapter", "tenant")

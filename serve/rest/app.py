@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-import uuid
 
 from fastapi import FastAPI, Response
 from starlette.exceptions import HTTPException
@@ -19,12 +17,10 @@ from serve.errors import ServeError
 from serve.rest import admin as operators
 from serve.rest import documents, errors, generate, tokens
 from serve.rest.access import Access
-from serve.service import Service
+from serve.service import Service, request_id_from
 from serve.settings import HttpSettings
 
 logger = logging.getLogger("packhorse.http")
-
-CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestIds:
@@ -42,19 +38,20 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = sent if CLIENT_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
+        request_id = request_id_from(sent.decode("latin-1"))
         # A stream takes the server's own `send`, which the framework wraps several times.
-        scope.setdefault("state", {}).update(request_id=request_id.decode(), send=send)
+        scope.setdefault("state", {}).update(request_id=request_id, send=send)
+        header = (b"x-request-id", request_id.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:  # the edge: the framework has answered 500 and passes it on to be logged
-            logger.exception("request_id=%s failed unexpectedly", request_id.decode())
+            logger.exception("request_id=%s failed unexpectedly", request_id)
 
 
 def build_app(

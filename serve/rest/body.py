@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from serve.errors import Cancelled, DeadlineExceeded, Invalid, TooLarge
-from serve.rest.errors import invalid_from
+from serve.schema.validation import validated
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -106,14 +106,6 @@ async def read_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise Invalid(f"The body must be a JSON object, not {type(document).__name__}.")
     return document
-
-
-def validated(document: dict[str, Any], schema: type[Body]) -> Body:
-    """The object as `schema`. Raises Invalid with its first fault."""
-    try:
-        return schema.model_validate(document)
-    except ValidationError as error:
-        raise invalid_from(error) from error
 
 
 async def unless_disconnected(

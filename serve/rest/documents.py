@@ -14,9 +14,9 @@ from pydantic.json_schema import models_json_schema
 from serve.adapters.base import State
 from serve.errors import WIRE, ErrorKind
 from serve.messages import RouteStage
-from serve.rest.admin_schema import AdapterBody, PinBody
-from serve.rest.chat_schema import ChatBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
-from serve.rest.schema import CompletionBody
+from serve.schema.admin import AdapterBody, PinBody
+from serve.schema.chat import ChatBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from serve.schema.fields import CompletionBody
 
 BODIES = (
     ChatBody, CompletionBody, TokenizeChatBody, TokenizeTextBody, DetokenizeBody, AdapterBody,

@@ -7,10 +7,9 @@ import math
 from http import HTTPStatus
 
 from fastapi import Request, Response
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from serve.errors import ErrorKind, Internal, Invalid, ServeError
+from serve.errors import ErrorKind, Internal, ServeError
 
 
 def error_body(error: ServeError) -> bytes:
@@ -58,23 +57,3 @@ def on_unexpected(request: Request, error: Exception) -> Response:
     return error_response(
         Internal("The server failed on this request; the request id leads to its log.")
     )
-
-
-def invalid_from(error: ValidationError) -> Invalid:
-    """The first fault of a body, with place and value: `max_tokens=-1: should be at least 1`."""
-    faults = error.errors(include_url=False)
-    # A union reports a fault for each of its branches; the deepest is of the branch that was meant.
-    first = faults[0]["loc"][:1]
-    fault = max((f for f in faults if f["loc"][:1] == first), key=lambda f: len(f["loc"]))
-    place = ".".join(str(part) for part in fault["loc"] if not _is_branch(part))
-    # Text is never repeated: it may be the prompt, which must not reach logs and gateways.
-    value = f"={fault['input']!r}" if isinstance(fault["input"], int | float) else ""
-    if fault["type"] == "extra_forbidden":
-        return Invalid(f"{place}: this server knows no such field; remove it.", param=place)
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return Invalid(f"{place}{value}: {message}." if place else f"{message}.", param=place or None)
-
-
-def _is_branch(part: int | str) -> bool:
-    """Whether a part of a location names a union's branch (`str`, `list[...]`) and not a field."""
-    return isinstance(part, str) and (part in {"str", "constrained-str"} or "[" in part)

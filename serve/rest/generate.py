@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -13,17 +12,18 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
+from serve.answers import collect, names_of
 from serve.errors import Invalid, ServeError
 from serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
 from serve.rest.body import BodyLimits, read_body, unless_disconnected
-from serve.rest.chat_schema import ChatBody
 from serve.rest.documents import answers, body_document
-from serve.rest.schema import CacheOptions, CompletionBody
-from serve.rest.shapes import Answer, ChatShape, Shape, TextShape, common_fields, whole_document
+from serve.rest.shapes import ChatShape, Shape, TextShape, common_fields, whole_document
 from serve.rest.sse import EventStream
+from serve.schema.chat import ChatBody
+from serve.schema.fields import CacheOptions, CompletionBody
 from serve.service import Service
 from serve.settings import HttpSettings
-from serve.stream import Stream, merged
+from serve.stream import Stream
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 
@@ -96,7 +96,7 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
             return EventStream(
                 streams,
                 shape,
-                common_fields(shape, request_id, name_of(streams)),
+                common_fields(shape, request_id, names_of(streams)),
                 include_usage=body.include_usage,
                 continuous_usage=body.continuous_usage,
                 stalled_client_timeout_s=settings.stalled_client_timeout_s,
@@ -111,7 +111,7 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         finally:
             for stream in streams:
                 await stream.close()
-        common = common_fields(shape, request_id, name_of(streams))
+        common = common_fields(shape, request_id, names_of(streams))
         document = whole_document(shape, common, choices, streams)
         return Response(document, media_type="application/json", headers=marks(streams))
 
@@ -122,7 +122,7 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         headers = {}
         if service.has_adapters:
             # Headers are ASCII, names of folders need not be.
-            headers["x-packhorse-model"] = quote(name_of(streams), safe="/:,@ ")
+            headers["x-packhorse-model"] = quote(names_of(streams), safe="/:,@ ")
             stages = sorted({stream.route.stage for stream in streams})
             headers["x-packhorse-route"] = ", ".join(stages)
         if service.has_cache:
@@ -130,11 +130,6 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         return headers
 
     return router
-
-
-def name_of(streams: Sequence[Stream]) -> str:
-    """Who answers; prompts of one call may be routed to several."""
-    return ", ".join(dict.fromkeys(stream.route.name for stream in streams))
 
 
 def timeout_of(request: Request, field_s: float | None) -> float | None:
@@ -176,13 +171,3 @@ def cache_policy(request: Request, field: CacheOptions | None) -> CachePolicy:
     if field is not None and field.mode != "auto":
         mode = field.mode
     return CachePolicy(mode, min(ages, default=None))
-
-
-async def collect(streams: Sequence[Stream]) -> dict[int, Answer]:
-    """All choices, by index, to their ends. Raises ServeError."""
-    choices: dict[int, Answer] = {}
-    per_prompt = streams[0].request.sampling.n
-    async with aclosing(merged(streams)) as chunks:
-        async for number, chunk in chunks:
-            choices.setdefault(number * per_prompt + chunk.index, Answer()).add(chunk)
-    return choices

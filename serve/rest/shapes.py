@@ -9,39 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serve.messages import Chunk, FinishReason, Prompt, TokenLogprob, ToolCall, Usage
-from serve.rest.chat_schema import ChatBody
-from serve.rest.schema import CompletionBody
+from serve.answers import Answer, sum_of
+from serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
+from serve.schema.chat import ChatBody
+from serve.schema.fields import CompletionBody
 from serve.stream import Stream
-
-
-@dataclass
-class Answer:
-    """One choice, as far as it has come."""
-
-    parts: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: Sequence[TokenLogprob] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-
-    def add(self, chunk: Chunk) -> None:
-        self.parts.append(chunk.text)
-        if chunk.reasoning is not None:
-            self.reasoning.append(chunk.reasoning)
-        self.token_ids.extend(chunk.token_ids)
-        self.tool_calls.extend(chunk.tool_calls)
-        if chunk.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *chunk.logprobs]
-        self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
-        self.finish_reason = chunk.finish_reason
-        self.stop_reason = chunk.stop_reason
 
 
 class Shape(Protocol):
@@ -310,16 +284,15 @@ def prompt_logprobs_json(entries: Sequence[TokenLogprob] | None) -> list[Any] | 
 
 def usage_json(usages: Sequence[Usage]) -> dict[str, Any]:
     """The sum over a call's prompts."""
-    prompt_tokens = sum(usage.prompt_tokens for usage in usages)
-    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    total = sum_of(usages)
     document: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        "prompt_tokens": total.prompt_tokens,
+        "completion_tokens": total.completion_tokens,
+        "total_tokens": total.prompt_tokens + total.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": total.cached_tokens},
     }
-    if reasoning_tokens := sum(usage.reasoning_tokens for usage in usages):
-        document["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    if total.reasoning_tokens:
+        document["completion_tokens_details"] = {"reasoning_tokens": total.reasoning_tokens}
     return document
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.rest.body import BodyLimits, read_body, read_object, validated
-from serve.rest.chat_schema import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from serve.rest.body import BodyLimits, read_body, read_object
 from serve.rest.documents import answers, body_document
+from serve.schema.chat import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from serve.schema.validation import validated
 from serve.service import Service
 from serve.settings import HttpSettings
 

@@ -53,11 +53,27 @@ ALLOWED: dict[str, set[str]] = {
     "serve.adapters": LEAVES,
     "serve.admin": LEAVES
     | {"serve.adapters.base", "serve.cache.base", "serve.cache.key", "serve.routing.base"},
+    "serve.schema": LEAVES,
+    "serve.answers": LEAVES | {"serve.stream"},
+    "serve.rpc": LEAVES
+    | {
+        "serve.adapters.base",
+        "serve.admin",
+        "serve.answers",
+        "serve.auth",
+        "serve.routing.base",
+        "serve.schema",
+        "serve.service",
+        "serve.settings",
+        "serve.stream",
+    },
     "serve.rest": LEAVES
     | {
         "serve.adapters.base",
         "serve.admin",
+        "serve.answers",
         "serve.auth",
+        "serve.schema",
         "serve.service",
         "serve.settings",
         "serve.stream",
@@ -92,6 +108,8 @@ ONLY_IN = {
     "fastapi": ("serve.rest",),
     "starlette": ("serve.rest",),
     "grpc": ("serve.rpc",),
+    "grpc_health": ("serve.rpc.server",),
+    "google": ("serve.rpc",),
     "vllm": ("serve.engines.vllm", "quantize.verify"),
     "prometheus_client": ("serve.metrics", "serve.engines.vllm"),
     "uvicorn": ("serve.rest.listen",),

@@ -8,9 +8,9 @@ import pytest
 
 from serve.errors import Invalid
 from serve.messages import ChatOptions, Constraint, GenerateRequest, Sampling
-from serve.rest.body import validated
-from serve.rest.chat_schema import ChatBody
-from serve.rest.schema import CompletionBody
+from serve.schema.chat import ChatBody
+from serve.schema.fields import CompletionBody
+from serve.schema.validation import validated
 
 HI = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}

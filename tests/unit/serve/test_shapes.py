@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve.answers import Answer
 from serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
-from serve.rest.body import validated
-from serve.rest.chat_schema import ChatBody
-from serve.rest.schema import CompletionBody
-from serve.rest.shapes import Answer, ChatShape, TextShape, usage_json
+from serve.rest.shapes import ChatShape, TextShape, usage_json
+from serve.schema.chat import ChatBody
+from serve.schema.fields import CompletionBody
+from serve.schema.validation import validated
 
 PROMPT = Prompt((1, 2), 9, text="ab")
 LOGPROB = TokenLogprob(

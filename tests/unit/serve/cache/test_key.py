@@ -21,7 +21,7 @@ from serve.messages import (
     Sampling,
     Settled,
 )
-from serve.rest.chat_schema import ChatBody
+from serve.schema.chat import ChatBody
 from tests.unit.serve.cache.making import GREEDY, ask, caller, digest, version
 
 PROMPT = Prompt((1, 2, 3), 10, settled=GREEDY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.rest.schema import StrictBody
+from serve.schema.fields import StrictBody
 
 
 class AdapterBody(StrictBody):

@@ -18,7 +18,7 @@ from serve.messages import (
     Sampling,
     ToolChoice,
 )
-from serve.rest.schema import INT32_MAX, GenerateBody, StrictBody, TokenId
+from serve.schema.fields import INT32_MAX, GenerateBody, StrictBody, TokenId
 
 ToolName = Annotated[str, Field(min_length=1, max_length=256)]
 

@@ -1,0 +1,171 @@
+"""What every call has, whatever it asks: an id, a caller, a place, a time, errors, and an end.
+
+Handlers are written against `Call`; `unary` and `streaming` make of them what grpc.aio takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from serve import metrics
+from serve.auth import Keys, check_scope
+from serve.errors import Cancelled, Invalid, ServeError, TooLarge
+from serve.messages import ANONYMOUS, Caller, Scope
+from serve.rpc.errors import DETAILS, code_of, details_of, message_of, unexpected
+from serve.service import Service, request_id_from
+from serve.settings import RpcSettings
+
+logger = logging.getLogger("packhorse.rpc")
+
+Request = TypeVar("Request", bound=Message)
+Context = Any  # grpc.aio.ServicerContext; grpc has no types
+
+
+@dataclass(slots=True)
+class Call(Generic[Request]):
+    """One call, once it is known who makes it."""
+
+    request: Request
+    request_id: str
+    caller: Caller
+    context: Context
+    timeout_s: float | None
+    marks: dict[str, str] = field(default_factory=dict)
+    """What goes out with the trailers."""
+    sends: int = 0
+    """Goes up before and after each message that is sent, so it is odd while one is on its way."""
+
+    async def send(self, message: Message) -> None:
+        """Send one message of a stream; waits while the client does not read."""
+        self.sends += 1
+        await self.context.write(message)
+        self.sends += 1
+
+
+Handler = Callable[[Call[Any]], Awaitable[Message | None]]
+
+
+class Calls:
+    """Makes method handlers of handlers."""
+
+    def __init__(self, service: Service, keys: Keys | None, settings: RpcSettings) -> None:
+        """`keys` None: everybody may do everything."""
+        self._service = service
+        self._keys = keys
+        self._settings = settings
+
+    def method(
+        self, handler: Handler, request: type[Message], *, scope: Scope, streams: bool, counts: bool
+    ) -> grpc.RpcMethodHandler:
+        """`counts`: whether the call takes one of the places that admission has."""
+
+        async def run(raw: bytes, context: Context) -> Message | None:
+            return await self._run(handler, request, raw, context, scope, counts=counts)
+
+        made = (
+            grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        )
+        # Bytes are parsed in `_run`: what gRPC itself cannot parse it calls an internal error.
+        return made(run, request_deserializer=bytes, response_serializer=_serialized)
+
+    async def _run(
+        self,
+        handler: Handler,
+        kind: type[Message],
+        raw: bytes,
+        context: Context,
+        scope: Scope,
+        *,
+        counts: bool,
+    ) -> Message | None:
+        metadata = dict(context.invocation_metadata() or ())
+        request_id = request_id_from(metadata.get("x-request-id"))
+        marks = {"x-request-id": request_id}
+        caller, place = ANONYMOUS, None
+        watch: asyncio.Task[None] | None = None
+        try:
+            try:
+                if self._keys is not None:
+                    sent = metadata.get("authorization")
+                    caller = self._keys.caller(None if sent is None else _bytes(sent))
+                check_scope(caller, scope)
+                if counts:
+                    place = self._service.enter(caller)
+                call = Call(
+                    self._parsed(kind, raw), request_id, caller, context,
+                    context.time_remaining(), marks,
+                )  # fmt: skip
+            except ServeError as error:
+                self._service.refused(request_id, error, caller)
+                raise
+            watch = asyncio.create_task(self._watch(call, _task()))
+            answer = await handler(call)
+            context.set_trailing_metadata(tuple(marks.items()))
+            return answer
+        except Cancelled:
+            raise asyncio.CancelledError from None
+        except ServeError as error:
+            await self._fail(context, error, request_id, marks)
+        except Exception:
+            logger.exception("request_id=%s failed unexpectedly", request_id)
+            await self._fail(context, unexpected(), request_id, marks)
+        finally:
+            if watch is not None:
+                watch.cancel()
+            if place is not None:
+                place.leave()
+        return None
+
+    def _parsed(self, kind: type[Message], raw: bytes) -> Any:
+        """Raises TooLarge, Invalid."""
+        limit = self._settings.max_message_bytes
+        if len(raw) > limit:
+            raise TooLarge(
+                f"The message has {len(raw)} bytes, above the limit of {limit}; send less."
+            )
+        try:
+            return kind.FromString(raw)
+        except DecodeError as error:
+            raise Invalid(f"The message is not a valid {kind.DESCRIPTOR.name}.") from error
+
+    async def _fail(
+        self, context: Context, error: ServeError, request_id: str, marks: dict[str, str]
+    ) -> None:
+        trailers: Iterable[tuple[str, str | bytes]] = (
+            *marks.items(),
+            (DETAILS, details_of(error, request_id)),
+        )
+        await context.abort(code_of(error), message_of(error), tuple(trailers))
+
+    async def _watch(self, call: Call[Any], task: asyncio.Task[Any]) -> None:
+        """Cut off a client that takes nothing of its stream."""
+        seen = -1
+        while True:
+            await asyncio.sleep(self._settings.stalled_client_timeout_s / 2)
+            if call.sends % 2 and call.sends == seen:
+                metrics.STALLED_CLIENTS.inc()
+                logger.info("request_id=%s its client reads nothing; cut off", call.request_id)
+                task.cancel()
+                return
+            seen = call.sends
+
+
+def _task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+def _serialized(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()

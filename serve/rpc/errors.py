@@ -1,0 +1,55 @@
+"""Errors as gRPC has them: a status code from the one table, and google.rpc details that clients in
+every language can read.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2 as details
+from google.rpc.status_pb2 import Status
+
+from serve.errors import Internal, ServeError
+
+DOMAIN = "packhorse"
+DETAILS = "grpc-status-details-bin"
+# Header lists are bounded, by 8 KiB in most clients.
+MAX_MESSAGE_CHARACTERS = 2000
+
+
+def code_of(error: ServeError) -> grpc.StatusCode:
+    return grpc.StatusCode[error.wire.grpc]
+
+
+def message_of(error: ServeError) -> str:
+    return error.message[:MAX_MESSAGE_CHARACTERS]
+
+
+def details_of(error: ServeError, request_id: str) -> bytes:
+    """A google.rpc.Status: ErrorInfo (the kind), RequestInfo, RetryInfo and BadRequest as fits."""
+    found: list[Message] = [
+        details.ErrorInfo(reason=str(error.kind).upper(), domain=DOMAIN),
+        details.RequestInfo(request_id=request_id),
+    ]
+    if error.wire.retry:
+        delay = Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        found.append(details.RetryInfo(retry_delay=delay))
+    if error.param is not None:
+        violation = details.BadRequest.FieldViolation(
+            field=error.param, description=message_of(error)
+        )
+        found.append(details.BadRequest(field_violations=[violation]))
+    status = Status(code=code_of(error).value[0], message=message_of(error))
+    for detail in found:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return bytes(status.SerializeToString())
+
+
+def unexpected() -> Internal:
+    """What goes out of a bug, which was logged."""
+    return Internal("The server failed on this request; the request id leads to its log.")

@@ -1,0 +1,180 @@
+"""packhorse.v1.Inference: the same calls on the service as HTTP's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from urllib.parse import quote
+
+from serve.answers import Answer, collect, names_of
+from serve.errors import ServeError
+from serve.messages import AUTO_CACHE, CachePolicy, GenerateRequest
+from serve.rpc.answered import ChatAnswers, CompleteAnswers, decided, opening, usage
+from serve.rpc.asked import chat_body, complete_body, tokenize_body
+from serve.rpc.calls import Call, Handler
+from serve.rpc.pb import inference_pb2 as pb
+from serve.schema.chat import ChatBody, DetokenizeBody
+from serve.schema.fields import CompletionBody
+from serve.schema.validation import validated
+from serve.service import Service
+from serve.stream import Stream, merged
+
+Asked = Call[pb.ChatRequest] | Call[pb.CompleteRequest]
+
+
+class Inference:
+    """A method for each of the service's."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            "Chat": self.chat,
+            "ChatStream": self.chat_stream,
+            "Complete": self.complete,
+            "CompleteStream": self.complete_stream,
+            "ListModels": self.list_models,
+            "Tokenize": self.tokenize,
+            "Detokenize": self.detokenize,
+            "Route": self.route,
+        }
+
+    async def chat(self, call: Call[pb.ChatRequest]) -> pb.ChatResponse:
+        body, asked = self._checked_chat(call, stream=False)
+        answers = ChatAnswers(body)
+        streams = await self._service.start_all(asked)
+        found = await self._whole(call, streams)
+        return answers.whole(opening(answers.prefix, call.request_id, streams), found, streams)
+
+    async def chat_stream(self, call: Call[pb.ChatRequest]) -> None:
+        body, asked = self._checked_chat(call, stream=True)
+        await self._stream(call, asked, ChatAnswers(body))
+
+    async def complete(self, call: Call[pb.CompleteRequest]) -> pb.CompleteResponse:
+        body, asked = self._checked_complete(call, stream=False)
+        answers = CompleteAnswers(body)
+        streams = await self._service.start_all(asked)
+        found = await self._whole(call, streams)
+        return answers.whole(opening(answers.prefix, call.request_id, streams), found, streams)
+
+    async def complete_stream(self, call: Call[pb.CompleteRequest]) -> None:
+        body, asked = self._checked_complete(call, stream=True)
+        await self._stream(call, asked, CompleteAnswers(body))
+
+    def _checked_chat(
+        self, call: Call[pb.ChatRequest], *, stream: bool
+    ) -> tuple[ChatBody, list[GenerateRequest]]:
+        try:
+            body = chat_body(call.request, stream=stream)
+            return body, self._asked(call, body)
+        except ServeError as error:
+            self._service.refused(call.request_id, error, call.caller)
+            raise
+
+    def _checked_complete(
+        self, call: Call[pb.CompleteRequest], *, stream: bool
+    ) -> tuple[CompletionBody, list[GenerateRequest]]:
+        try:
+            body = complete_body(call.request, stream=stream)
+            return body, self._asked(call, body)
+        except ServeError as error:
+            self._service.refused(call.request_id, error, call.caller)
+            raise
+
+    def _asked(self, call: Asked, body: ChatBody | CompletionBody) -> list[GenerateRequest]:
+        """The shorter of the field's time and the call's own counts; a call may have longer than
+        the server gives.
+        """
+        timeout_s = body.timeout_s
+        if call.timeout_s is not None:
+            left_s = min(max(call.timeout_s, 0.001), self._service.max_request_timeout_s)
+            timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
+        policy = CachePolicy(body.cache.mode, body.cache.max_age_s) if body.cache else AUTO_CACHE
+        return body.to_requests(call.request_id, call.caller, timeout_s, policy)
+
+    async def _whole(self, call: Asked, streams: Sequence[Stream]) -> dict[int, Answer]:
+        self._mark(call, streams)
+        try:
+            return await collect(streams)
+        finally:
+            for stream in streams:
+                await stream.close()
+
+    async def _stream(
+        self,
+        call: Asked,
+        asked: Sequence[GenerateRequest],
+        answers: ChatAnswers | CompleteAnswers,
+    ) -> None:
+        streams = await self._service.start_all(asked)
+        self._mark(call, streams)
+        choices = asked[0].sampling.n
+        try:
+            opened = opening(answers.prefix, call.request_id, streams)
+            await call.send(answers.opened(opened, streams[0].prompt))
+            if len(streams) == 1:
+                prompt = streams[0].prompt
+                async with aclosing(aiter(streams[0])) as chunks:
+                    async for chunk in chunks:
+                        await call.send(answers.piece(chunk.index, chunk, prompt))
+            else:
+                async with aclosing(merged(streams)) as pieces:
+                    async for number, chunk in pieces:
+                        index = number * choices + chunk.index
+                        await call.send(answers.piece(index, chunk, streams[number].prompt))
+            await call.send(answers.ended(usage(streams)))
+        finally:
+            for stream in streams:
+                await stream.close()
+
+    def _mark(self, call: Asked, streams: Sequence[Stream]) -> None:
+        """Trailers that say who answers, and how that came about."""
+        if self._service.has_adapters:
+            call.marks["x-packhorse-model"] = quote(names_of(streams), safe="/:,@ ")
+            stages = sorted({stream.route.stage for stream in streams})
+            call.marks["x-packhorse-route"] = ", ".join(stages)
+        if self._service.has_cache:
+            marks = sorted({stream.mark for stream in streams})
+            call.marks["x-packhorse-cache"] = ", ".join(marks)
+
+    async def list_models(self, call: Call[pb.ListModelsRequest]) -> pb.ListModelsResponse:
+        service = self._service
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(
+                    id=name,
+                    created=service.created_s,
+                    max_model_len=service.engine.max_model_len,
+                    parent=None if name == service.model else service.model,
+                )
+                for name in service.models(call.caller)
+            ]
+        )
+
+    async def tokenize(self, call: Call[pb.TokenizeRequest]) -> pb.TokenizeResponse:
+        service, body = self._service, tokenize_body(call.request)
+        asked = replace(body.to_request(call.request_id, service.model), caller=call.caller)
+        token_ids = list(await service.tokenize(asked))
+        return pb.TokenizeResponse(
+            count=len(token_ids),
+            max_model_len=service.engine.max_model_len,
+            tokens=token_ids,
+            token_strs=(
+                await service.engine.token_strings(token_ids) if body.return_token_strs else ()
+            ),
+        )
+
+    async def detokenize(self, call: Call[pb.DetokenizeRequest]) -> pb.DetokenizeResponse:
+        asked = {"tokens": list(call.request.tokens)}
+        if call.request.HasField("model"):
+            asked["model"] = call.request.model  # type: ignore[assignment]
+        body = validated(asked, DetokenizeBody)
+        service = self._service
+        service.check_model(body.model or service.model, call.caller)
+        return pb.DetokenizeResponse(prompt=await service.engine.detokenize(body.tokens))
+
+    async def route(self, call: Call[pb.ChatRequest]) -> pb.RouteResponse:
+        _, (asked,) = self._checked_chat(call, stream=False)
+        return decided(self._service.decide(asked), self._service.model)
