@@ -130,8 +130,8 @@ def build_app(*, cached: bool) -> Any:
     from serve.cache.results import ResultCache
     from serve.engines.echo import EchoEngine
     from serve.rest.app import build_app as build
+    from serve.sections import EngineSettings, HttpSettings
     from serve.service import Service
-    from serve.settings import EngineSettings, HttpSettings
 
     cache = None
     if cached:

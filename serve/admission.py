@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from serve import metrics
 from serve.errors import Overloaded
 from serve.messages import Caller
-from serve.settings import AdmissionSettings
+from serve.sections import AdmissionSettings
 
 # Until an engine says how much it holds at once.
 DEFAULT_RUNNING = 256

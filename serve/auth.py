@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from serve import metrics
 from serve.errors import Forbidden, StartupError, Unauthenticated
 from serve.messages import ANONYMOUS, SCOPES, Caller, Scope
-from serve.settings import AuthSettings
+from serve.sections import AuthSettings
 
 logger = logging.getLogger("packhorse.auth")
 

@@ -41,8 +41,9 @@ from serve.rest.app import build_admin_app, build_app
 from serve.rest.listen import LAST_WORDS_S, Listeners
 from serve.routing.base import AUTO
 from serve.routing.router import Router
+from serve.sections import CacheSettings
 from serve.service import Service
-from serve.settings import CacheSettings, Settings, answer_environment, prepare_environment
+from serve.settings import Settings, answer_environment, cache_home, prepare_environment
 
 logger = logging.getLogger("packhorse")
 
@@ -102,7 +103,7 @@ async def serve(settings: Settings) -> int:
     if listeners.admin_url:
         logger.info("Metrics and administration at %s", listeners.admin_url)
     logger.info("Loading %s; %s/health/ready tells when it is there", name, url)
-    digests = Digests(settings.cache.digests_file)
+    digests = Digests(settings.cache.digests_file or cache_home() / "digests.json")
     supervisor = Supervisor(
         lambda: build_engine(settings, name, cache, digests), settings.supervisor
     )

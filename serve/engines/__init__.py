@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from serve.engines.base import Engine
 from serve.engines.folder import model_folder
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 
 def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:

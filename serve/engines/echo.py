@@ -22,7 +22,7 @@ from serve.messages import (
     Route,
     Settled,
 )
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 # A prompt that is exactly one of these raises: before the first chunk, or after it.
 FAULTS = {

@@ -21,7 +21,7 @@ from serve.engines.processes import end_children
 from serve.engines.suspects import Suspect, Suspects
 from serve.errors import EngineDied, EngineHung, Invalid, ServeError, StartupError, Unavailable
 from serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
-from serve.settings import SupervisorSettings
+from serve.sections import SupervisorSettings
 
 logger = logging.getLogger("packhorse.supervisor")
 

@@ -12,7 +12,7 @@ from serve.errors import Invalid
 from serve.rest.body import BodyLimits, read_body
 from serve.rest.documents import answers, body_document
 from serve.schema.admin import AdapterBody, PinBody
-from serve.settings import HttpSettings
+from serve.sections import HttpSettings
 
 SCOPES = ("model", "adapter", "tenant")
 CACHE_QUERY: dict[str, Any] = {

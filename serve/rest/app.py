@@ -17,8 +17,8 @@ from serve.errors import ServeError
 from serve.rest import admin as operators
 from serve.rest import documents, errors, generate, tokens
 from serve.rest.access import Access
+from serve.sections import HttpSettings
 from serve.service import Service, request_id_from
-from serve.settings import HttpSettings
 
 logger = logging.getLogger("packhorse.http")
 

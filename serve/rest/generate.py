@@ -21,8 +21,8 @@ from serve.rest.shapes import ChatShape, Shape, TextShape, common_fields, whole_
 from serve.rest.sse import EventStream
 from serve.schema.chat import ChatBody
 from serve.schema.fields import CacheOptions, CompletionBody
+from serve.sections import HttpSettings
 from serve.service import Service
-from serve.settings import HttpSettings
 from serve.stream import Stream
 
 Body = TypeVar("Body", ChatBody, CompletionBody)

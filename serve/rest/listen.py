@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serve.errors import StartupError
-from serve.settings import HttpSettings
+from serve.sections import HttpSettings
 
 # After the drain and the engine's end only the last words are left.
 LAST_WORDS_S = 2

@@ -13,8 +13,8 @@ from serve.rest.body import BodyLimits, read_body, read_object
 from serve.rest.documents import answers, body_document
 from serve.schema.chat import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from serve.schema.validation import validated
+from serve.sections import HttpSettings
 from serve.service import Service
-from serve.settings import HttpSettings
 
 
 def routes(service: Service, settings: HttpSettings) -> APIRouter:

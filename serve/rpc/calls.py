@@ -19,8 +19,8 @@ from serve.auth import Keys, check_scope
 from serve.errors import Cancelled, Invalid, ServeError, TooLarge
 from serve.messages import ANONYMOUS, Caller, Scope
 from serve.rpc.errors import DETAILS, code_of, details_of, message_of, unexpected
+from serve.sections import RpcSettings
 from serve.service import Service, request_id_from
-from serve.settings import RpcSettings
 
 logger = logging.getLogger("packhorse.rpc")
 

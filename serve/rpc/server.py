@@ -25,8 +25,8 @@ from serve.rpc.admin import Operators
 from serve.rpc.calls import Calls, Handler
 from serve.rpc.inference import Inference
 from serve.rpc.pb import admin_pb2, inference_pb2
+from serve.sections import RpcSettings
 from serve.service import Service
-from serve.settings import RpcSettings
 
 logger = logging.getLogger("packhorse.rpc")
 

@@ -21,8 +21,8 @@ from serve.auth import Keys
 from serve.engines.echo import EchoEngine
 from serve.rest.app import build_admin_app, build_app
 from serve.rest.listen import Listeners
+from serve.sections import AdmissionSettings, AuthSettings, EngineSettings, HttpSettings
 from serve.service import Service
-from serve.settings import AdmissionSettings, AuthSettings, EngineSettings, HttpSettings
 
 
 @dataclass

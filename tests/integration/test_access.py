@@ -18,7 +18,7 @@ from openai import AsyncOpenAI, AuthenticationError
 
 from serve.errors import StartupError
 from serve.rest.listen import Listeners
-from serve.settings import HttpSettings
+from serve.sections import HttpSettings
 from tests.client import CHAT, hello
 from tests.conftest import running_server
 from tests.integration.serving import bearer, serving, write_keys

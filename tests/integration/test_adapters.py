@@ -18,7 +18,7 @@ from serve.adapters.store import Store
 from serve.admin import Admin
 from serve.engines.echo import EchoEngine
 from serve.routing.router import Router
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 from tests.client import CHAT, TEXT, hello
 from tests.conftest import DEMO
 from tests.integration.serving import Served, bearer, serving, write_keys

@@ -14,8 +14,8 @@ import pytest
 from serve.engines.echo import EchoEngine
 from serve.errors import Invalid, Unavailable
 from serve.messages import GenerateRequest, Sampling
+from serve.sections import EngineSettings
 from serve.service import Service
-from serve.settings import EngineSettings
 from serve.stream import merged
 from tests.client import TEXT, address_of, events, metric, send_raw, wait_for
 from tests.conftest import Server, running_server

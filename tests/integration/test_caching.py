@@ -23,8 +23,8 @@ from serve.cache.results import ResultCache
 from serve.engines.echo import EchoEngine
 from serve.errors import ServeError
 from serve.messages import AdapterVersion, Caller, Chunk, GenerateRequest, Prompt, Route
+from serve.sections import EngineSettings
 from serve.service import Service
-from serve.settings import EngineSettings
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.serving import Served, bearer, serving, until, write_keys
 from tests.stores import running_store

@@ -279,7 +279,8 @@ DYING = """
 from serve import engines, main
 from serve.engines.echo import EchoEngine
 from serve.errors import EngineDied
-from serve.settings import EngineSettings, HttpSettings, Settings, SupervisorSettings
+from serve.sections import EngineSettings, HttpSettings, SupervisorSettings
+from serve.settings import Settings
 
 class Dying(EchoEngine):
     async def check(self):

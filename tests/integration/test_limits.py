@@ -19,7 +19,7 @@ from serve.engines.echo import EchoEngine
 from serve.errors import Overloaded
 from serve.messages import Chunk
 from serve.rest.errors import error_response
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.serving import Served, bearer, serving, until, write_keys
 

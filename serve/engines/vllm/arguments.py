@@ -16,7 +16,7 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
 from serve.errors import StartupError
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 logger = logging.getLogger("packhorse.engine")
 

@@ -31,7 +31,7 @@ from serve.engines.vllm.constraints import check_integers, check_tools
 from serve.engines.vllm.sampling import invalid
 from serve.errors import Invalid, StartupError
 from serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 # Template variables that other fields of a request, or the tokenizer, decide.
 OURS = frozenset(

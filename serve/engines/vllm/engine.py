@@ -42,7 +42,7 @@ from serve.engines.vllm.sampling import invalid, sampling_params, settled
 from serve.engines.vllm.stats import LastingStats
 from serve.errors import EngineDied, Invalid, Overloaded, StartupError
 from serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 logger = logging.getLogger("packhorse.engine")
 

@@ -16,7 +16,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from serve.engines.processes import Activity, end, shared_memory
 from serve.engines.vllm.stats import LastingStats
 from serve.errors import EngineHung
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 WORKER = "VLLM::Worker"  # as vLLM calls the process
 BUSY_SHARE = 0.05  # of one CPU: less is what a process that waits uses

@@ -14,7 +14,7 @@ from serve import metrics
 from serve.admission import Admission, Demand, Place, Ticket
 from serve.errors import Overloaded
 from serve.messages import ANONYMOUS, Caller
-from serve.settings import AdmissionSettings
+from serve.sections import AdmissionSettings
 
 BATCH = Caller("batch", "batch", frozenset({"inference"}))
 

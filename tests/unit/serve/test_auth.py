@@ -22,7 +22,8 @@ from serve.auth import Keys, check_scope, entry_of, new_key, read_keys
 from serve.cli import app
 from serve.errors import Forbidden, StartupError, Unauthenticated
 from serve.messages import ANONYMOUS, SCOPES
-from serve.settings import AuthSettings, load
+from serve.sections import AuthSettings
+from serve.settings import load
 
 GOOD = {"name": "batch", "sha256": hashlib.sha256(b"ph-good").hexdigest()}
 OTHER = {"name": "other", "sha256": hashlib.sha256(b"ph-other").hexdigest()}

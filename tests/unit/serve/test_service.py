@@ -23,8 +23,8 @@ from serve.errors import (
     UnknownModel,
 )
 from serve.messages import Caller, GenerateRequest, Sampling
+from serve.sections import AdmissionSettings, EngineSettings
 from serve.service import Service
-from serve.settings import AdmissionSettings, EngineSettings
 from serve.stream import merged
 
 

@@ -15,7 +15,7 @@ from serve.engines.supervisor import Supervisor
 from serve.engines.suspects import Suspect
 from serve.errors import EngineDied, EngineHung, Invalid, StartupError, Unavailable
 from serve.messages import Chunk, GenerateRequest, Prompt, Route, Sampling
-from serve.settings import EngineSettings, SupervisorSettings
+from serve.sections import EngineSettings, SupervisorSettings
 
 ROUTE = Route("echo")
 POISON = "poison " * 20

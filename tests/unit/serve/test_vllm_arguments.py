@@ -18,7 +18,7 @@ from serve.engines.vllm.arguments import (
 from serve.engines.vllm.constraints import check_schema, check_tools, structured_outputs
 from serve.errors import Invalid, StartupError
 from serve.messages import Constraint
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 
 def settings(**fields: Any) -> EngineSettings:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from serve.engines.vllm.chat import Chat
 from serve.errors import Invalid, StartupError
 from serve.messages import ChatOptions, Chunk, GenerateRequest, Sampling
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 from tests.conftest import DEMO
 
 TOOL = {

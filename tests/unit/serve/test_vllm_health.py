@@ -15,7 +15,7 @@ from serve.engines.vllm.health import Health
 from serve.engines.vllm.stats import LastingStats
 from serve.errors import EngineDied, EngineHung, Invalid
 from serve.messages import AdapterVersion
-from serve.settings import EngineSettings
+from serve.sections import EngineSettings
 
 
 class Engine:

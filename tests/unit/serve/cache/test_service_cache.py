@@ -17,8 +17,8 @@ from serve.cache.results import ResultCache
 from serve.engines.echo import EchoEngine
 from serve.errors import EngineDied, Invalid, Overloaded, ServeError
 from serve.messages import Chunk, GenerateRequest, Prompt, Route
+from serve.sections import AdmissionSettings, EngineSettings
 from serve.service import Service
-from serve.settings import AdmissionSettings, EngineSettings
 from serve.stream import Stream
 from tests.unit.serve.cache.making import ask, caller
 
