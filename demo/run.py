@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 OUT = Path("out/demo-int8")
 ADAPTERS = Path("out/adapters")
-SERVE = f"packhorse serve {OUT} --adapters {ADAPTERS} --routes demo/routes.yaml"
+SERVE = f"packhorse serve {OUT} --adapters {ADAPTERS} --routes demo/routes.yaml --grpc-port 0"
 console = Console(highlight=False)
 
 METRICS = (
@@ -144,6 +144,14 @@ def cached(url: str) -> None:
         console.print(f"twice, at once:    {', '.join(sorted(pool.map(once, range(2))))}")
 
 
+def ask_over_grpc(question: str) -> None:
+    log = (ROOT / "out/serve.log").read_text(errors="replace")
+    address = re.findall(r"gRPC at (\S+)", log)[-1]
+    command = ["examples/grpc_client.py", "--address", address, "--model", OUT.name, question]
+    console.print(f"$ python {' '.join(command[:-1])} {question!r}", style="bold")
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
 def ask(
     client: OpenAI, messages: list[dict[str, Any]], *, stream: bool = False, model: str = OUT.name
 ) -> None:
@@ -211,7 +219,10 @@ def main(*, keep: bool, port: int) -> None:
         step("6. Ask what was asked before")
         cached(url)
 
-        step("7. Some of what /metrics says")
+        step("7. Ask over gRPC")
+        ask_over_grpc("Where does Miro live?")
+
+        step("8. Some of what /metrics says")
         show_metrics(url)
         took_s = time.monotonic() - started_s
         console.print(f"\nDone in {took_s:.0f} s. Report: {OUT}/quantize_report.json")

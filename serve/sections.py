@@ -1,4 +1,5 @@
 """The sections of the settings, one class per owner: defaults and limits. `settings` reads them."""
+
 from __future__ import annotations
 
 import re
