@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
@@ -31,6 +32,15 @@ from tests.e2e.conformance import (
 from tests.e2e.conformance_bad import BAD
 from tests.e2e.conformance_good import CUT_SHORT, GOOD, STREAMED
 from tests.e2e.conformance_prompts import PROMPTS, TEXTS
+from tests.twins import (
+    NotExpressible,
+    Said,
+    as_message,
+    failed_in_grpc,
+    method,
+    said_in_json,
+    said_in_messages,
+)
 
 TOKENIZE = {
     name: Row(name, "/tokenize", {"model": MODEL, **body})
@@ -83,9 +93,10 @@ def ours(plain: Recording, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     }
     arguments = [str(part) for pair in flags.items() for part in pair]
     with (
-        running_server(folder, str(DEMO / "model"), *arguments) as server,
+        running_server(folder, str(DEMO / "model"), *arguments, "--grpc-port", "0") as server,
         httpx.Client(base_url=server.url, timeout=120) as http,
     ):
+        http.headers["x-grpc"] = server.log().split("gRPC at ")[1].split()[0]
         yield http
 
 
@@ -120,6 +131,52 @@ def test_a_stream_joins_to_the_whole_answer(plain: Recording, ours: httpx.Client
     assert not differences(view(row, plain.streamed[row.name]), view(row, answer))
     if row.name not in CUT_SHORT:
         assert not differences(view(row, plain.good[row.name]), view(row, answer))
+
+
+@pytest.fixture(scope="module")
+def channel(ours: httpx.Client) -> Iterator[grpc.Channel]:
+    """To the same server."""
+    with grpc.insecure_channel(ours.headers["x-grpc"]) as channel:
+        yield channel
+
+
+@rows(GOOD)
+def test_grpc_says_the_same(ours: httpx.Client, channel: grpc.Channel, row: Row) -> None:
+    """Whole; and streamed, where HTTP streams it."""
+    for one in (row, row.streamed()) if row in STREAMED else (row,):
+        name, message = as_message(one.path, one.body)
+        answer = method(channel, name)(message)
+        said = said_in_messages(list(answer) if name.endswith("Stream") else [answer])
+        body = send(ours, one).body
+        expected = said_in_json(body if isinstance(body, list) else [body])
+        assert close(said) == close(expected)
+
+
+def close(said: Said) -> Any:
+    """Without what a batch of another shape changes in the last digits."""
+    for choice in said.choices.values():
+        choice.logprobs = [
+            (token, None if value is None else round(value, 1)) for token, value in choice.logprobs
+        ]
+    return said
+
+
+@rows(BAD)
+def test_grpc_refuses_the_same(ours: httpx.Client, channel: grpc.Channel, row: Row) -> None:
+    """With the same kind and the same words."""
+    if row.raw is not None or row.method != "POST":
+        return  # of HTTP alone
+    try:
+        name, message = as_message(row.path, row.body)
+    except NotExpressible:
+        return  # wrong types, which gRPC's messages do not have
+    error = send(ours, row).body["error"]
+    if "knows no such field" in error["message"]:
+        return
+    with pytest.raises(grpc.RpcError) as caught:
+        method(channel, name)(message)
+    refused = failed_in_grpc(caught.value)
+    assert (refused.kind, refused.message) == (error["code"], error["message"])
 
 
 @rows(BAD)
