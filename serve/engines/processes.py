@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+IDLE_S = 0.02
 TRACKER = "multiprocessing.resource_tracker"  # must outlive the others: it cleans up after them
 STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE}
 
@@ -43,11 +44,16 @@ def end_children() -> None:
 
 
 class Activity:
-    """Whether processes use the CPU, seen from one look to the next."""
+    """Whether processes use the CPU, seen from one look to the next.
+
+    What they have started counts when they do nothing themselves: torch compiles some kernels when
+    they are first needed, and waits for the compiler.
+    """
 
     def __init__(self, processes: Iterable[psutil.Process]) -> None:
         self._processes = list(processes)
         self._used_s = self._cpu_s()
+        self._helpers_s = self._helpers_cpu_s()
 
     def _cpu_s(self) -> float:
         total = 0.0
@@ -57,11 +63,29 @@ class Activity:
                 total += times.user + times.system
         return total
 
+    def _helpers_cpu_s(self) -> float:
+        """Of all that is below, and of all that was and has ended."""
+        total = 0.0
+        for process in self._processes:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.children_user + times.children_system
+                for helper in process.children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        total += sum(helper.cpu_times()[:4])
+        return total
+
     def since_last_look(self) -> float:
         """CPU seconds used since the last call; 0 while one of them is stopped or gone."""
         used_s = self._cpu_s()
         spent_s, self._used_s = used_s - self._used_s, used_s
-        return 0.0 if any(map(_is_stopped, self._processes)) else spent_s
+        if any(map(_is_stopped, self._processes)):
+            return 0.0
+        if spent_s < IDLE_S:  # looking at all processes of the machine takes milliseconds
+            before_s, self._helpers_s = self._helpers_s, self._helpers_cpu_s()
+            # Less than before: one that was reaped by somebody else.
+            spent_s += max(0.0, self._helpers_s - before_s)
+        return spent_s
 
 
 def _is_stopped(process: psutil.Process) -> bool:

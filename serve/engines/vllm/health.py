@@ -52,7 +52,7 @@ class Health:
         self._processes = [*cores, *below]
         self._shared = shared_memory(self._processes)
         # The core only hands out work, and is busy even while it waits; where there is but one
-        # worker, it may be the core itself. Helpers below it say nothing.
+        # worker, it may be the core itself.
         workers = [child for child in below if WORKER in " ".join(child.cmdline())]
         self._activity = Activity(workers or cores)
         self._looked_s = time.monotonic()
