@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -48,6 +48,7 @@ class Begun:
 class OverHttp:
     def __init__(self, server: Server) -> None:
         self.http = httpx.Client(base_url=server.url, timeout=120)
+        self.close = self.http.close
 
     def whole(self, body: dict[str, Any]) -> Any:
         response = self.http.post(TEXT, json=body)
@@ -83,6 +84,7 @@ class OverGrpc:
     def __init__(self, server: Server) -> None:
         address = server.log().split("gRPC at ")[1].split()[0]
         self.channel = grpc.insecure_channel(address)
+        self.close = self.channel.close
 
     def whole(self, body: dict[str, Any]) -> Any:
         name, message = as_message(TEXT, body)
@@ -107,8 +109,18 @@ class OverGrpc:
 
 
 @pytest.fixture(params=[OverHttp, OverGrpc], ids=["http", "grpc"])
-def client(request: pytest.FixtureRequest, server: Server) -> Any:
-    return request.param(server)
+def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
+    with contextlib.closing(request.param(server)) as client:
+        yield client
+
+
+@pytest.fixture
+def both(server: Server) -> Iterator[tuple[OverHttp, OverGrpc]]:
+    with (
+        contextlib.closing(OverHttp(server)) as http,
+        contextlib.closing(OverGrpc(server)) as rpc,
+    ):
+        yield http, rpc
 
 
 @dataclass
@@ -124,12 +136,14 @@ class Background:
 
 
 def running(server: Server) -> float:
+    """How many requests the engine says it has."""
     with httpx.Client(base_url=server.url) as http:
         return metric_sum(http, "vllm:num_requests_running")
 
 
-def test_both_say_the_same(server: Server) -> None:
-    assert OverHttp(server).whole(SHORT) == OverGrpc(server).whole(SHORT)
+def test_both_say_the_same(both: tuple[OverHttp, OverGrpc]) -> None:
+    http, rpc = both
+    assert http.whole(SHORT) == rpc.whole(SHORT)
 
 
 def test_a_client_that_leaves(client: Any, server: Server) -> None:
@@ -145,10 +159,10 @@ def test_a_deadline(client: Any, server: Server) -> None:
     wait_for(lambda: running(server) == 0)
 
 
-def test_a_calls_own_deadline(server: Server) -> None:
+def test_a_calls_own_deadline(server: Server, both: tuple[OverHttp, OverGrpc]) -> None:
     name, message = as_message(TEXT, LONG)
     with pytest.raises(grpc.RpcError) as caught:
-        method(OverGrpc(server).channel, name)(message, timeout=0.3)
+        method(both[1].channel, name)(message, timeout=0.3)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     wait_for(lambda: running(server) == 0)
 
@@ -164,9 +178,9 @@ def test_overload(client: Any, server: Server) -> None:
     assert client.whole(SHORT).choices[0].finish_reason == "length"
 
 
-def test_an_engine_that_dies(client: Any, server: Server) -> None:
+def test_an_engine_that_dies(client: Any, server: Server, both: tuple[OverHttp, OverGrpc]) -> None:
     """What had begun ends with an error, what had not is answered by the next engine."""
-    stub = health_pb2_grpc.HealthStub(OverGrpc(server).channel)
+    stub = health_pb2_grpc.HealthStub(both[1].channel)
     watching = stub.Watch(health_pb2.HealthCheckRequest(service="packhorse.v1.Inference"))
     assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
     begun, whole = client.begin(LONG), Background()
@@ -186,16 +200,15 @@ def test_an_engine_that_dies(client: Any, server: Server) -> None:
     watching.cancel()
 
 
-def test_a_drain(server: Server, tmp_path: Path) -> None:
+def test_a_drain(server: Server, both: tuple[OverHttp, OverGrpc]) -> None:
     """The last test: both protocols end what has begun, and take nothing new."""
-    clients = [OverHttp(server), OverGrpc(server)]
-    stub = health_pb2_grpc.HealthStub(OverGrpc(server).channel)
+    stub = health_pb2_grpc.HealthStub(both[1].channel)
     watching = stub.Watch(health_pb2.HealthCheckRequest(service=""))
     assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
-    begun = [client.begin({**LONG, "max_tokens": 600}) for client in clients]
+    begun = [client.begin({**LONG, "max_tokens": 600}) for client in both]
     server.process.terminate()
     assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    for client in clients:
+    for client in both:
         assert client.whole(SHORT).kind == "unavailable"
     for stream in begun:
         assert stream.rest().usage[1] == 600
