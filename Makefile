@@ -40,6 +40,7 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/adapters.py
 	@"$(PY)" bench/cache_load.py
 	@"$(PY)" bench/serve_load.py --layers
+	@"$(PY)" bench/serve_load.py --grpc
 	@"$(PY)" bench/serve_load.py --compare --ceiling
 
 clean: ## remove .venv and outputs

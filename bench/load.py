@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 CLIENT = Path(__file__).resolve().parent / "load_client.py"
+RPC_CLIENT = CLIENT.with_name("grpc_client.py")
 Kind = Literal["ids", "text", "chat"]
 
 
@@ -106,12 +107,19 @@ def path_of(kind: Kind) -> str:
     return "/v1/chat/completions" if kind == "chat" else "/v1/completions"
 
 
-def run_cell(target: Target, load: Load, reading: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+def run_cell(
+    target: Target,
+    load: Load,
+    reading: Callable[[], Any],
+    *,
+    rpc: dict[str, str] | None = None,
+) -> tuple[dict[str, Any], Any]:
     """Run one cell in a client process. Returns its result and (before, after) of `reading`, which
-    is called while the client is connected and nothing is in flight. Raises LoadError.
+    is called while the client is connected and nothing is in flight. With `rpc`, address and model,
+    it goes over gRPC. Raises LoadError.
     """
-    command = [sys.executable, str(CLIENT)]
-    job = json.dumps({"target": asdict(target), "load": asdict(load)})
+    command = [sys.executable, str(RPC_CLIENT if rpc else CLIENT)]
+    job = json.dumps({"target": asdict(target), "load": asdict(load), **(rpc or {})})
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as client:

@@ -3,6 +3,7 @@
     python bench/serve_load.py --url http://127.0.0.1:8000 --model demo-int8 --pid 1234
     python bench/serve_load.py --compare --ceiling      # about 25 minutes on two cores
     python bench/serve_load.py --layers                 # about a minute, no model
+    python bench/serve_load.py --grpc                   # gRPC against HTTP, some minutes
 
 Any OpenAI-compatible server on loopback can be measured with --url. --compare starts ours and
 vLLM's own in turn on a random model of 25 million parameters in 4 bits; the smaller the model, the
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import compare
+import grpc_load
 import layers
 from bench_models import four_bit_llama
 from ladder import Ladder, climb, progress, table
@@ -51,6 +53,7 @@ def arguments() -> argparse.Namespace:
     what.add_argument("--url", help="a running server, as in http://127.0.0.1:8000")
     what.add_argument("--compare", action="store_true", help="ours against vLLM's own, in pairs")
     what.add_argument("--layers", action="store_true", help="our code alone, on the echo engine")
+    what.add_argument("--grpc", action="store_true", help="our gRPC against our HTTP, in pairs")
     what.add_argument(
         "--ceiling", action="store_true", help="vllm.LLM.generate on the same prompts, once"
     )
@@ -87,10 +90,10 @@ def arguments() -> argparse.Namespace:
         help="keeps the model and the servers' logs [default: a temporary folder]",
     )  # fmt: skip
     given = parser.parse_args()
-    chosen = [given.url is not None, given.compare, given.layers]
+    chosen = [given.url is not None, given.compare, given.layers, given.grpc]
     if sum(chosen) > 1 or not (any(chosen) or given.ceiling):
-        parser.error("choose one of --url, --compare, --layers, --ceiling")
-    if given.ceiling and (given.url or given.layers):
+        parser.error("choose one of --url, --compare, --layers, --grpc, --ceiling")
+    if given.ceiling and (given.url or given.layers or given.grpc):
         parser.error("--ceiling goes alone or with --compare")
     if given.url and not given.model:
         parser.error("--url needs --model")
@@ -122,6 +125,9 @@ def measure(given: argparse.Namespace, work_folder: Path) -> dict[str, Any]:
     if given.layers:
         result["layers"] = layers.layers(work_folder)
         print(layers.report(result["layers"]))
+    if given.grpc:
+        result["grpc"] = grpc_load.grpc(work_folder)
+        print(grpc_load.report(result["grpc"]))
     if given.url:
         result["cells"] = climb(
             Server(Target(given.url.rstrip("/"), given.model), given.pid), ladder

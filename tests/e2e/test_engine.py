@@ -192,6 +192,7 @@ class TestBatching:
             enable_chunked_prefill=True,
             enable_prefix_caching=True,
             enable_logging_iteration_details=True,
+            enable_log_requests=True,
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # its lines per step
@@ -303,6 +304,20 @@ class TestBatching:
         assert client.vllm("prefix_cache_hits_total") == hits + saved
         assert cold.text == again.text == other_start.text == first.answer
         assert other_end.text == second.answer
+
+    @pytest.mark.parametrize("fields", [{}, {"logprobs": True}], ids=["plain", "logprobs"])
+    def test_the_engine_knows_a_request_by_the_clients_id(
+        self, client: Client, fields: dict[str, Any]
+    ) -> None:
+        """So that a line of its log leads to ours, and to the client's; no line has the prompt."""
+        sent = f"from-the-client-{len(fields)}"
+        messages = [{"role": "user", "content": "An unusual question?"}]
+        body = client.body(messages, max_tokens=2, **fields)
+        response = client.http.post(CHAT, json=body, headers={"x-request-id": sent})
+        assert response.headers["x-request-id"] == sent
+        assert f"Added request {sent}" in client.server.log()
+        assert f"request_id={sent} " in client.server.log()
+        assert "unusual" not in client.server.log()
 
 
 class TestPreemption:
