@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
@@ -49,6 +50,8 @@ def as_message(path: str, body: dict[str, Any]) -> tuple[str, Message]:
         name: value for name, value in body.items() if value is not None and name not in DROPPED
     }
     stream = "Stream" if body.get("stream") else ""
+    if "model" not in given or {"response_format", "structured_outputs"} <= given.keys():
+        raise NotExpressible("not sent is not empty, and there is one form of a constraint")
     try:
         if path == CHAT:
             return "Chat" + stream, _chat(given)
@@ -72,8 +75,11 @@ def _chat(body: dict[str, Any]) -> pb.ChatRequest:
         made = request.messages.add(**{n: v for n, v in fields.items() if v is not None})
         for call in calls:
             made.tool_calls.add(id=call["id"], **call["function"])
-    for tool in body.pop("tools", ()):
-        if tool.keys() != {"type", "function"}:
+    tools = body.pop("tools", None)
+    if tools is not None and not tools:
+        raise NotExpressible("an empty list is none")
+    for tool in tools or ():
+        if tool.keys() != {"type", "function"} or tool["type"] != "function":
             raise NotExpressible("a tool is a function")
         function = dict(tool["function"])
         parameters = function.pop("parameters", None)
@@ -117,8 +123,8 @@ def _fill(request: Any, body: dict[str, Any]) -> None:
         raise NotExpressible("an unknown format")
     constraint = body.pop("structured_outputs", None)
     if constraint is not None:
-        if len(constraint) > 1:
-            raise NotExpressible("several constraints are none")
+        if len(constraint) != 1:
+            raise NotExpressible("a constraint is one")
         for kind, value in constraint.items():
             if kind == "choice":
                 options.structured_outputs.choice.values.extend(value)
@@ -130,6 +136,9 @@ def _fill(request: Any, body: dict[str, Any]) -> None:
         options.cache.CopyFrom(pb.Cache(**body.pop("cache")))
     for name, value in body.items():
         where = request if name in request.DESCRIPTOR.fields_by_name else options
+        wanted_type = where.DESCRIPTOR.fields_by_name[name].type
+        if isinstance(value, bool) != (wanted_type == FieldDescriptor.TYPE_BOOL):
+            raise NotExpressible("a number is no truth, nor the other way round")
         if name == "logit_bias":
             for token, bias in value.items():
                 options.logit_bias[int(token)] = bias

@@ -7,7 +7,7 @@ bf16 sums depend on what else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from tests.e2e.conformance_bad import BAD
 from tests.e2e.conformance_good import CUT_SHORT, GOOD, STREAMED
 from tests.e2e.conformance_prompts import PROMPTS, TEXTS
 from tests.twins import (
+    DROPPED,
     NotExpressible,
     Said,
     as_message,
@@ -100,6 +101,20 @@ def ours(plain: Recording, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield http
 
 
+@pytest.fixture(scope="module")
+def ask(ours: httpx.Client) -> Callable[[Row], Answer]:
+    """Sends a row to our server, once: several tests look at each answer."""
+    known: dict[tuple[str, int], Answer] = {}
+
+    def asked(row: Row) -> Answer:
+        key = row.name, row.status  # the tables may have names in common
+        if key not in known:
+            known[key] = send(ours, row)
+        return known[key]
+
+    return asked
+
+
 def rows(table: list[Row]) -> Any:
     return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in table])
 
@@ -115,18 +130,20 @@ def test_the_tables_are_as_large_as_promised_and_every_row_has_its_own_name() ->
 
 @rows(GOOD)
 def test_a_good_request_is_answered_as_plain_vllm_does(
-    plain: Recording, ours: httpx.Client, row: Row
+    plain: Recording, ask: Callable[[Row], Answer], row: Row
 ) -> None:
-    expected, answer = plain.good[row.name], send(ours, row)
+    expected, answer = plain.good[row.name], ask(row)
     assert expected.status == 200, expected.body
     assert answer.status == 200, answer.body
     assert not differences(view(row, expected), view(row, answer))
 
 
 @rows(STREAMED)
-def test_a_stream_joins_to_the_whole_answer(plain: Recording, ours: httpx.Client, row: Row) -> None:
+def test_a_stream_joins_to_the_whole_answer(
+    plain: Recording, ask: Callable[[Row], Answer], row: Row
+) -> None:
     """The test above holds our whole answers to plain vLLM's, so those are what to join to."""
-    answer = send(ours, row.streamed())
+    answer = ask(row.streamed())
     assert answer.status == 200, answer.body
     assert not differences(view(row, plain.streamed[row.name]), view(row, answer))
     if row.name not in CUT_SHORT:
@@ -141,15 +158,18 @@ def channel(ours: httpx.Client) -> Iterator[grpc.Channel]:
 
 
 @rows(GOOD)
-def test_grpc_says_the_same(ours: httpx.Client, channel: grpc.Channel, row: Row) -> None:
+def test_grpc_says_the_same(ask: Callable[[Row], Answer], channel: grpc.Channel, row: Row) -> None:
     """Whole; and streamed, where HTTP streams it."""
     for one in (row, row.streamed()) if row in STREAMED else (row,):
-        name, message = as_message(one.path, one.body)
-        answer = method(channel, name)(message)
-        said = said_in_messages(list(answer) if name.endswith("Stream") else [answer])
-        body = send(ours, one).body
+        said = said_in_messages(answered(channel, *as_message(one.path, one.body)))
+        body = ask(one).body
         expected = said_in_json(body if isinstance(body, list) else [body])
         assert close(said) == close(expected)
+
+
+def answered(channel: grpc.Channel, name: str, message: Any) -> list[Any]:
+    answer = method(channel, name)(message)
+    return list(answer) if name.endswith("Stream") else [answer]
 
 
 def close(said: Said) -> Any:
@@ -162,7 +182,9 @@ def close(said: Said) -> Any:
 
 
 @rows(BAD)
-def test_grpc_refuses_the_same(ours: httpx.Client, channel: grpc.Channel, row: Row) -> None:
+def test_grpc_refuses_the_same(
+    ask: Callable[[Row], Answer], channel: grpc.Channel, row: Row
+) -> None:
     """With the same kind; that words are the same too is in the integration tests."""
     if row.raw is not None or row.method != "POST":
         return  # of HTTP alone
@@ -170,22 +192,24 @@ def test_grpc_refuses_the_same(ours: httpx.Client, channel: grpc.Channel, row: R
         name, message = as_message(row.path, row.body)
     except NotExpressible:
         return  # wrong types, which gRPC's messages do not have
-    error = send(ours, row).body["error"]
-    if "knows no such field" in error["message"]:
+    error = ask(row).body["error"]
+    if "knows no such field" in error["message"] or (error["param"] or "").split(".")[0] in DROPPED:
+        return
+    if "stream_options" in error["message"]:
         return
     with pytest.raises(grpc.RpcError) as caught:
-        method(channel, name)(message)
+        answered(channel, name, message)
     refused = failed_in_grpc(caught.value)
     assert (refused.kind, bool(refused.message)) == (error["code"], True)
 
 
 @rows(BAD)
 def test_a_bad_request_is_refused_with_the_status_of_plain_vllm(
-    plain: Recording, ours: httpx.Client, row: Row
+    plain: Recording, ours: httpx.Client, ask: Callable[[Row], Answer], row: Row
 ) -> None:
     expected = plain.bad[row.name]
     assert expected.status == row.status, "vLLM has changed; mend the table"
-    answer = send(ours, row)
+    answer = ask(row)
     if row.ours is None:
         assert answer.status // 100 == expected.status // 100, answer.body
     else:
