@@ -123,8 +123,5 @@ class Admin:
 
     async def flush_cache(self, caller: Caller, scope: str) -> Amount:
         """Make it void on every replica; returns what went. Raises Unavailable."""
-        results = self._results
-        gone = await results.amount(scope)
         logger.info("key=%s flushes the result cache: %s", caller.name, scope)
-        await results.flush(scope)
-        return gone
+        return await self._results.flush(scope)

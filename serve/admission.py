@@ -153,11 +153,14 @@ class Admission:
         account.concurrent += 1
         return Place(self, account)
 
-    def admit(self, caller: Caller, demands: Sequence[Demand]) -> list[Ticket]:
+    def admit(
+        self, caller: Caller, demands: Sequence[Demand], *, counts: bool = True
+    ) -> list[Ticket]:
         """Let the requests of one call go to the engine, all or none. Raises Overloaded, which has
         then changed nothing.
 
-        A call with no demand, because its answers are there already, counts as a request only.
+        A call with no demand, because its answers are there already, counts as a request only; one
+        that was admitted before, with another demand, `counts` as none.
         What asks for more than a whole limit is taken when there is nothing else, or it could never
         run.
         """
@@ -166,10 +169,11 @@ class Admission:
             tokens += demand.prompt_tokens
             answer_tokens += demand.answer_tokens
             choices += demand.choices
-        account = self._check_quotas(caller, tokens + answer_tokens)
+        requests = 1 if counts else 0
+        account = self._check_quotas(caller, requests, tokens + answer_tokens)
         if not demands:
             if account is not None:
-                account.requests.take(1)
+                account.requests.take(requests)
             return []
         if self.running and self.running + choices > self.max_running:
             raise _refused(
@@ -186,7 +190,7 @@ class Admission:
                 self.tokens_left.seconds_for(self.queued_tokens + tokens - self.max_queued_tokens),
             )
         if account is not None:
-            account.requests.take(1)
+            account.requests.take(requests)
             account.tokens.take(tokens + answer_tokens)
         if not self.running:
             self.answers_left.restart()
@@ -202,7 +206,7 @@ class Admission:
             account = self._accounts[caller.name] = _Account(self._clock())
         return account
 
-    def _check_quotas(self, caller: Caller, tokens: int) -> _Account | None:
+    def _check_quotas(self, caller: Caller, requests: int, tokens: int) -> _Account | None:
         """The account to charge; None without quotas. Raises Overloaded with the time to wait."""
         if caller.tokens_per_minute is None and caller.requests_per_minute is None:
             return None
@@ -210,7 +214,7 @@ class Admission:
         account = self._account(caller)
         account.requests.refill(caller.requests_per_minute, now_s)
         account.tokens.refill(caller.tokens_per_minute, now_s)
-        wait_s = account.requests.seconds_until(1)
+        wait_s = account.requests.seconds_until(1) if requests else 0.0
         if wait_s:
             raise _refused(
                 "key_requests",

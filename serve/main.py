@@ -96,7 +96,10 @@ async def serve(settings: Settings) -> int:
     if settings.rpc.port is not None:
         from serve.rpc.server import RpcServer  # takes a moment to import
 
-        rpc = RpcServer(service, admin, keys, settings.rpc)
+        with_admin = settings.rpc.admin
+        if with_admin is None:
+            with_admin = settings.http.admin_port is None
+        rpc = RpcServer(service, admin if with_admin else None, keys, settings.rpc)
         await rpc.start()
         logger.info("gRPC at %s", rpc.address)
     listeners.start()
@@ -288,9 +291,9 @@ def build_identity(settings: Settings, environment: dict[str, str], digests: Dig
         with contextlib.suppress(PackageNotFoundError):
             environment[name] = version(name)
     try:
-        template = engine.chat_template
-        if template is not None and "\n" not in template and Path(template).is_file():
-            parts.append(Path(template).read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError):  # it may be the template itself, and no path
+            if engine.chat_template is not None:
+                parts.append(Path(engine.chat_template).read_text(encoding="utf-8"))
         folder = model_folder(settings.model) if settings.model else None
         return identity_of(folder, "\0".join(parts), environment, digests)
     except OSError as error:

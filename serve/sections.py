@@ -68,6 +68,10 @@ class RpcSettings(Section):
     """A client that for so long takes nothing of a stream is cut off."""
     keep_alive_s: float = Field(60.0, ge=1)
     """How often a connection without traffic is tried."""
+    admin: bool | None = None
+    """Whether operators' calls are on this port. Unset: unless http.admin_port keeps them apart."""
+    max_calls: int = Field(4096, ge=1)
+    """Calls at once, health watches among them; more are refused before they are read."""
     reflection: bool = True
     """Whether clients may ask which services there are."""
     tls_certificate: Path | None = None

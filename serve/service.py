@@ -21,7 +21,7 @@ from serve import metrics
 from serve.adapters.base import Adapters, Lease
 from serve.admission import Admission, Demand, Place
 from serve.cache.base import Results
-from serve.cache.key import Key
+from serve.cache.key import Key, Unkeyable
 from serve.engines.base import Engine
 from serve.errors import ErrorKind, Forbidden, Invalid, ServeError, Unavailable, UnknownModel
 from serve.messages import (
@@ -114,9 +114,13 @@ class Service:
         Raises ServeError.
         """
         stream = self._new_stream(request)
-        await self._prepare(stream)
-        self._admit([stream])
-        await stream.open()
+        try:
+            await self._prepare(stream)
+            self._admit([stream])
+            await stream.open()
+        except BaseException:
+            await stream.close()  # nearly always over already
+            raise
         return stream
 
     async def start_all(self, requests: Sequence[GenerateRequest]) -> list[Stream]:
@@ -179,11 +183,15 @@ class Service:
         if cache is None or not cache.concerns(request):
             await stream.render()
             return
-        known = cache.known(request)
-        is_rendered = known is None
-        if known is None:
+        try:
+            known = cache.known(request)
+            is_rendered = known is None
+            if known is None:
+                await stream.render()
+                known = cache.learn(request, stream.prompt)
+        except Unkeyable:
             await stream.render()
-            known = cache.learn(request, stream.prompt)
+            return
         stream.prompt = known.prompt
         key = cache.key(request, stream.route, known)
         if key is not None:
@@ -197,7 +205,9 @@ class Service:
         """
         request = stream.request
         anew = request.cache.mode == "refresh"
-        if not anew and (flight := cache.flight(key)) is not None:
+        flight = None if anew else cache.flight(key)
+        # One that has not begun may yet find a result that is too old for this caller.
+        if flight is not None and (flight.is_launched or request.cache.max_age_s is None):
             stream.mark = "coalesced"
             metrics.CACHE_COALESCED.inc()
             stream.source = Shared(flight.join(), whole=not request.stream, leads=False)
@@ -218,16 +228,24 @@ class Service:
         """Another source for a stream that has read nothing of a generation that it shared. Raises
         ServeError.
         """
+        source = stream.source
+        if not isinstance(source, Shared):
+            return False
+        if source.leads and error.kind is ErrorKind.OVERLOADED:
+            return False  # its own
         stream.tries += 1
-        shared = isinstance(stream.source, Shared)
-        if not shared or stream.tries > MAX_TRIES.get(error.kind, 0):
+        is_left_alone = stream.tries > MAX_TRIES.get(error.kind, 0)
+        if is_left_alone and error.kind is not ErrorKind.CANCELLED:
             return False
         stream.source = None
-        await self._prepare(stream)
-        self._admit([stream])
+        if is_left_alone:  # by one leader after the other: by itself, then
+            await stream.render()
+        else:
+            await self._prepare(stream)
+        self._admit([stream], again=True)
         return True
 
-    def _admit(self, streams: Sequence[Stream]) -> None:
+    def _admit(self, streams: Sequence[Stream], *, again: bool = False) -> None:
         """Let rendered streams of one call go to the engine, those that have no source yet. Raises
         Overloaded, which ends them.
         """
@@ -241,7 +259,8 @@ class Service:
             for stream in open_ones
         ]
         try:
-            tickets = self.admission.admit(streams[0].request.caller, demands)
+            caller = streams[0].request.caller
+            tickets = self.admission.admit(caller, demands, counts=not again)
         except ServeError as error:
             for stream in streams:
                 stream.end(error.kind)

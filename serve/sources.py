@@ -113,7 +113,7 @@ class Shared:
         """`whole`: nothing is read until it has ended, and then one chunk a choice."""
         self._reader = reader
         self._whole = whole
-        self._leads = leads
+        self.leads = leads
         self._is_over = False
 
     async def ready(self) -> None: ...
@@ -125,6 +125,6 @@ class Shared:
 
     def ended(self, completion_tokens: int, outcome: str) -> None:
         self._reader.leave()
-        if not self._is_over and not self._leads:
+        if not self._is_over and not self.leads:
             metrics.CACHE_SAVED_TOKENS.inc(completion_tokens)
         self._is_over = True

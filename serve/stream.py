@@ -105,6 +105,7 @@ class Stream:
     async def guarded(self, step: Callable[[], Awaitable[Step]]) -> Step:
         """Take a step of the start; if it fails, this request has ended."""
         deadline = self._deadline
+        is_within = deadline.waiting  # another step, which goes on
         try:
             deadline.watch()
             deadline.waiting = True
@@ -116,7 +117,7 @@ class Stream:
                 await self._chunks.aclose()
             self._end_with(error)
             raise
-        deadline.waiting = False
+        deadline.waiting = is_within
         return done
 
     def _end_with(self, error: BaseException) -> None:

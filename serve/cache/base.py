@@ -67,11 +67,11 @@ class Results(Protocol):
         ...
 
     def known(self, request: GenerateRequest) -> Known | None:
-        """An equal request's prompt, without what the engine wants."""
+        """An equal request's prompt, without what the engine wants. Raises Unkeyable."""
         ...
 
     def learn(self, request: GenerateRequest, prompt: Prompt) -> Known:
-        """Remember the request's prompt."""
+        """Remember the request's prompt. Raises Unkeyable."""
         ...
 
     def key(self, request: GenerateRequest, route: Route, known: Known) -> Key | None:
@@ -103,8 +103,10 @@ class Results(Protocol):
         """What a flush of the tenant's results is about."""
         ...
 
-    async def flush(self, scope: str) -> None:
-        """Make results void, on every replica. Raises Unavailable when the store cannot be told."""
+    async def flush(self, scope: str) -> Amount:
+        """Make results void, on every replica; returns how much that was. Raises Unavailable when
+        the store cannot be told.
+        """
         ...
 
     async def amount(self, scope: str) -> Amount:

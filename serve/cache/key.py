@@ -28,7 +28,18 @@ _ELSEWHERE = {
     "logit_bias", "constraint", *Settled._fields,
 }  # fmt: skip
 _as_sent = attrgetter(*(f.name for f in fields(Sampling) if f.name not in _ELSEWHERE))
-_encode = msgspec.msgpack.Encoder(enc_hook=repr).encode
+_encoder = msgspec.msgpack.Encoder(enc_hook=repr)
+
+
+class Unkeyable(Exception):
+    """A request that has no bytes of its own: integers beyond 64 bits, halves of characters."""
+
+
+def _encode(parts: Any) -> bytes:
+    try:
+        return _encoder.encode(parts)
+    except (OverflowError, ValueError, TypeError, RecursionError) as error:
+        raise Unkeyable(str(error)) from error
 
 
 EVERYTHING = "all"

@@ -21,7 +21,7 @@ from serve.cache.names import name_of
 
 Reply = TypeVar("Reply")
 
-MAX_CONNECTIONS = 64
+CONNECTIONS, MAX_CONNECTIONS = 8, 64  # aiomcache opens so many, and more only to replace some
 MAX_TRIES = 100  # at epochs that another replica changes at the same time
 MAX_RELATIVE_S = 30 * 24 * 3600  # Memcached takes more for a date
 
@@ -38,7 +38,7 @@ class MemcachedStore:
         self._prefix = prefix
         self._timeout_s = timeout_s
         self._client = _Client(
-            place.hostname, place.port or 11211, pool_size=MAX_CONNECTIONS, pool_minsize=1
+            place.hostname, place.port or 11211, pool_size=MAX_CONNECTIONS, pool_minsize=CONNECTIONS
         )
 
     async def get(self, key: Key) -> bytes | None:

@@ -20,7 +20,8 @@ from serve.cache.names import name_of, pattern_of
 Reply = TypeVar("Reply")
 
 MAX_CONNECTIONS = 64
-COUNT_AT_MOST = 20_000  # keys looked at for an estimate
+# Keys looked at for an estimate: others may have millions in the same server.
+LOOKS, KEYS_A_LOOK = 20, 1000
 
 # KEYS[1]: a hash of scope -> epoch. ARGV: scope, epoch, ... Redis runs a script in one step.
 _MERGE = """
@@ -78,20 +79,17 @@ class RedisStore:
             raise StoreError("error", "the reply is no list of epochs") from error
 
     async def count(self, scope: str) -> int | None:
-        """Counts up to a limit, and estimates the rest from how many keys there are."""
+        """Looks at some of the keys, and estimates the rest from how many there are."""
         total = await self._asked(self._client.dbsize())
         pattern = pattern_of(self._prefix, None if scope == EVERYTHING else scope)
-        cursor, seen, found = 0, 0, 0
-        while True:
-            # All names, so that we know how many were looked at.
-            scanned = self._client.scan(cursor, match=f"{self._prefix}:*", count=1000)
+        cursor, found = 0, 0
+        for _ in range(LOOKS):
+            scanned = self._client.scan(cursor, match=f"{self._prefix}:*", count=KEYS_A_LOOK)
             cursor, names = await self._asked(scanned)
-            seen += len(names)
             found += sum(bool(pattern.fullmatch(_text(name))) for name in names)
             if not cursor:
                 return found
-            if seen >= COUNT_AT_MOST:
-                return round(found * max(total, seen) / seen)
+        return round(found * max(1.0, total / (LOOKS * KEYS_A_LOOK)))
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -152,7 +152,10 @@ class ResultCache:
         """A flight has ended."""
         if whole is None or identity != self.identity:  # replayed on a new engine, perhaps
             return
-        content = encode(Result(whole, self._clock()))
+        try:
+            content = encode(Result(whole, self._clock()))
+        except ValueError:  # a model may write half a character
+            return
         if len(content) > self._max_entry_bytes:
             metrics.CACHE_STORES.labels("too_large").inc()
             return
@@ -179,7 +182,8 @@ class ResultCache:
     def tenant_scope(self, tenant: str) -> str:
         return keys.tenant_scope(self._tenants.mark(tenant))
 
-    async def flush(self, scope: str) -> None:
+    async def flush(self, scope: str) -> Amount:
+        entries, size = self._memory.amount(scope)
         self._epochs.bump(scope)
         self._memory.drop(scope)
         metrics.CACHE_FLUSHES.inc()
@@ -190,16 +194,21 @@ class ResultCache:
                 "is back.",
                 retry_after_s=5,
             )
+        # After the flush, which is not to wait for it: flushed values stay where they are.
+        return Amount(entries, size, await self._in_store(scope))
 
     async def amount(self, scope: str) -> Amount:
         entries, size = self._memory.amount(scope)
-        in_store = None
-        if self._store is not None:
-            try:
-                in_store = await self._store.count(scope)
-            except StoreError as error:
-                logger.warning("%s cannot count: %s", self._store.name, error)
-        return Amount(entries, size, in_store)
+        return Amount(entries, size, await self._in_store(scope))
+
+    async def _in_store(self, scope: str) -> int | None:
+        if self._store is None:
+            return None
+        try:
+            return await self._store.count(scope)
+        except StoreError as error:
+            logger.warning("%s cannot count: %s", self._store.name, error)
+            return None
 
     # The shared store's epochs
 

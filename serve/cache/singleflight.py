@@ -60,6 +60,11 @@ class Flight:
         self._waiting: list[asyncio.Future[None]] = []
         self._running: asyncio.Task[None] | None = None
 
+    @property
+    def is_launched(self) -> bool:
+        """Whether it generates; before that, it may still find an old result."""
+        return self._running is not None
+
     def join(self) -> Reader:
         self._readers += 1
         return Reader(self)
@@ -115,7 +120,10 @@ class Flight:
     def _end(self, error: ServeError | None, whole: tuple[Chunk, ...] | None) -> None:
         self._is_over = True
         self._error = error
-        self._on_end(self, whole)
+        try:
+            self._on_end(self, whole)
+        except Exception:  # readers wait for this, whatever becomes of the result
+            logger.exception("A result could not be kept")
         self._tell()
 
     def _tell(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from serve.errors import Invalid
 from serve.rpc.pb import inference_pb2 as pb
 from serve.schema.chat import ChatBody, TokenizeChatBody, TokenizeTextBody
-from serve.schema.fields import CompletionBody
+from serve.schema.fields import CompletionBody, refuse_half_characters
 from serve.schema.validation import validated
 
 TOOL_CHOICES = ("none", "auto", "required")
@@ -128,8 +128,9 @@ def _object(text: str, name: str) -> dict[str, Any]:
     """Raises Invalid unless it is a JSON object."""
     try:
         found = json.loads(text)
-        if isinstance(found, dict):
-            return found
+        refuse_half_characters(found)
     except (ValueError, RecursionError):
-        pass
-    raise Invalid(f"{name}: the text is not a JSON object.", param=name)
+        found = None
+    if not isinstance(found, dict):
+        raise Invalid(f"{name}: the text is not a JSON object.", param=name)
+    return found

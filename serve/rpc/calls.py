@@ -6,6 +6,7 @@ Handlers are written against `Call`; `unary` and `streaming` make of them what g
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from serve.service import Service, request_id_from
 
 logger = logging.getLogger("packhorse.rpc")
 
+LAST_WORD_S = 1.0
+_STALLED = Cancelled("The client did not read its stream.")
+
 Request = TypeVar("Request", bound=Message)
 Context = Any  # grpc.aio.ServicerContext; grpc has no types
 
@@ -41,6 +45,7 @@ class Call(Generic[Request]):
     """What goes out with the trailers."""
     sends: int = 0
     """Goes up before and after each message that is sent, so it is odd while one is on its way."""
+    has_stalled: bool = False
 
     async def send(self, message: Message) -> None:
         """Send one message of a stream; waits while the client does not read."""
@@ -90,6 +95,7 @@ class Calls:
         marks = {"x-request-id": request_id}
         caller, place = ANONYMOUS, None
         watch: asyncio.Task[None] | None = None
+        call: Call[Any] | None = None
         try:
             try:
                 if self._keys is not None:
@@ -109,11 +115,18 @@ class Calls:
             answer = await handler(call)
             context.set_trailing_metadata(tuple(marks.items()))
             return answer
-        except Cancelled:
-            raise asyncio.CancelledError from None
+        except asyncio.CancelledError:
+            if call is not None and call.has_stalled:
+                # gRPC has no way to hang up on one call; this is the last it hears of us.
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(LAST_WORD_S):
+                        await self._fail(context, _STALLED, request_id, marks)
+            raise
         except ServeError as error:
             await self._fail(context, error, request_id, marks)
         except Exception:
+            if context.done():  # what is sent to a client that has left fails
+                return None
             logger.exception("request_id=%s failed unexpectedly", request_id)
             await self._fail(context, unexpected(), request_id, marks)
         finally:
@@ -152,6 +165,7 @@ class Calls:
             if call.sends % 2 and call.sends == seen:
                 metrics.STALLED_CLIENTS.inc()
                 logger.info("request_id=%s its client reads nothing; cut off", call.request_id)
+                call.has_stalled = True
                 task.cancel()
                 return
             seen = call.sends

@@ -24,7 +24,12 @@ def code_of(error: ServeError) -> grpc.StatusCode:
 
 
 def message_of(error: ServeError) -> str:
-    return error.message[:MAX_MESSAGE_CHARACTERS]
+    return _text(error.message)
+
+
+def _text(text: str) -> str:
+    """Short enough, and without halves of characters, which protobuf refuses."""
+    return text[:MAX_MESSAGE_CHARACTERS].encode(errors="replace").decode()
 
 
 def details_of(error: ServeError, request_id: str) -> bytes:
@@ -39,7 +44,7 @@ def details_of(error: ServeError, request_id: str) -> bytes:
         found.append(details.RetryInfo(retry_delay=delay))
     if error.param is not None:
         violation = details.BadRequest.FieldViolation(
-            field=error.param, description=message_of(error)
+            field=_text(error.param), description=message_of(error)
         )
         found.append(details.BadRequest(field_violations=[violation]))
     status = Status(code=code_of(error).value[0], message=message_of(error))

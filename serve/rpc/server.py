@@ -41,23 +41,28 @@ class RpcServer:
     """One port, taken when this is made; make it in the event loop that it is to serve in."""
 
     def __init__(
-        self, service: Service, admin: Admin, keys: Keys | None, settings: RpcSettings
+        self, service: Service, admin: Admin | None, keys: Keys | None, settings: RpcSettings
     ) -> None:
-        """Raises StartupError when the port or the certificate is not to be had."""
+        """`admin` None: operators' calls are not here. Raises StartupError when the port or the
+        certificate is not to be had.
+        """
         assert settings.port is not None
         self._service = service
-        self._server = grpc.aio.server(options=_options(settings))
+        self._server = grpc.aio.server(
+            options=_options(settings), maximum_concurrent_rpcs=settings.max_calls
+        )
         calls = Calls(service, keys, settings)
-        for descriptor, handlers, scope in (
-            (INFERENCE, Inference(service).handlers(), "inference"),
-            (ADMIN, Operators(admin).handlers(), "admin"),
-        ):
-            methods = _methods(calls, descriptor, handlers, scope)  # type: ignore[arg-type]
-            made = grpc.method_handlers_generic_handler(descriptor.full_name, methods)
+        methods = {
+            INFERENCE: _methods(calls, INFERENCE, Inference(service).handlers(), "inference")
+        }
+        if admin is not None:
+            methods[ADMIN] = _methods(calls, ADMIN, Operators(admin).handlers(), "admin")
+        for descriptor, handlers in methods.items():
+            made = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
             self._server.add_generic_rpc_handlers((made,))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._names = ("", INFERENCE.full_name, ADMIN.full_name)
+        self._names = ("", *(descriptor.full_name for descriptor in methods))
         if settings.reflection:
             shown = (*self._names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(shown, self._server)
@@ -136,7 +141,8 @@ def _options(settings: RpcSettings) -> list[tuple[str, Any]]:
     keep_alive_ms = round(settings.keep_alive_s * 1000)
     return [
         # Above our own limit, so that it is we who refuse, and say why.
-        ("grpc.max_receive_message_length", 4 * settings.max_message_bytes + 2**20),
+        ("grpc.max_receive_message_length", 2 * settings.max_message_bytes + 2**20),
+        ("grpc.max_concurrent_streams", settings.max_calls),
         ("grpc.max_send_message_length", -1),
         # Long answers have long pauses: pings find out whether the client is there.
         ("grpc.keepalive_time_ms", keep_alive_ms),

@@ -32,6 +32,14 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+def refuse_half_characters(document: Any) -> None:
+    """Raises ValueError for an escaped half of a surrogate pair: valid JSON, but no text."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise ValueError("there is half a character in it") from error
+
+
 class StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -89,6 +97,7 @@ class StructuredOutputs(StrictBody):
             raise ValueError("the schema's text is not JSON") from error
         if not isinstance(schema, dict):
             raise ValueError("the schema must be a JSON object")
+        refuse_half_characters(schema)
         return schema
 
     def constraint(self) -> Constraint:

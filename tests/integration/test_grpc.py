@@ -210,6 +210,31 @@ async def test_admin_without_adapters() -> None:
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND, name
 
 
+async def test_admin_can_be_elsewhere() -> None:
+    async with twins() as both:
+        rpc = RpcServer(both.served.service, None, None, RpcSettings(port=0))
+        await rpc.start()
+        async with grpc.aio.insecure_channel(rpc.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary("/packhorse.v1.Admin/FlushCache")(b"")
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert (await method(channel, "Chat")(as_message(*chat())[1])).choices
+        await rpc.stop(0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": "\\ud800"}', '{"\\ud800": 1}'])
+async def test_json_that_is_none(text: str) -> None:
+    async with twins(cache=True) as both:
+        request = as_message(*chat())[1]
+        request.tools.add(name="f", parameters_json=text)
+        refused = await both.send("Chat", request)
+        assert (refused.code, refused.param) == ("INVALID_ARGUMENT", "tools.0.parameters_json")
+        request = as_message(*chat(temperature=1))[1]
+        request.chat_template_kwargs_json = text
+        refused = await both.send("Chat", request)
+        assert (refused.code, refused.param) == ("INVALID_ARGUMENT", "chat_template_kwargs_json")
+
+
 async def test_the_small_methods() -> None:
     async with twins() as both:
         models = await method(both.channel, "ListModels", pb.ListModelsResponse)(

@@ -162,6 +162,18 @@ async def test_a_generation_without_an_end_is_a_failure() -> None:
     assert kept == [None]
 
 
+async def test_a_result_that_cannot_be_kept_is_told_all_the_same() -> None:
+    def fails(whole: tuple[Chunk, ...] | None) -> None:
+        raise UnicodeEncodeError("utf-8", "", 0, 1, "half a character")
+
+    flight = Flights().lead(b"key", fails)
+    reader, steps = flight.join(), Steps()
+    flight.launch(steps, 1)
+    steps.fed.put_nowait(END)
+    assert [chunk async for chunk in reader.chunks(whole=False)] == [END]
+    assert steps.ends == [(1, "ok")]
+
+
 async def test_every_choice_must_end() -> None:
     flying = Flying(choices=2)
     flying.feed(Chunk("x", [1], "stop", 0))

@@ -1,0 +1,70 @@
+"""A service with a result cache over an echo engine that counts, and can fail."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from serve.admission import Admission
+from serve.cache.results import ResultCache
+from serve.engines.echo import EchoEngine
+from serve.messages import Chunk, GenerateRequest, Prompt, Route
+from serve.sections import AdmissionSettings, EngineSettings
+from serve.service import Service
+from serve.stream import Stream
+
+
+class Counting(EchoEngine):
+    """Counts generations, and can fail them."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        super().__init__(EngineSettings(kind="echo", echo_delay_s=delay_s))
+        self.generations = 0
+        self.failures: list[Exception] = []
+        self.partitions: list[str | None] = []
+
+    async def render(self, request: GenerateRequest, route: Route) -> Prompt:
+        self.partitions.append(route.partition)
+        return await super().render(request, route)
+
+    async def generate(
+        self, prompt: Prompt, request: GenerateRequest, route: Route
+    ) -> AsyncGenerator[Chunk, None]:
+        self.generations += 1
+        failure = self.failures.pop(0) if self.failures else None
+        async for chunk in super().generate(prompt, request, route):
+            if failure is not None:
+                raise failure
+            yield chunk
+
+
+class Clock:
+    """Unix time."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make(
+    delay_s: float = 0.0, *, limits: dict[str, Any] | None = None, **options: Any
+) -> tuple[Service, Counting]:
+    engine = Counting(delay_s)
+    known: dict[str, Any] = {"memory_bytes": 2**20, "max_entry_bytes": 2**16, "ttl_s": 60.0}
+    cache = ResultCache(b"s" * 32, **{**known, **options})
+    cache.identity = b"model"
+    admission = Admission(AdmissionSettings(**(limits or {})))
+    service = Service("echo", admission=admission, cache=cache)
+    service.attach(engine)
+    return service, engine
+
+
+async def read(stream: Stream) -> str:
+    return "".join([chunk.text async for chunk in stream])
+
+
+async def answer(service: Service, request: GenerateRequest) -> tuple[str, str]:
+    """The mark, and the text."""
+    stream = await service.start(request)
+    return stream.mark, await read(stream)

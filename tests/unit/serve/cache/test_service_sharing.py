@@ -1,0 +1,298 @@
+"""The service with a result cache: who shares a generation, who takes over, and who pays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from serve import metrics
+from serve.cache.key import Key
+from serve.cache.results import ResultCache
+from serve.cache.values import Result, encode, seal
+from serve.errors import EngineDied, Invalid, Overloaded, ServeError
+from serve.messages import Chunk
+from tests.unit.serve.cache.caching_service import Clock, answer, make, read
+from tests.unit.serve.cache.making import ask, caller
+
+
+async def test_64_equal_requests_make_one_generation() -> None:
+    service, engine = make(0.01)
+    saved = metrics.CACHE_SAVED_TOKENS._value.get()
+    found = await asyncio.gather(
+        *(answer(service, ask("a b c", stream=number % 2 == 0)) for number in range(64))
+    )
+    assert engine.generations == 1
+    assert {text for _, text in found} == {"a b c"}
+    assert Counter(mark for mark, _ in found) == {"miss": 1, "coalesced": 63}
+    assert metrics.CACHE_SAVED_TOKENS._value.get() == saved + 63 * 3
+    assert await service.drain(0.1)
+
+
+async def test_64_sampled_requests_make_64() -> None:
+    service, engine = make(0.01)
+    await asyncio.gather(*(answer(service, ask(temperature=0.7)) for _ in range(64)))
+    assert engine.generations == 64
+
+
+async def test_a_leader_that_leaves_leaves_it_to_the_others() -> None:
+    service, engine = make(0.02)
+    leading = asyncio.create_task(service.start(ask("a b c d e f")))
+    await asyncio.sleep(0.03)
+    followers = [
+        asyncio.create_task(answer(service, ask("a b c d e f", stream=number > 2)))
+        for number in range(5)
+    ]
+    await asyncio.sleep(0.01)
+    leading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leading
+    for follower in followers:
+        assert await follower == ("coalesced", "a b c d e f")
+    assert (engine.generations, engine.aborted) == (1, 0)
+    assert await service.drain(0.1)
+    assert service.admission.running == 0
+
+
+async def test_the_last_to_leave_aborts() -> None:
+    service, engine = make(0.02)
+    streams = [await service.start(ask("a b c d e f", stream=True)) for _ in range(3)]
+    for stream in streams:
+        assert engine.aborted == 0
+        await stream.close()
+    await asyncio.sleep(0.01)
+    assert (engine.generations, engine.aborted, engine.running) == (1, 1, 0)
+    assert service.admission.running == 0
+    assert await service.drain(0.1)
+    assert (await answer(service, ask("a b c d e f")))[0] == "miss"
+
+
+async def test_a_slow_follower_gets_it_all() -> None:
+    service, engine = make()
+    leader = await service.start(ask("a b c", stream=True))
+    follower = await service.start(ask("a b c", stream=True))
+    assert await read(leader) == "a b c"
+    parts = []
+    async for chunk in follower:
+        await asyncio.sleep(0.02)
+        parts.append(chunk.text)
+    assert "".join(parts) == "a b c"
+    assert engine.generations == 1
+
+
+async def test_deadlines_are_each_callers_own() -> None:
+    service, engine = make(0.05)
+    patient = asyncio.create_task(answer(service, ask("a b c d")))
+    await asyncio.sleep(0.01)
+    with pytest.raises(ServeError, match=r"0\.05"):
+        await service.start(replace(ask("a b c d"), timeout_s=0.05))
+    assert await patient == ("miss", "a b c d")
+    # And the other way round: the leader's ends before its follower's.
+    hasty = asyncio.create_task(service.start(replace(ask("a b c e"), timeout_s=0.05)))
+    await asyncio.sleep(0.01)
+    patient = asyncio.create_task(answer(service, ask("a b c e")))
+    with pytest.raises(ServeError):
+        await hasty
+    assert await patient == ("coalesced", "a b c e")
+    assert engine.generations == 2
+
+
+async def test_who_has_sent_nothing_takes_over() -> None:
+    """The engine ends under a stream: what has begun ends with it, the others try again, once."""
+    service, engine = make(0.02)
+    engine.failures = [EngineDied("gone")]
+
+    leading = asyncio.create_task(service.start(ask("a b c", stream=True)))
+    await asyncio.sleep(0.005)
+    followers = [asyncio.create_task(answer(service, ask("a b c"))) for _ in range(5)]
+    # The first chunk raises: nobody has sent anything, all of them go on to one new generation.
+    assert await read(await leading) == "a b c"
+    assert {text for _, text in await asyncio.gather(*followers)} == {"a b c"}
+    assert engine.generations == 2
+
+
+async def test_poison_is_not_tried_again() -> None:
+    service, engine = make(0.02)
+    engine.failures = [Invalid("It ends the engine.")]
+    ends = await asyncio.gather(
+        *(service.start(ask("a b c")) for _ in range(5)), return_exceptions=True
+    )
+    assert {type(end) for end in ends} == {Invalid}
+    assert engine.generations == 1
+    assert await service.drain(0.1)
+
+
+async def test_a_leader_that_is_refused_refuses_nobody_else() -> None:
+    """Its key has no tokens left; others of its tenant have."""
+    service, engine = make(0.02)
+    poor = replace(ask("a b c"), caller=caller("acme", tokens_per_minute=1))
+    rich = ask("a b c", tenant="acme")
+    await service.start(poor)  # larger than the whole quota: let through, and leaves a debt
+    await asyncio.sleep(0.1)
+    other = replace(poor, messages=({"role": "user", "content": "d e f"},))
+    with pytest.raises(Overloaded):
+        await service.start(other)
+    assert (await answer(service, rich))[0] == "hit"
+    assert engine.generations == 1
+
+
+async def test_hits_count_as_requests_not_as_tokens() -> None:
+    service, _ = make()
+    limited = replace(
+        ask("a b c"), caller=caller("acme", tokens_per_minute=10_000, requests_per_minute=3)
+    )
+    marks = [(await answer(service, limited))[0] for _ in range(3)]
+    assert marks == ["miss", "hit", "hit"]
+    with pytest.raises(Overloaded, match="3 requests per minute"):
+        await service.start(limited)
+    tokens = replace(ask("d"), caller=caller("acme", tokens_per_minute=5000))
+    object.__setattr__(tokens.caller, "name", "another")
+    for _ in range(20):
+        await answer(service, tokens)
+    account = service.admission._account(tokens.caller)
+    assert account.tokens.level > 4900
+
+
+async def test_a_hit_is_not_refused_because_the_engine_is_full() -> None:
+    service, _ = make(0.2, limits={"max_running": 1})
+    await answer(service, ask("a"))
+    busy = asyncio.create_task(answer(service, ask("b b b")))
+    await asyncio.sleep(0.01)
+    with pytest.raises(Overloaded):
+        await service.start(ask("c"))
+    assert (await answer(service, ask("a")))[0] == "hit"
+    follower = asyncio.create_task(answer(service, ask("b b b")))
+    assert (await follower)[0] == "coalesced"
+    await busy
+
+
+@pytest.mark.parametrize("value", [10**30, "\ud800"], ids=["71 bits", "half a character"])
+async def test_what_has_no_key_is_answered_without(value: Any) -> None:
+    service, engine = make()
+    tools = ({"type": "function", "function": {"name": "f", "parameters": {"maximum": value}}},)
+    request = ask("a b")
+    request = replace(request, chat=replace(request.chat, tools=tools))
+    assert [await answer(service, request) for _ in range(2)] == [("bypass", "a b")] * 2
+    assert await service.drain(0.1)
+    assert engine.running == 0
+
+
+async def test_followers_of_refused_leaders_are_refused_for_reasons_of_their_own() -> None:
+    service, _ = make(0.3, limits={"max_running": 1})
+    with pytest.raises(ServeError):  # its prompt is known from now on, its answer is not
+        await service.start(replace(ask("a b"), timeout_s=0.01))
+    busy = asyncio.create_task(answer(service, ask("x")))
+    await asyncio.sleep(0.01)
+    ends = await asyncio.gather(
+        *(service.start(ask("a b")) for _ in range(12)), return_exceptions=True
+    )
+    assert {type(end) for end in ends} == {Overloaded}
+    await busy
+    assert await service.drain(0.1)
+
+
+async def test_a_deadline_holds_for_who_takes_over() -> None:
+    service, engine = make(0.1)
+    engine.failures = [EngineDied("gone")]
+    leading = asyncio.create_task(service.start(ask("a b c d e f", stream=True)))
+    await asyncio.sleep(0.01)
+    started_s = asyncio.get_running_loop().time()
+    with pytest.raises(ServeError, match="longer than its"):
+        await service.start(replace(ask("a b c d e f"), timeout_s=0.3))
+    assert asyncio.get_running_loop().time() - started_s < 0.45
+    await (await leading).close()
+
+
+async def test_taking_over_is_not_another_request() -> None:
+    service, engine = make(0.02)
+    engine.failures = [EngineDied("gone")]
+    limited = replace(ask("a b"), caller=caller("acme", requests_per_minute=2))
+    assert (await answer(service, limited))[1] == "a b"
+    assert engine.generations == 2
+    account = service.admission._account(limited.caller)
+    assert 0.9 < account.requests.level < 1.1
+
+
+class SlowStore:
+    """Has an old result for everything, and takes its time."""
+
+    name = "slow"
+
+    async def get(self, key: Key) -> bytes:
+        await asyncio.sleep(0.05)
+        old = Result((Chunk("old", [1], "stop"),), 900.0)
+        return seal(encode(old), key.digest, b"s" * 32)
+
+    async def put(self, key: Key, value: bytes, ttl_s: float) -> None: ...
+
+    async def merge_epochs(self, seen: Mapping[str, str]) -> dict[str, str]:
+        return {"all": "0" * 16, **seen}
+
+    async def count(self, scope: str) -> int | None:
+        return None
+
+    async def close(self) -> None: ...
+
+
+async def test_who_wants_nothing_old_does_not_join_who_may_get_it() -> None:
+    service, engine = make(clock=Clock(), ttl_s=3600.0, store=SlowStore())
+    assert isinstance(service._cache, ResultCache)
+    await service._cache.start()
+    patient = asyncio.create_task(answer(service, ask("a b")))
+    await asyncio.sleep(0.01)
+    assert await answer(service, ask("a b", max_age_s=1)) == ("miss", "a b")
+    assert await patient == ("hit", "old")
+    assert engine.generations == 1
+
+
+async def test_batches() -> None:
+    service, engine = make(0.01)
+    await answer(service, ask("one"))
+    streams = await service.start_all([ask("one"), ask("two"), ask("two"), ask("one")])
+    assert [await read(stream) for stream in streams] == ["one", "two", "two", "one"]
+    assert [stream.mark for stream in streams] == ["hit", "miss", "coalesced", "hit"]
+    assert engine.generations == 2
+    assert await service.drain(0.1)
+
+
+async def test_a_batch_that_is_refused_leaves_nothing_to_wait_for() -> None:
+    service, engine = make(0.01, limits={"max_running": 2})
+    busy = asyncio.create_task(answer(service, ask("x y z")))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await service.start_all([ask("one"), ask("two")])
+    await busy
+    assert (await answer(service, ask("one")))[0] == "miss"
+    assert engine.generations == 2
+    assert await service.drain(0.1)
+
+
+async def test_tenants_have_parts_of_the_prefix_cache() -> None:
+    service, engine = make()
+    asked = [ask(tenant=name, temperature=0.7) for name in ("a", "b", "a")]
+    asked += [replace(request, cache_salt="x") for request in asked[:2]]
+    for request in asked:
+        await answer(service, request)
+    a, b, again, salted_a, salted_b = engine.partitions
+    assert a == again
+    assert len({a, b, salted_a, salted_b}) == 4
+
+
+async def test_the_log_says_it_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    service, _ = make()
+    with caplog.at_level(logging.INFO, "packhorse"):
+        for _ in range(2):
+            await answer(service, ask("secret words"))
+        await asyncio.gather(*(answer(service, ask("other words")) for _ in range(2)))
+    lines = [line for line in caplog.messages if "outcome=ok" in line]
+    assert [line.split("cache=")[1].split()[0] for line in lines] == [
+        "miss",
+        "hit",
+        *sorted(("coalesced", "miss"), reverse=True),
+    ]
+    assert "words" not in caplog.text
