@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -76,6 +77,8 @@ async def serve(settings: Settings) -> int:
     name = settings.service.served_model_name or default_name(settings)
     registry = build_registry(settings, name)
     router = build_router(settings, registry)
+    if router is not None and not sys.stdin.isatty():  # a terminal that is closed sends it, too
+        loop.add_signal_handler(signal.SIGHUP, router.reload_soon)
     cache = build_cache(settings.cache)
     service = Service(
         name,

@@ -58,6 +58,7 @@ def running_server(
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [BIN / "packhorse", "serve", *arguments, "--port", "0"],
+            stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd=folder,

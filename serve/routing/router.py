@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Router:
         self._seen: Signature = ()
         self._none: Path | None = None  # the file of examples for the base, as last read
         self._building = asyncio.Lock()
+        self._asked = asyncio.Event()
 
     async def start(self) -> None:
         """Build the first routing; without a learned stage when that cannot be trained. Rules for
@@ -66,14 +68,24 @@ class Router:
         self._generations = Generations(first)
         _tell(self._generations.current)
 
+    def reload_soon(self) -> None:
+        """Have `watch` reload, whether files have changed or not."""
+        self._asked.set()
+
     async def watch(self) -> None:
-        """Reload when files have changed and then stayed the same for a look; for ever."""
+        """Reload when asked, or when files have changed and then stayed the same for a look; for
+        ever.
+        """
         before = self._seen
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._asked.wait()
             try:
+                is_asked = self._asked.is_set()
+                self._asked.clear()
                 now = await asyncio.to_thread(self._signature, dict(self._adapters()))
-                if now == before and now != self._seen:
+                if is_asked or (now == before and now != self._seen):
                     await self.reload()
                 before = now
             except ServeError as error:

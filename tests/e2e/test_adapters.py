@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_the_right_adapter_answers(http: httpx.Client, server: Server) -> None:
     assert metric(http, 'packhorse_routes_total{adapter="clinic",stage="learned"}') > 0
 
 
-def test_routes_change_safely(http: httpx.Client, folder: Path) -> None:
+def test_routes_change_safely(http: httpx.Client, server: Server, folder: Path) -> None:
     first = http.get("/admin/routes").json()["data"][0]["number"]
     (folder / "routes.yaml").write_text("rules: [{name: x}]")
     answer = http.post("/admin/routes/reload")
@@ -187,7 +188,11 @@ def test_routes_change_safely(http: httpx.Client, folder: Path) -> None:
     assert http.post("/admin/routes/rollback").status_code == 200
     assert route(http, "Hello!")["adapter"] is None
     write_routes(folder)
-    assert http.post("/admin/routes/reload").json()["accepted"] is True
+    answer = http.post("/admin/routes/reload").json()
+    assert answer["accepted"] is True
+    server.process.send_signal(signal.SIGHUP)
+    number = answer["generation"]["number"] + 1
+    wait_for(lambda: http.get("/admin/routes").json()["data"][0]["number"] == number)
 
 
 async def test_base_and_adapters_in_one_step(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -117,3 +118,16 @@ async def test_bad_new_routes_change_nothing(world: World) -> None:
     assert (await world.router.reload())["accepted"] is True
     assert world.goes_to("which dose?") is None
     assert [each["number"] for each in world.router.generations()] == [3, 1]
+
+
+async def test_it_reloads_when_asked(world: World) -> None:
+    """As at SIGHUP; files need not have changed."""
+    world.routes()
+    await world.router.start()
+    watching = asyncio.create_task(world.router.watch())
+    number = world.router.generations()[0]["number"]
+    world.router.reload_soon()
+    async with asyncio.timeout(10):
+        while world.router.generations()[0]["number"] == number:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    watching.cancel()
