@@ -19,7 +19,7 @@ from load import Load, run_cell
 from servers import ENGINE, MODEL, Server, free_port, packhorse_with
 
 ROUNDS = 5
-STREAMS = Load(192, 64, stream=True, seed="")
+STREAMS = Load(128, 64, stream=True, seed="")
 WHOLE = Load(2000, 32, stream=False, seed="", prompt_tokens=17, output_tokens=16)
 GOAL = 1.2
 # CPUs without AVX-512 multiply bfloat16 at a tenth of the speed.
