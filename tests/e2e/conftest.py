@@ -50,14 +50,15 @@ def quantize(method: str, folder: Path, *options: str) -> Path:
     return out
 
 
-@pytest.fixture(scope="package")
+# For the session: tests of other packages come in between, see above.
+@pytest.fixture(scope="session")
 def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A quarter of the usual tokens: enough for what is tested here, in a quarter of the time.
     options = ("--calibration-tokens", "16384", "--force")
     return quantize("int8", tmp_path_factory.mktemp("int8"), *options)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def packed_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 bits; the INT8 model where vLLM has no kernel for them."""
     if not AVX512:

@@ -13,9 +13,9 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.client import TEXT, children, events, wait_for
+from tests.client import TEXT, events, wait_for
 from tests.conftest import DEMO, Server, running_server
-from tests.e2e.test_caching import metric_sum
+from tests.e2e.test_caching import end_engine, metric_sum
 from tests.twins import Failed, as_message, failed_in_grpc, method, said_in_json, said_in_messages
 
 SETTINGS = """
@@ -186,8 +186,7 @@ def test_an_engine_that_dies(client: Any, server: Server, both: tuple[OverHttp, 
     begun, whole = client.begin(LONG), Background()
     waiting = whole.start(client, {**LONG, "max_tokens": 400})
     wait_for(lambda: running(server) == 2)
-    for process in children(server.process.pid):
-        process.kill()
+    end_engine(server)
     ended = begun.rest()
     assert (ended.kind, ended.message) == (
         "unavailable",

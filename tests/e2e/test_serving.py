@@ -55,7 +55,13 @@ def test_the_report_foretells_the_served_score(int8_folder: Path, int8_score: Sc
 def test_the_official_client_streams_and_counts(int8_server: Server) -> None:
     client = OpenAI(base_url=int8_server.url + "/v1", api_key="none")
     messages: Any = [{"role": "user", "content": "What is the capital of Felonia?"}]
-    options: Any = {"model": int8_server.model, "messages": messages, "temperature": 0}
+    fields = {"cache": {"mode": "off"}}  # which would have the stream in one piece
+    options: Any = {
+        "model": int8_server.model,
+        "messages": messages,
+        "temperature": 0,
+        "extra_body": fields,
+    }
     whole = client.chat.completions.create(**options)
     chunks = list(
         client.chat.completions.create(
