@@ -142,6 +142,47 @@ def build_app(*, cached: bool) -> Any:
     return build(service, HttpSettings())
 
 
+async def before_the_engine_us() -> float:
+    """CPU that the cache takes of a request that it does not have, until the engine may begin: best
+    of several rounds.
+    """
+    from serve.cache.results import ResultCache
+    from serve.messages import GenerateRequest, Prompt, Route, Sampling, Settled
+
+    cache = ResultCache(b"s" * 32, memory_bytes=2**26, max_entry_bytes=2**20, ttl_s=600)
+    cache.identity, route, number = b"m" * 32, Route(MODEL), 2000
+    asked = [
+        (
+            GenerateRequest(
+                "id",
+                MODEL,
+                Sampling(temperature=0.0),
+                messages=({"role": "user", "content": f"{n}"},),
+            ),
+            Prompt(tuple(range(n, n + 80)), 64, settled=Settled(temperature=0.0), is_lasting=True),
+        )
+        for n in range(number)
+    ]
+    rounds_us = []
+    for _ in range(ROUNDS):
+        started_s = time.process_time()
+        flights = []
+        for request, prompt in asked:
+            cache.partition(request)
+            if not cache.concerns(request):
+                raise SystemExit("the cache should be concerned")
+            cache.known(request)
+            key = cache.key(request, route, cache.learn(request, prompt))
+            assert key is not None
+            cache.flight(key)
+            cache.recall(key, request)
+            flights.append(cache.lead(key))
+        rounds_us.append((time.process_time() - started_s) / number * 1e6)
+        for flight in flights:
+            flight.settle(())
+    return min(rounds_us)
+
+
 def miss() -> dict[str, Any]:
     """CPU per request and per token of the whole way, in turn with and without the cache."""
     long = Load(64, 64, stream=True, seed="", prompt_tokens=513, output_tokens=512)
@@ -176,8 +217,9 @@ def miss() -> dict[str, Any]:
                     (with_it - without) / load.output_tokens, 2
                 )
             say(f"miss, {name}: {found[name]}")
+    found["before_the_engine_us"] = round(asyncio.run(before_the_engine_us()), 1)
     found["goal"] = "at most 150 us added before the engine"
-    found["met"] = found["whole"]["added_us_per_request"] <= 150
+    found["met"] = found["before_the_engine_us"] <= 150
     return found
 
 

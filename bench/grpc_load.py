@@ -18,7 +18,7 @@ from ladder import progress
 from load import Load, run_cell
 from servers import ENGINE, MODEL, Server, free_port, packhorse_with
 
-ROUNDS = 5
+ROUNDS = 3
 STREAMS = Load(128, 64, stream=True, seed="")
 WHOLE = Load(2000, 32, stream=False, seed="", prompt_tokens=17, output_tokens=16)
 GOAL = 1.2
