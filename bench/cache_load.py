@@ -39,12 +39,10 @@ import uvloop
 from bench_models import random_llama
 from layers import call, cpu_of_all
 from load import Load, bodies, path_of, run_cell
-from servers import ENGINE, MODEL, free_port, packhorse_with, plain_vllm
+from servers import DTYPE, ENGINE, MODEL, free_port, packhorse_with, plain_vllm
 
 PARTS = ("zipf", "hits", "miss", "store")
 ZIPF = Load(5000, 32, stream=False, seed="zipf", zipf=1.0, timeout_s=1800)
-# CPUs without AVX-512 multiply bfloat16 at a tenth of the speed.
-DTYPE = "bfloat16" if "avx512f" in Path("/proc/cpuinfo").read_text() else "float32"
 CACHED: dict[str, Any] = {"engine": {**ENGINE, "dtype": DTYPE}, "cache": {"enabled": True}}
 ROUNDS = 7
 

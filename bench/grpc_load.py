@@ -16,14 +16,12 @@ from typing import Any
 from bench_models import random_llama
 from ladder import progress
 from load import Load, run_cell
-from servers import ENGINE, MODEL, Server, free_port, packhorse_with
+from servers import DTYPE, ENGINE, MODEL, Server, free_port, packhorse_with
 
 ROUNDS = 3
 STREAMS = Load(128, 64, stream=True, seed="")
 WHOLE = Load(2000, 32, stream=False, seed="", prompt_tokens=17, output_tokens=16)
 GOAL = 1.2
-# CPUs without AVX-512 multiply bfloat16 at a tenth of the speed.
-DTYPE = "bfloat16" if "avx512f" in Path("/proc/cpuinfo").read_text() else "float32"
 
 
 def grpc(work_folder: Path) -> dict[str, Any]:

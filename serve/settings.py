@@ -124,7 +124,7 @@ def cache_home() -> Path:
 
 
 # vLLM's own that decide nothing of an answer.
-_HARMLESS = ("HOST", "PORT", "LOG", "USAGE", "TRACE", "API_KEY", "CACHE_ROOT", "ASSETS", "DEBUG")
+_HARMLESS = {"HOST", "PORT", "LOGGING", "USAGE", "TRACE", "ASSETS", "DEBUG", "KEY", "ROOT"}
 
 
 def answer_environment() -> dict[str, str]:
@@ -134,7 +134,7 @@ def answer_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name.startswith("VLLM_") and not any(part in name for part in _HARMLESS)
+        if name.startswith("VLLM_") and not _HARMLESS & set(name.split("_"))
     }
 
 

@@ -59,7 +59,7 @@ class ResultCache:
         self._flights = Flights()
         self._store = store
         self._breaker = Breaker(store.name) if store else None
-        self._known_until_s = 0.0  # of the loop's clock: every flush of before is known
+        self._known_until_s = 0.0  # monotonic; until then every flush of before is known
         self._puts: set[asyncio.Task[None]] = set()
 
     # What the service asks

@@ -31,10 +31,6 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     created_s: float
     """Unix time."""
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(chunk.token_ids) for chunk in self.chunks)
-
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Result)

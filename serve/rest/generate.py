@@ -152,7 +152,7 @@ def cache_policy(request: Request, field: CacheOptions | None) -> CachePolicy:
     """
     header = request.headers.get("cache-control")
     if header is None:
-        return CachePolicy(field.mode, field.max_age_s) if field else AUTO_CACHE
+        return field.policy() if field else AUTO_CACHE
     mode: CacheMode = "auto"
     ages = [] if field is None or field.max_age_s is None else [field.max_age_s]
     for directive in header.lower().split(","):

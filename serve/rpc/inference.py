@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import TypeVar
 from urllib.parse import quote
 
 from serve.answers import Answer, collect, names_of
 from serve.errors import ServeError
-from serve.messages import AUTO_CACHE, CachePolicy, GenerateRequest
+from serve.messages import AUTO_CACHE, GenerateRequest
 from serve.rpc.answered import ChatAnswers, CompleteAnswers, decided, opening, usage
 from serve.rpc.asked import chat_body, complete_body, tokenize_body
 from serve.rpc.calls import Call, Handler
@@ -20,6 +21,7 @@ from serve.schema.validation import validated
 from serve.service import Service
 from serve.stream import Stream, merged
 
+Body = TypeVar("Body", ChatBody, CompletionBody)
 Asked = Call[pb.ChatRequest] | Call[pb.CompleteRequest]
 
 
@@ -42,42 +44,28 @@ class Inference:
         }
 
     async def chat(self, call: Call[pb.ChatRequest]) -> pb.ChatResponse:
-        body, asked = self._checked_chat(call, stream=False)
+        body, asked = self._checked(call, chat_body, stream=False)
         answers = ChatAnswers(body)
-        streams = await self._service.start_all(asked)
-        found = await self._whole(call, streams)
-        return answers.whole(opening(answers.prefix, call.request_id, streams), found, streams)
+        return answers.whole(*await self._whole(call, asked, answers.prefix))
 
     async def chat_stream(self, call: Call[pb.ChatRequest]) -> None:
-        body, asked = self._checked_chat(call, stream=True)
+        body, asked = self._checked(call, chat_body, stream=True)
         await self._stream(call, asked, ChatAnswers(body))
 
     async def complete(self, call: Call[pb.CompleteRequest]) -> pb.CompleteResponse:
-        body, asked = self._checked_complete(call, stream=False)
+        body, asked = self._checked(call, complete_body, stream=False)
         answers = CompleteAnswers(body)
-        streams = await self._service.start_all(asked)
-        found = await self._whole(call, streams)
-        return answers.whole(opening(answers.prefix, call.request_id, streams), found, streams)
+        return answers.whole(*await self._whole(call, asked, answers.prefix))
 
     async def complete_stream(self, call: Call[pb.CompleteRequest]) -> None:
-        body, asked = self._checked_complete(call, stream=True)
+        body, asked = self._checked(call, complete_body, stream=True)
         await self._stream(call, asked, CompleteAnswers(body))
 
-    def _checked_chat(
-        self, call: Call[pb.ChatRequest], *, stream: bool
-    ) -> tuple[ChatBody, list[GenerateRequest]]:
+    def _checked(
+        self, call: Asked, read: Callable[..., Body], *, stream: bool
+    ) -> tuple[Body, list[GenerateRequest]]:
         try:
-            body = chat_body(call.request, stream=stream)
-            return body, self._asked(call, body)
-        except ServeError as error:
-            self._service.refused(call.request_id, error, call.caller)
-            raise
-
-    def _checked_complete(
-        self, call: Call[pb.CompleteRequest], *, stream: bool
-    ) -> tuple[CompletionBody, list[GenerateRequest]]:
-        try:
-            body = complete_body(call.request, stream=stream)
+            body = read(call.request, stream=stream)
             return body, self._asked(call, body)
         except ServeError as error:
             self._service.refused(call.request_id, error, call.caller)
@@ -91,16 +79,20 @@ class Inference:
         if call.timeout_s is not None:
             left_s = min(max(call.timeout_s, 0.001), self._service.max_request_timeout_s)
             timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
-        policy = CachePolicy(body.cache.mode, body.cache.max_age_s) if body.cache else AUTO_CACHE
+        policy = body.cache.policy() if body.cache else AUTO_CACHE
         return body.to_requests(call.request_id, call.caller, timeout_s, policy)
 
-    async def _whole(self, call: Asked, streams: Sequence[Stream]) -> dict[int, Answer]:
+    async def _whole(
+        self, call: Asked, asked: Sequence[GenerateRequest], prefix: str
+    ) -> tuple[pb.Opening, dict[int, Answer], Sequence[Stream]]:
+        streams = await self._service.start_all(asked)
         self._mark(call, streams)
         try:
-            return await collect(streams)
+            found = await collect(streams)
         finally:
             for stream in streams:
                 await stream.close()
+        return opening(prefix, call.request_id, streams), found, streams
 
     async def _stream(
         self,
@@ -176,5 +168,5 @@ class Inference:
         return pb.DetokenizeResponse(prompt=await service.engine.detokenize(body.tokens))
 
     async def route(self, call: Call[pb.ChatRequest]) -> pb.RouteResponse:
-        _, (asked,) = self._checked_chat(call, stream=False)
+        _, (asked,) = self._checked(call, chat_body, stream=False)
         return decided(self._service.decide(asked), self._service.model)

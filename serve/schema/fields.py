@@ -118,6 +118,9 @@ class CacheOptions(StrictBody):
     mode: CacheMode = "auto"
     max_age_s: float | None = Field(None, ge=0)
 
+    def policy(self) -> CachePolicy:
+        return CachePolicy(self.mode, self.max_age_s)
+
 
 class GenerateBody(StrictBody):
     """What chat and plain completions share."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from serve.errors import StartupError
-from serve.settings import load
+from serve.settings import answer_environment, load
 
 
 def test_flags_beat_environment_beats_file_beats_defaults(
@@ -59,3 +59,12 @@ def test_an_unknown_environment_name_is_refused(
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such file"):
         load(tmp_path / "none.yaml", {})
+
+
+def test_what_of_the_environment_may_change_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole words are harmless, not parts of them."""
+    for name in ("VLLM_CPU_INT4_W4A8", "VLLM_FP32_LOGITS", "VLLM_HOST_IP", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "1")
+    found = answer_environment()
+    assert {"VLLM_CPU_INT4_W4A8", "VLLM_FP32_LOGITS"} <= found.keys()
+    assert not {"VLLM_HOST_IP", "VLLM_LOGGING_LEVEL"} & found.keys()
