@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -179,22 +180,8 @@ class ChatBody(_Conversation, GenerateBody):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,
         )
-        request = GenerateRequest(
-            request_id,
-            self.model,
-            sampling,
-            messages=self.as_messages(),
-            chat=self._options(),
-            add_special_tokens=self.add_special_tokens,
-            truncate_prompt_tokens=self.truncate_prompt_tokens,
-            priority=self.priority,
-            stream=bool(self.stream),
-            caller=caller,
-            timeout_s=timeout_s,
-            cache=cache,
-            cache_salt=self.cache_salt,
-        )
-        return [request]
+        request = self.request(request_id, sampling, caller, timeout_s, cache)
+        return [replace(request, messages=self.as_messages(), chat=self._options())]
 
     def _options(self) -> ChatOptions:
         choice: ToolChoice

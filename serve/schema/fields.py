@@ -5,6 +5,7 @@ refused, never dropped; those without effect are listed in docs/api.md.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -251,6 +252,29 @@ class GenerateBody(StrictBody):
             constraint=self.constraint(),
         )
 
+    def request(
+        self,
+        request_id: str,
+        sampling: Sampling,
+        caller: Caller,
+        timeout_s: float | None,
+        cache: CachePolicy,
+    ) -> GenerateRequest:
+        """What every request has; its prompt or messages are for the endpoint to add."""
+        return GenerateRequest(
+            request_id,
+            self.model,
+            sampling,
+            add_special_tokens=self.add_special_tokens,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            priority=self.priority,
+            stream=bool(self.stream),
+            caller=caller,
+            timeout_s=timeout_s,
+            cache=cache,
+            cache_salt=self.cache_salt,
+        )
+
 
 class CompletionBody(GenerateBody):
     """POST /v1/completions."""
@@ -305,22 +329,14 @@ class CompletionBody(GenerateBody):
             logprobs=self.logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+        request = self.request(request_id, sampling, caller, timeout_s, cache)
         prompts = self.prompts()
         return [
-            GenerateRequest(
-                request_id if len(prompts) == 1 else f"{request_id}-{number}",
-                self.model,
-                sampling,
+            replace(
+                request,
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{number}",
                 prompt=prompt,
                 echo=bool(self.echo),
-                add_special_tokens=self.add_special_tokens,
-                truncate_prompt_tokens=self.truncate_prompt_tokens,
-                priority=self.priority,
-                stream=bool(self.stream),
-                caller=caller,
-                timeout_s=timeout_s,
-                cache=cache,
-                cache_salt=self.cache_salt,
             )
             for number, prompt in enumerate(prompts)
         ]
