@@ -1,33 +1,42 @@
 """Walk a checkpoint one decoder block at a time, so that memory does not grow with depth; and run
 calibration rows through the blocks as the walk reaches them.
-
-What is outside the blocks (embeddings, final norm, head) comes first, as block -1, and is never
-quantized.
 """
 
 # Shapes: R = calibration rows, T = tokens of a row, H = hidden size.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput, Unsupported
 from quantize.families import Family
+from quantize.hooks import (
+    RANGE,
+    Continue,
+    KeyValueRange,
+    Note,
+    Times,
+    fast_products,
+    hidden_of,
+    run,
+    watch_attention,
+)
 from quantize.inputs import Inputs
+from quantize.shelf import Shelf
 
 TOKENS_AT_ONCE = 4096
-RANGE = "packhorse_range"  # where an attention module that is watched has its _KeyValueRange
+Kind = Literal["quantized", "original"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,31 @@ def count_blocks(checkpoint: Checkpoint, family: Family) -> int:
     return 1 + max(_index_of(name, family) for name in checkpoint.names())
 
 
-def walk(checkpoint: Checkpoint, family: Family) -> Iterator[Block]:
-    """Block -1 (everything outside), then 0, 1, ...; each is freed when the caller moves on."""
-    names: dict[int, list[str]] = {
-        index: [] for index in range(-1, count_blocks(checkpoint, family))
-    }
-    for name in checkpoint.names():
-        if not name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; it is computed now
-            names[_index_of(name, family)].append(name)
-    for index, members in names.items():
-        prefix = f"{family.block_prefix}{index}." if index >= 0 else ""
-        yield Block(index, prefix, {name: checkpoint.get(name) for name in members})
+def walk(checkpoint: Checkpoint, family: Family, start: int = 0) -> Iterator[Block]:
+    """Blocks `start`, ...; each is freed when the caller moves on."""
+    for index in range(start, count_blocks(checkpoint, family)):
+        prefix = f"{family.block_prefix}{index}."
+        names = [name for name in _names(checkpoint) if name.startswith(prefix)]
+        yield Block(index, prefix, {name: checkpoint.get(name) for name in names})
+
+
+def outside(checkpoint: Checkpoint, family: Family) -> list[str]:
+    """The names of tensors that are in no block: embeddings, final norm, head."""
+    return [name for name in _names(checkpoint) if _index_of(name, family) < 0]
+
+
+def largest_block(checkpoint: Checkpoint, family: Family) -> int:
+    """The first of those with the most numbers."""
+    sizes: Counter[int] = Counter()
+    for name in _names(checkpoint):
+        sizes[_index_of(name, family)] += prod(checkpoint.shape_and_dtype(name)[0])
+    del sizes[-1]
+    return min(sizes, key=lambda index: (-sizes[index], index))
+
+
+def _names(checkpoint: Checkpoint) -> Iterator[str]:
+    """But for what is in old checkpoints and is computed now."""
+    return (name for name in checkpoint.names() if not name.endswith("rotary_emb.inv_freq"))
 
 
 def _index_of(name: str, family: Family) -> int:
@@ -69,13 +92,21 @@ class Runner:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, rows_RT: Tensor, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        rows_RT: Tensor,
+        device: torch.device,
+        shelf: Shelf | None = None,
     ) -> None:
-        """Runs what is before the blocks. Raises Unsupported for a model laid out differently."""
+        """Runs what is before the blocks. `shelf` None: all stays in memory. Raises Unsupported for
+        a model laid out differently.
+        """
         self.family = family
         self.device = device
+        self.shelf = Shelf() if shelf is None else shelf
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        config._attn_implementation = _watch_attention(config)
+        config._attn_implementation = watch_attention(config)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         decoder = skeleton.get_decoder()
@@ -90,11 +121,7 @@ class Runner:
                 setattr(decoder, name, type(module)(config=config).to(device))
         self._embed(decoder, embedding.float(), device)
         self._blocks = decoder.layers
-        self.quantized: list[Tensor] = []
-        """Hidden states before the current block, a batch of rows each, as the quantized blocks
-        before it make them."""
-        self.original: list[Tensor] = []
-        """The same of the original; behind it once the block's `keep_original` was called."""
+        self.batches = 0
         self._keywords: list[list[dict[str, Any]]] = []
         self._see_first_inputs(decoder, rows_RT)
 
@@ -103,22 +130,46 @@ class Runner:
         made = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.to(device))
         # Gemma's embedding layer scales what it looks up.
         scale = getattr(decoder.embed_tokens, "scalar_embed_scale", None)
-        decoder.embed_tokens = nn.Sequential(made, _Times(scale)) if scale is not None else made
+        decoder.embed_tokens = nn.Sequential(made, Times(scale)) if scale is not None else made
 
     @torch.inference_mode()
     def _see_first_inputs(self, decoder: nn.Module, rows_RT: Tensor) -> None:
         """Run the decoder with blocks that only note what they are called with, which may differ
         from block to block: sliding windows, rotary embeddings.
         """
-        notes: list[_Note] = [_Note() for _ in self._blocks]
+        notes: list[Note] = [Note() for _ in self._blocks]
         blocks, decoder.layers = self._blocks, nn.ModuleList(notes)
         decoder.norm = nn.Identity()
         for rows in torch.split(rows_RT, max(1, TOKENS_AT_ONCE // rows_RT.shape[1])):
             decoder(input_ids=rows.to(self.device), use_cache=False)
         decoder.layers = blocks
-        self.quantized = [seen for seen, _ in notes[0].calls]
-        self.original = list(self.quantized)
+        for number, (hidden, _) in enumerate(notes[0].calls):
+            self.put("quantized", number, hidden)
+            self.put("original", number, hidden)
+        self.batches = len(notes[0].calls)
         self._keywords = [[keywords for _, keywords in note.calls] for note in notes]
+
+    def hidden(self, kind: Kind, number: int) -> Tensor:
+        """The hidden states of a batch of rows before the current block, as the quantized blocks
+        before it make them, or as the original has them. Those of the original are behind the block
+        once its `keep_original` was called.
+        """
+        return self.shelf.get((kind, number))
+
+    def put(self, kind: Kind, number: int, hidden: Tensor) -> None:
+        self.shelf.put((kind, number), hidden)
+
+    def state(self) -> Iterator[dict[str, Tensor]]:
+        """All hidden states, batch by batch, for `restore`."""
+        for number in range(self.batches):
+            yield {kind: self.hidden(kind, number) for kind in KINDS}
+
+    def restore(self, state: Iterable[dict[str, Tensor]]) -> None:
+        """Go on from where `state` was called, on the same rows; from the beginning without any."""
+        for number, hidden in enumerate(state):
+            for kind in KINDS:
+                # A copy: what is read from a file may lie on other boundaries, and sum differently.
+                self.put(kind, number, hidden[kind].clone().to(self.device))
 
     def enter(self, block: Block) -> LiveBlock:
         """The block with its weights, in float32 on the device."""
@@ -138,13 +189,13 @@ class Runner:
         """Make the block's outputs the next one's inputs, and free it. Raises BadInput when they
         are not finite.
         """
-        for number in range(len(self.quantized)):
+        for number in range(self.batches):
             output = live.output(number)
             if not output.isfinite().all():
                 raise BadInput(
                     f"Block {live.index} puts out NaN or infinity on the calibration text."
                 )
-            self.quantized[number] = output
+            self.put("quantized", number, output)
         self._blocks[live.index] = nn.Identity()
         self._keywords[live.index] = []
         live.free()
@@ -160,11 +211,11 @@ class LiveBlock:
     runner: Runner
     index: int
     module: nn.Module
-    _seen: list[dict[str, Tensor]] = field(default_factory=list)
-    """By batch: what the original's layers are given."""
-    _reached: dict[str, list[Tensor]] = field(default_factory=dict)
-    """By the last layer of a part of the block: what it is given, batch by batch, once all before
-    it is quantized."""
+    _kept: bool = False
+    """Whether the shelf has what the original's layers are given: ("seen", batch, layer)."""
+    _reached: set[str] = field(default_factory=set)
+    """The last layers of parts of the block that have all before them quantized: the shelf has what
+    they are given, ("reached", layer, batch)."""
 
     def tensor(self, name: str) -> Tensor:
         """A parameter of the quantized block, by its name within the block."""
@@ -185,10 +236,13 @@ class LiveBlock:
         keywords = self.runner.keywords(self.index)
         for number, more in enumerate(keywords):
             with fast_products():
-                seen, output = _run(self.module, watched, self.runner.original[number], more)
-            # Half the memory; what is lost is noise against the differences of interest.
-            self._seen.append({name: tensor.bfloat16() for name, tensor in seen.items()})
-            self.runner.original[number] = output
+                hidden = self.runner.hidden("original", number)
+                seen, output = run(self.module, watched, hidden, more)
+            for name, tensor in seen.items():
+                # Half the memory; what is lost is noise against the differences of interest.
+                self.runner.shelf.put(("seen", number, name), tensor.bfloat16())
+            self.runner.put("original", number, output)
+        self._kept = True
 
     @torch.inference_mode()
     def inputs(self, groups: Sequence[tuple[str, ...]]) -> dict[str, Inputs]:
@@ -196,37 +250,39 @@ class LiveBlock:
         Before keep_original with their magnitudes, for `prepare`; after it with how they differ
         from what the original gives them.
         """
-        kept = bool(self._seen)
-        found = {group[0]: Inputs(magnitudes=not kept) for group in groups}
-        residual_of = dict(self.runner.family.residuals) if kept else {}
+        shelf = self.runner.shelf
+        found = {group[0]: Inputs(magnitudes=not self._kept) for group in groups}
+        residual_of = dict(self.runner.family.residuals) if self._kept else {}
         watched = {*found, *(residual_of[name] for name in found if name in residual_of)}
         last = groups[-1][0]
         ends = {layer for _, layer in self.runner.family.parts} if len(groups) == 1 else set()
-        reached: list[Tensor] = []
         for number, keywords in enumerate(self.runner.keywords(self.index)):
-            hidden = self.runner.quantized[number]
+            hidden = self.runner.hidden("quantized", number)
             with self._continued(number), fast_products():
-                x, _ = _run(self.module, watched, hidden, keywords, last=last)
-                y = self._seen[number] if kept else {}
+                x, _ = run(self.module, watched, hidden, keywords, last=last)
                 for name, inputs in found.items():
-                    norm = residual_of.get(name)
-                    inputs.add(x[name], y.get(name), y[norm] - x[norm] if norm else None)
+                    y = shelf.get(("seen", number, name)) if self._kept else None
+                    residual = None
+                    if norm := residual_of.get(name):
+                        residual = shelf.get(("seen", number, norm)) - x[norm]
+                    inputs.add(x[name], y, residual)
             if last in ends:
-                reached.append(x[last])
-        if reached:
-            self._reached[last] = reached
+                shelf.put(("reached", last, number), x[last])
+        if last in ends:
+            self._reached.add(last)
         return found
 
     def free(self) -> None:
         """Let go of the weights and of all that was kept."""
         self.module = nn.Identity()
-        self._seen, self._reached = [], {}
+        self.runner.shelf.drop("seen")
+        self.runner.shelf.drop("reached")
 
     def output(self, number: int) -> Tensor:
         """What the block as it is now puts out for a batch."""
         keywords = self.runner.keywords(self.index)[number]
         with self._continued(number), fast_products():
-            return _hidden(self.module(self.runner.quantized[number], **keywords))
+            return hidden_of(self.module(self.runner.hidden("quantized", number), **keywords))
 
     @contextmanager
     def _continued(self, number: int) -> Iterator[None]:
@@ -235,8 +291,8 @@ class LiveBlock:
         for part, layer in self.runner.family.parts:
             if layer in self._reached:
                 module, end = self.module.get_submodule(part), self.module.get_submodule(layer)
-                kept = self._reached[layer][number]
-                module.forward = _Continue(end, kept, tupled=part == "self_attn")
+                kept = self.runner.shelf.get(("reached", layer, number))
+                module.forward = Continue(end, kept, tupled=part == "self_attn")
                 changed.append(module)
         try:
             yield
@@ -249,134 +305,14 @@ class LiveBlock:
         """The largest magnitude of the keys (after their rotation) and of the values that the
         quantized block computes on all rows.
         """
-        seen = _KeyValueRange()
+        seen = KeyValueRange()
         attentions = [
             part for part in self.module.modules() if hasattr(part, "num_key_value_groups")
         ]
         for part in attentions:
             setattr(part, RANGE, seen)
-        for x, keywords in zip(
-            self.runner.quantized, self.runner.keywords(self.index), strict=True
-        ):
-            self.module(x, **keywords)
+        for number, keywords in enumerate(self.runner.keywords(self.index)):
+            self.module(self.runner.hidden("quantized", number), **keywords)
         for part in attentions:
             delattr(part, RANGE)
         return seen.key, seen.value
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """Products of float32 matrices may round their factors to bfloat16 (CPUs with AMX) or TF32
-    (GPUs); sums stay float32. The model is served in that precision, and statistics need no more;
-    the solvers run outside.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-class _Reached(Exception):
-    """Ends a run where nothing behind is wanted."""
-
-
-def _run(
-    module: nn.Module,
-    watched: set[str],
-    hidden: Tensor,
-    keywords: dict[str, Any],
-    *,
-    last: str | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """What the watched parts of a block are given, and what the block puts out. The run ends at the
-    part `last`, and then the output is not one.
-    """
-    seen: dict[str, Tensor] = {}
-    output = hidden
-    with ExitStack() as hooks:
-        for name in watched:
-
-            def see(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                seen[name] = inputs[0]
-                if name == last:
-                    raise _Reached
-
-            handle = module.get_submodule(name).register_forward_pre_hook(see)
-            hooks.callback(handle.remove)
-        with suppress(_Reached):
-            output = _hidden(module(hidden, **keywords))
-    return seen, output
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-@dataclass
-class _Continue:
-    """In place of a module's forward: its last layer on what that is given."""
-
-    layer: nn.Module
-    given: Tensor
-    tupled: bool
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        output = self.layer(self.given)
-        return (output, None) if self.tupled else output
-
-
-class _Note(nn.Module):
-    """In a block's place: passes its input on and keeps what it was called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        self.calls.append((hidden_states, keywords))
-        return hidden_states
-
-
-class _Times(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self._factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self._factor
-
-
-@dataclass
-class _KeyValueRange:
-    key: float = 0.0
-    value: float = 0.0
-
-
-def _watch_attention(config: Any) -> str:
-    """The name of an attention that notes the range of keys and values where it is asked to: like
-    sdpa, or where scores are capped (Gemma 2), which sdpa does not know, like the model's own.
-    """
-    kind = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    name = f"packhorse_{kind}"
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
-    ) -> Any:
-        seen: _KeyValueRange | None = getattr(module, RANGE, None)
-        if seen is not None:
-            seen.key = max(seen.key, key.abs().amax().item())
-            seen.value = max(seen.value, value.abs().amax().item())
-        if kind == "eager":
-            own: Any = sys.modules[type(module).__module__]
-            return own.eager_attention_forward(module, query, key, value, *args, **more)
-        if torch.get_float32_matmul_precision() == "medium":  # in fast_products
-            query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-        output, weights = sdpa_attention_forward(module, query, key, value, *args, **more)
-        return output.float(), weights
-
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kind])
-    return name

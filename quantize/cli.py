@@ -126,6 +126,27 @@ def model(
         bool, typer.Option(help="Load the result in vLLM and compare it with the original.")
     ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace --out when it exists.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on where a run with the same options was cut short, if one was."
+        ),
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what a run that was cut short left.")
+    ] = False,
+    device: Annotated[
+        str,
+        typer.Option(help="Where blocks run: cpu, cuda (one block at a time), or auto."),
+    ] = "auto",
+    spill_above: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="GB of activations that wait in memory; the rest waits on --out's disk. "
+            "[default: half of what is free]",
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL into a new folder that stock vLLM loads.
 
@@ -135,8 +156,9 @@ def model(
 
     The folder holds the weights, every side file of the original (tokenizer, chat template, ...),
     and quantize_report.json: sizes, errors by layer, quality before and after, and the weights'
-    sha256. A run that is killed leaves no such folder. Exit code 2: it cannot be done as asked; the
-    message says why.
+    sha256. It appears when all is done. A run that is cut short keeps its finished blocks in a
+    hidden folder beside --out: the same command with --resume goes on there, and ends with the same
+    bytes. Exit code 2: it cannot be done as asked; the message says why.
     """
     console = Console()
     settings = Settings(
@@ -159,6 +181,10 @@ def model(
         quality=quality,
         verify=verify,
         overwrite=overwrite,
+        resume=resume,
+        restart=restart,
+        device=device,
+        spill_above=None if spill_above is None else round(spill_above * 1e9),
     )
     with _errors():
         # Imported late: torch takes seconds, --help and mistakes should not.
@@ -201,9 +227,10 @@ def inspect(
 def _errors() -> Iterator[None]:
     try:
         yield
-    except QuantizeError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
+    except (QuantizeError, KeyboardInterrupt) as error:
+        said = " ".join([str(error) or "Interrupted.", *getattr(error, "__notes__", [])])
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, QuantizeError) else 130) from error
 
 
 @contextmanager

@@ -13,5 +13,9 @@ class Unsupported(QuantizeError):
     """A model or combination that this version cannot quantize, or that vLLM would not load."""
 
 
+class OutOfMemory(QuantizeError):
+    """A run needs more memory than there is."""
+
+
 class Unloadable(QuantizeError):
     """vLLM does not load the finished checkpoint, or dies of it."""

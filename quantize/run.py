@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from quantize import calibration, families, formats, methods
-from quantize.blocks import Block, LiveBlock, Runner, count_blocks, walk
+from quantize.blocks import Runner, largest_block
 from quantize.calibration import Calibration
-from quantize.checkpoint import REPORT, Checkpoint, Writer, find, sha256_of
-from quantize.errors import BadInput
+from quantize.checkpoint import REPORT, Checkpoint, find, sha256_of
+from quantize.convert import Converter
+from quantize.errors import BadInput, OutOfMemory
 from quantize.evaluate import prompt_of, read_questions, read_texts
 from quantize.families import Family
-from quantize.formats import Format
-from quantize.grid import FP8_MAX, Codes
-from quantize.methods import Method, Rounded
+from quantize.host import free_memory_bytes
+from quantize.layers import number
 from quantize.plan import Plan
 from quantize.planner import plan
 from quantize.report import Layer, Progress, Report, Yardstick, measure
 from quantize.settings import Settings
+from quantize.shelf import Shelf
 from quantize.verify import verify
+from quantize.workspace import SHARD_BYTES, Workspace
 
+SPILL_ABOVE = 16 * 1024**3
+"""Where the system does not say how much memory is free."""
 PROOF_PROMPTS = 16
 SUSPICIOUS_NATS = 0.5
 DISK_MARGIN = 1.05
 """Over the planned size: the report, and what the plan's arithmetic leaves out."""
-KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 
 def decide(settings: Settings) -> tuple[Checkpoint, Family | None, Plan]:
@@ -50,12 +53,14 @@ def run(settings: Settings, progress: Progress) -> Report:
     folder.
 
     Raises QuantizeError before any long work when something cannot be done, or Unloadable at the
-    end when vLLM does not run what was made; leaves no half-written folder behind.
+    end when vLLM does not run what was made. A run that ends early, however it does, leaves its
+    finished steps beside `out`, from which the same settings with `resume` go on to the same bytes.
     """
     source, family, planned = decide(settings)
     method = methods.make(planned.method, planned.scheme)
     layout = formats.make(planned.format, planned.scheme)
     config = layout.config(ignore=planned.ignored, kv_scales=planned.kv)
+    device = device_of(settings)
     yardstick = _yardstick(source.folder, settings)
     report = Report(
         source=settings.model,
@@ -63,143 +68,149 @@ def run(settings: Settings, progress: Progress) -> Report:
         bytes_before=source.weight_bytes(),
         yardstick=yardstick.as_json(),
         notes=[*planned.notes, *_notes(yardstick, settings)],
-        versions={
-            name: importlib.metadata.version(name)
-            for name in ("packhorse", "torch", "transformers")
-        },
+        versions=_versions(),
     )
-    with Writer(
+    text = _calibration(source, planned, settings, report)
+    _look_through(source.folder, yardstick)
+    with Workspace(
         settings.out,
         source.folder,
         overwrite=settings.overwrite,
-        needed_bytes=round(DISK_MARGIN * (planned.bytes_after + source.side_bytes())),
-    ) as writer:
-        text = _calibration(source, planned, settings, report)
-        report.quality_before = measure(source.folder, yardstick, "before", progress)
+        needed_bytes=_disk_bytes(source, planned, text),
+    ) as work:
+        this_run = _identity(source, planned, settings, report, progress)
+        if work.begin(this_run, resume=settings.resume, restart=settings.restart):
+            report.notes.append(f"resumed after {len(work.steps)} of its steps")
+        converter = Converter(
+            source, planned, method, layout, progress("quantizing layers", len(planned.linears))
+        )
+        with memory_errors(planned):
+            _convert(converter, family, text, work, device, settings)
         started_s = time.monotonic()
-        if text is None or family is None:
-            parts = _one_by_one(source, planned, method, layout, report, progress)
-        else:
-            parts = _block_by_block(source, family, planned, method, layout, text, report, progress)
-        for tensors in parts:
-            writer.add(tensors)
-        writer.finish_weights()
-        writer.copy_side_files(source)
-        writer.write_json("config.json", _config(source, config, planned))
+        work.finish_weights()
+        work.copy_side_files(source)
+        work.write_json("config.json", _config(source, config, planned))
         if planned.format == "gptq":
             # Readers older than `quantization_config` look here.
-            writer.write_json("quantize_config.json", config)
-        made = Checkpoint(writer.folder)
+            work.write_json("quantize_config.json", config)
+        made = Checkpoint(work.folder)
+        report.layers = [Layer(**layer) for step in work.steps for layer in step["layers"]]
+        report.unscaled = [name for step in work.steps for name in step["unscaled"]]
         report.bytes_after = made.weight_bytes()
         report.weights_sha256 = sha256_of(made.weight_files())
-        report.seconds = time.monotonic() - started_s
-        report.quality_after = measure(writer.folder, yardstick, "after", progress)
+        report.seconds = sum(step["seconds"] for step in work.steps)
+        report.seconds += time.monotonic() - started_s
+        report.quality_before = measure(source.folder, yardstick, "before", progress)
+        report.quality_after = measure(work.folder, yardstick, "after", progress)
         if settings.verify and planned.unprovable:
             report.notes.append(f"no load proof: {planned.unprovable}")
         elif settings.verify:
             gc.collect()
             torch.cuda.empty_cache()  # the engine, in another process, looks for free memory
             prompts = _prompts(source.folder, yardstick, text)
-            report.proof = verify(source.folder, writer.folder, prompts, progress)
+            report.proof = verify(source.folder, work.folder, prompts, progress)
             report.notes += _doubts(report.proof)
-        writer.write_json(REPORT, report.as_json())
-        writer.publish()
+        work.write_json(REPORT, report.as_json())
+        work.publish()
     return report
 
 
-def _one_by_one(
-    source: Checkpoint,
-    planned: Plan,
-    method: Method,
-    layout: Format,
-    report: Report,
-    progress: Progress,
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors as they go to disk, for methods that look at nothing but the weights."""
-    linears = set(planned.linears)
-    advance = progress("quantizing layers", len(linears))
-    for name in source.names():
-        tensor = _finite(name, source.get(name))
-        prefix = name.removesuffix(".weight")
-        if prefix in linears and prefix != name:
-            rounded = method.quantize(tensor, None, _scale_dtype(tensor, planned))
-            report.layers.append(Layer.of(prefix, tensor, rounded))
-            yield layout.tensors(prefix, rounded.codes)
-            advance(1)
-        else:
-            yield {name: _stored(tensor, planned)}
+def _convert(
+    converter: Converter,
+    family: Family | None,
+    text: Calibration | None,
+    work: Workspace,
+    device: torch.device,
+    settings: Settings,
+) -> None:
+    """All steps that are not finished yet."""
+    done = len(work.steps)
+    converter.advance(sum(len(step["layers"]) for step in work.steps))
+    if text is None or family is None:
+        steps = converter.by_weights(done)
+    else:
+        limit = settings.spill_above
+        if limit is None:
+            limit = (free_memory_bytes() or SPILL_ABOVE) // 2
+        shelf = Shelf(limit, work.spill, work.save)
+        largest = largest_block(converter.source, family)
+        if largest and not done:
+            rehearsal = replace(converter, advance=lambda layers: None)
+            again = Runner(converter.source, family, text.rows, device, shelf)
+            rehearsal.rehearse(again, family, largest)
+            del again
+            shelf.drop()
+        runner = Runner(converter.source, family, text.rows, device, shelf)
+        if done:
+            runner.restore(work.state())
+        steps = converter.by_blocks(runner, family, done)
+    for step in steps:
+        work.finish_step(step.parts, step.said, step.state)
 
 
-def _block_by_block(
-    source: Checkpoint,
-    family: Family,
-    planned: Plan,
-    method: Method,
-    layout: Format,
-    text: Calibration,
-    report: Report,
-    progress: Progress,
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors as they go to disk, each block quantized for what it is given by the quantized
-    blocks before it.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runner = Runner(source, family, text.rows, device)
-    advance = progress("quantizing blocks", count_blocks(source, family))
-    for block in walk(source, family):
-        for name, tensor in block.tensors.items():
-            _finite(name, tensor)
-        if block.index < 0:
-            yield {name: _stored(tensor, planned) for name, tensor in block.tensors.items()}
-            continue
-        live = runner.enter(block)
-        yield _quantize_block(block, live, family, planned, method, layout, report)
-        runner.leave(live)
+def _identity(
+    source: Checkpoint, planned: Plan, settings: Settings, report: Report, progress: Progress
+) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    advance = progress("hashing the original", len(source.weight_files()))
+    digests = {}
+    for path in source.weight_files():
+        digests[path.name] = sha256_of([path])
         advance(1)
+    plan = report.plan
+    decided = ("method", "scheme", "format", "group_size", "symmetric", "kv_scales", "converted_to")
+    return {
+        **{key: plan[key] for key in decided},
+        "weights": digests,
+        "config": source.config,
+        "calibration": report.calibration,
+        "seed": settings.seed,
+        "threads": torch.get_num_threads(),
+        **report.versions,
+    }
 
 
-def _quantize_block(
-    block: Block,
-    live: LiveBlock,
-    family: Family,
-    planned: Plan,
-    method: Method,
-    layout: Format,
-    report: Report,
-) -> dict[str, Tensor]:
-    """Quantize the live block in place; returns its tensors as they go to disk."""
-    if method.calibrated:
-        left = method.prepare(live.module, family, lambda: live.inputs(family.fused))
-        report.unscaled += [block.prefix + layer for layer in left]
-        live.keep_original()
-    written: dict[str, Tensor] = {}
-    for name, tensor in block.tensors.items():
-        inner = name.removeprefix(block.prefix)
-        if inner.removesuffix(".weight") not in family.linears:
-            # Scales that were moved into it are rounded here, before others make up for it.
-            written[name] = _stored(live.tensor(inner).to(tensor.dtype), planned).cpu()
-            live.tensor(inner).copy_(written[name])
-    for group in family.fused:
-        inputs = live.inputs([group])[group[0]] if method.calibrated else None
-        for name in group:
-            weight_OI = live.weight(name)
-            stored = block.tensors[f"{block.prefix}{name}.weight"]
-            rounded = method.quantize(weight_OI, inputs, _scale_dtype(stored, planned))
-            report.layers.append(Layer.of(block.prefix + name, weight_OI, rounded, inputs))
-            written |= layout.tensors(block.prefix + name, _on_cpu(rounded).codes)
-            weight_OI.copy_(rounded.codes.dequantize())
-    if planned.kv:
-        seen_range = live.key_value_range()
-        for name, largest in zip(KV_SCALES, seen_range, strict=True):
-            written[block.prefix + name] = torch.tensor([kv_scale(largest)])
-    return written
-
-
-def kv_scale(largest: float) -> float:
-    """The smallest power of two that brings values up to `largest` into float8's range. A power of
-    two, because dividing by it rounds nothing: other scales cost more than they gain (lab log).
+def _disk_bytes(source: Checkpoint, planned: Plan, text: Calibration | None) -> int:
+    """What a run needs at its worst moment: the result, a shard of it twice, and hidden states of
+    both models, before and behind a block.
     """
-    return 2.0 ** math.ceil(math.log2(max(largest, 1e-6) / FP8_MAX))
+    result = DISK_MARGIN * (planned.bytes_after + source.side_bytes())
+    twice = min(planned.bytes_after, SHARD_BYTES)
+    hidden = 0 if text is None else 4 * 4 * text.num_tokens * number(source, "hidden_size")
+    return round(result) + twice + hidden
+
+
+def device_of(settings: Settings) -> torch.device:
+    """Where blocks run. Raises BadInput for one that is not there."""
+    there = torch.cuda.is_available()
+    if settings.device == "auto":
+        return torch.device("cuda" if there else "cpu")
+    if settings.device not in ("cpu", "cuda"):
+        raise BadInput(f"--device {settings.device} is not known; give auto, cpu or cuda.")
+    if settings.device == "cuda" and not there:
+        raise BadInput("--device cuda: torch finds no GPU here; leave it out, or give cpu.")
+    return torch.device(settings.device)
+
+
+@contextmanager
+def memory_errors(planned: Plan) -> Iterator[None]:
+    """Raises OutOfMemory for what torch and Python say when there is no more."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).lower()
+        named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not named and "allocate memory" not in words and "not enough memory" not in words:
+            raise
+        raise OutOfMemory(
+            f"The memory is full; the plan was for {planned.peak_memory_bytes / 1e9:.1f} GB. Take "
+            "fewer --calibration-tokens, a lower --spill-above, or another --device."
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    names = ("packhorse", "torch", "transformers")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _calibration(
@@ -248,32 +259,6 @@ def _calibration(
     return text
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise BadInput(f"Tensor {name} holds NaN or infinity; the checkpoint is broken.")
-    return tensor
-
-
-def _stored(tensor: Tensor, planned: Plan) -> Tensor:
-    return tensor.to(getattr(torch, planned.convert_to)) if planned.convert_to else tensor
-
-
-def _scale_dtype(weight: Tensor, planned: Plan) -> torch.dtype:
-    """float32 for W8A8, as its kernels read them; else the model's dtype."""
-    if planned.scheme.activation_bits == 8:
-        return torch.float32
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    return weight.dtype if half else torch.bfloat16
-
-
-def _on_cpu(rounded: Rounded) -> Rounded:
-    codes = rounded.codes
-    zeros_OG = None if codes.zeros_OG is None else codes.zeros_OG.cpu()
-    return Rounded(
-        Codes(codes.codes_OI.cpu(), codes.scales_OG.cpu(), codes.grid, zeros_OG), rounded.note
-    )
-
-
 def _config(source: Checkpoint, quantization: dict[str, Any], planned: Plan) -> dict[str, Any]:
     config = {**source.config, "quantization_config": quantization}
     if planned.convert_to:
@@ -296,6 +281,24 @@ def _yardstick(folder: Path, settings: Settings) -> Yardstick:
         kind: named[kind] or (usual[kind] if usual[kind].is_file() else None) for kind in named
     }
     return Yardstick(chosen["eval"], chosen["text"])
+
+
+def _look_through(folder: Path, yardstick: Yardstick) -> None:
+    """What is measured with must not turn out to be of no use after hours. Raises BadInput."""
+    if not yardstick.eval_file and not yardstick.text_file:
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{folder} has no tokenizer that loads, which measuring quality needs; add it, or pass "
+            f"--no-quality: {error}"
+        ) from error
+    if yardstick.text_file:
+        read_texts(yardstick.text_file, tokenizer)
+    if yardstick.eval_file:
+        for question in read_questions(yardstick.eval_file):
+            prompt_of(question, tokenizer)
 
 
 def _prompts(folder: Path, yardstick: Yardstick, text: Calibration | None) -> list[list[int]]:

@@ -56,3 +56,13 @@ class Settings:
     """Load the finished checkpoint in the real engine, and compare it with the original."""
     overwrite: bool = False
     """Replace `out` when it exists."""
+    resume: bool = False
+    """Go on from the finished steps of an earlier run for `out` with the same settings; where there
+    are none, begin."""
+    restart: bool = False
+    """Forget an earlier, unfinished run for `out`."""
+    device: str = "auto"
+    """Where blocks run: cpu, cuda, or auto: cuda where there is one."""
+    spill_above: int | None = None
+    """Bytes of activations that wait in memory; what is above them waits on the disk of `out`.
+    Unset: half of the memory that is free."""

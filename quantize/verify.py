@@ -87,14 +87,14 @@ def verify(
     except _EngineFailure as failure:
         raise Unloadable(
             f"vLLM does not run the finished checkpoint, so it is not published. {failure} This is "
-            "an error of Packhorse or a model it does not know well; --no-verify publishes it "
-            "unproved."
+            "an error of Packhorse or a model it does not know well; --resume --no-verify "
+            "publishes it unproved."
         ) from failure
     advance(1)
     if any(math.isnan(value) for output in after["outputs"] for value in output["logprobs"]):
         raise Unloadable(
             f"vLLM loads the finished checkpoint but computes NaN with it, in {after['dtype']}; so "
-            "it is not published; --no-verify publishes it anyway."
+            "it is not published; --resume --no-verify publishes it anyway."
         )
     result: dict[str, Any] = {
         "engine": f"vllm {after['vllm']}",
@@ -147,9 +147,9 @@ def _against_codes(
         raise Unloadable(
             f"vLLM loads the finished checkpoint but does not compute what its codes say: "
             f"log-probabilities are {mean:.2f} nats apart on average; more than "
-            f"{IMPLAUSIBLE_NATS} is no rounding. It is not published, and its files are removed. "
+            f"{IMPLAUSIBLE_NATS} is no rounding. It is not published. "
             "This is an error of Packhorse or of this machine's vLLM (for W4A8 on a CPU, try "
-            "VLLM_CPU_INT4_W4A8=0); --no-verify publishes it unproved."
+            "VLLM_CPU_INT4_W4A8=0); --resume --no-verify publishes it unproved."
         )
     return moved
 

@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantize import simulate
 from quantize.checkpoint import REPORT, Checkpoint
+from quantize.convert import kv_scale
 from quantize.errors import BadInput, Unsupported
 from quantize.evaluate import read_texts
 from quantize.families import FAMILIES
 from quantize.methods import smoothing
-from quantize.run import kv_scale, run
+from quantize.run import run
 from quantize.settings import Settings
 from tests.conftest import DEMO
 

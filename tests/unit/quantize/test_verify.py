@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,7 @@ def test_an_engine_that_computes_something_else_is_an_error(
         verify.verify(tiny_checkpoint, made, PROMPTS)
 
 
-def test_a_failed_proof_leaves_nothing(
+def test_a_failed_proof_publishes_nothing_and_loses_nothing(
     made: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -111,7 +112,9 @@ def test_a_failed_proof_leaves_nothing(
     settings = Settings(str(tiny_checkpoint), tmp_path / "out", "int8", quality=False)
     with pytest.raises(Unloadable, match="nats apart"):
         run(settings, lambda *_: lambda _: None)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    run(replace(settings, verify=False, resume=True), lambda *_: lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_codes_that_do_not_fit_in_memory_are_not_compared_and_the_report_says_so(

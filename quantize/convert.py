@@ -1,0 +1,190 @@
+"""From a checkpoint's tensors to those that go to disk, step by step: first what is outside the
+blocks, then block after block.
+
+Called by `run`, which keeps what a step made and may go on behind the steps of an earlier run.
+"""
+
+# Shapes: O = outputs, I = inputs, G = groups along I.
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize.blocks import Block, LiveBlock, Runner, outside, walk
+from quantize.checkpoint import Checkpoint
+from quantize.errors import BadInput
+from quantize.estimates import block_of
+from quantize.families import Family
+from quantize.formats import Format
+from quantize.grid import FP8_MAX, Codes
+from quantize.methods import Method, Rounded
+from quantize.plan import Plan
+from quantize.report import Layer
+
+Tensors = dict[str, Tensor]
+KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
+
+
+def _stateless() -> Iterator[Tensors]:
+    return iter(())
+
+
+@dataclass
+class Step:
+    """`parts` are made while they are taken; only then is known what is said of them, and the state
+    that the next step begins with.
+    """
+
+    parts: Iterable[Tensors]
+    state: Callable[[], Iterator[Tensors]] = _stateless
+    layers: list[Layer] = field(default_factory=list)
+    unscaled: list[str] = field(default_factory=list)
+    """Layers for which a search of scales found nothing better than leaving them."""
+    started_s: float = field(default_factory=time.monotonic)
+
+    def said(self) -> dict[str, Any]:
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "unscaled": self.unscaled,
+            "seconds": time.monotonic() - self.started_s,
+        }
+
+
+@dataclass(frozen=True)
+class Converter:
+    """One plan at work. `advance` is told of each quantized layer."""
+
+    source: Checkpoint
+    planned: Plan
+    method: Method
+    layout: Format
+    advance: Callable[[int], None]
+
+    def by_weights(self, done: int) -> Iterator[Step]:
+        """For methods that look at nothing but the weights; without the first `done` steps."""
+        blocks: dict[str, list[str]] = {"": []}
+        for name in self.source.names():
+            blocks.setdefault(block_of(name), []).append(name)
+        for block, names in list(blocks.items())[done:]:
+            step = Step(())
+            parts = (self._by_weight(name, step) for name in names)
+            step.parts = parts if not block else _joined(parts)
+            yield step
+
+    def _by_weight(self, name: str, step: Step) -> Tensors:
+        tensor = finite(name, self.source.get(name))
+        prefix = name.removesuffix(".weight")
+        if prefix == name or prefix not in set(self.planned.linears):
+            return {name: self._stored(tensor)}
+        rounded = self.method.quantize(tensor, None, self._scale_dtype(tensor))
+        step.layers.append(Layer.of(prefix, tensor, rounded))
+        self.advance(1)
+        return self.layout.tensors(prefix, rounded.codes)
+
+    def by_blocks(self, runner: Runner, family: Family, done: int) -> Iterator[Step]:
+        """Each block quantized for what it is given by the quantized blocks before it; without the
+        first `done` steps, behind which the runner must be.
+        """
+        if not done:
+            names = outside(self.source, family)
+            yield Step({name: self._stored(finite(name, self.source.get(name)))} for name in names)
+        for block in walk(self.source, family, start=max(0, done - 1)):
+            step = Step((), runner.state)
+            step.parts = self._of_block(block, runner, family, step)
+            yield step
+
+    def rehearse(self, runner: Runner, family: Family, index: int) -> None:
+        """Quantize one block on the model's first hidden states, for the memory that it takes; the
+        runner is of no use after that.
+        """
+        for block in walk(self.source, family, start=index):
+            for _ in self._of_block(block, runner, family, Step(())):
+                return
+
+    def _of_block(
+        self, block: Block, runner: Runner, family: Family, step: Step
+    ) -> Iterator[Tensors]:
+        for name, tensor in block.tensors.items():
+            finite(name, tensor)
+        live = runner.enter(block)
+        made = self._quantize(block, live, family, step)
+        runner.leave(live)
+        yield made
+
+    def _quantize(self, block: Block, live: LiveBlock, family: Family, step: Step) -> Tensors:
+        """Quantize the live block in place; returns its tensors as they go to disk."""
+        method = self.method
+        if method.calibrated:
+            left = method.prepare(live.module, family, lambda: live.inputs(family.fused))
+            step.unscaled += [block.prefix + layer for layer in left]
+            live.keep_original()
+        written: Tensors = {}
+        for name, tensor in block.tensors.items():
+            inner = name.removeprefix(block.prefix)
+            if inner.removesuffix(".weight") not in family.linears:
+                # Scales that were moved into it are rounded here, before others make up for it.
+                written[name] = self._stored(live.tensor(inner).to(tensor.dtype)).cpu()
+                live.tensor(inner).copy_(written[name])
+        for group in family.fused:
+            inputs = live.inputs([group])[group[0]] if method.calibrated else None
+            for name in group:
+                weight_OI = live.weight(name)
+                stored = block.tensors[f"{block.prefix}{name}.weight"]
+                rounded = method.quantize(weight_OI, inputs, self._scale_dtype(stored))
+                step.layers.append(Layer.of(block.prefix + name, weight_OI, rounded, inputs))
+                written |= self.layout.tensors(block.prefix + name, _on_cpu(rounded).codes)
+                weight_OI.copy_(rounded.codes.dequantize())
+                self.advance(1)
+        if self.planned.kv:
+            seen_range = live.key_value_range()
+            for name, largest in zip(KV_SCALES, seen_range, strict=True):
+                written[block.prefix + name] = torch.tensor([kv_scale(largest)])
+        return written
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        wanted = self.planned.convert_to
+        return tensor.to(getattr(torch, wanted)) if wanted else tensor
+
+    def _scale_dtype(self, weight: Tensor) -> torch.dtype:
+        """float32 for W8A8, as its kernels read them; else the model's dtype."""
+        if self.planned.scheme.activation_bits == 8:
+            return torch.float32
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        return weight.dtype if half else torch.bfloat16
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """Raises BadInput where it is not."""
+    if not torch.isfinite(tensor).all():
+        raise BadInput(f"Tensor {name} holds NaN or infinity; the checkpoint is broken.")
+    return tensor
+
+
+def kv_scale(largest: float) -> float:
+    """The smallest power of two that brings values up to `largest` into float8's range. A power of
+    two, because dividing by it rounds nothing: other scales cost more than they gain (lab log).
+    """
+    return 2.0 ** math.ceil(math.log2(max(largest, 1e-6) / FP8_MAX))
+
+
+def _joined(parts: Iterable[Tensors]) -> Iterator[Tensors]:
+    """As one part."""
+    joined: Tensors = {}
+    for tensors in parts:
+        joined |= tensors
+    yield joined
+
+
+def _on_cpu(rounded: Rounded) -> Rounded:
+    codes = rounded.codes
+    zeros_OG = None if codes.zeros_OG is None else codes.zeros_OG.cpu()
+    return Rounded(
+        Codes(codes.codes_OI.cpu(), codes.scales_OG.cpu(), codes.grid, zeros_OG), rounded.note
+    )

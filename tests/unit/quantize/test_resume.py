@@ -1,0 +1,280 @@
+"""Runs that are cut short, at any moment and for any reason: what they leave, and that they go on
+to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quantize import workspace
+from quantize.checkpoint import REPORT, Checkpoint, sha256_of
+from quantize.errors import BadInput, OutOfMemory
+from quantize.run import run
+from quantize.settings import Settings
+from quantize.shards import index_of, merge, shards_of
+from quantize.shelf import Shelf
+from quantize.workspace import Workspace
+from tests.conftest import DEMO
+from tests.unit.quantize.test_pipeline import LITTLE, made
+
+KILLS = 5
+CHILD = """
+import json, sys
+from pathlib import Path
+from quantize.run import run
+from quantize.settings import Settings
+
+model, out, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+def progress(label, steps):
+    print(label, flush=True)
+    return lambda done: print(label, done, flush=True)
+run(Settings(model, out, **options), progress)
+"""
+GPTQ: dict[str, Any] = {**LITTLE, "method": "gptq"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made("llama", tmp_path_factory.mktemp("resume") / "model", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> str:
+    """The digest of a run that nothing cut short."""
+    return quantized(model, model.parent / "whole")
+
+
+def quantized(model: Path, out: Path, **different: Any) -> str:
+    run(Settings(str(model), out, **{**GPTQ, **different}), lambda *_: lambda _: None)
+    return sha256_of(Checkpoint(out).weight_files())
+
+
+def in_a_child(model: Path, out: Path, *, resume: bool) -> subprocess.Popen[str]:
+    options = {**GPTQ, "calibration": str(DEMO / "calibration.jsonl"), "resume": resume}
+    command = [sys.executable, "-c", CHILD, str(model), str(out), json.dumps(options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_kills_at_random_moments_end_in_the_same_bytes(
+    model: Path, whole: str, tmp_path: Path
+) -> None:
+    """SIGKILL some time after a random layer; each run goes on where the one before was killed."""
+    rng = random.Random(7)
+    out = tmp_path / "out"
+    steps = [0]
+    for _ in range(KILLS):
+        process = in_a_child(model, out, resume=True)
+        assert process.stdout is not None
+        left = rng.randrange(1, 9)
+        for line in process.stdout:
+            left -= line.startswith("quantizing layers")
+            if left < 0:
+                break
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert not out.exists()
+        manifest = tmp_path / ".out.partial" / "manifest.json"
+        steps.append(len(json.loads(manifest.read_text())["steps"]) if manifest.exists() else 0)
+        assert steps == sorted(steps)
+    assert 0 < steps[-1] <= 5, steps
+    assert quantized(model, out, resume=True) == whole
+    report = json.loads((out / REPORT).read_text())
+    assert len(report["layers"]) == 4 * 7
+    assert f"resumed after {steps[-1]} of its steps" in report["notes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def half(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a run was interrupted (Ctrl-C) after two of its five steps."""
+    out = tmp_path / "out"
+    finish = Workspace.finish_step
+
+    def interrupted(work: Workspace, *args: Any) -> None:
+        if len(work.steps) == 2:
+            raise KeyboardInterrupt
+        finish(work, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "finish_step", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            quantized(model, out)
+    assert "2 finished steps are kept" in caught.value.__notes__[0]
+    assert not out.exists()
+    return out
+
+
+def test_what_was_cut_short_is_never_thrown_away_unasked(
+    model: Path, whole: str, half: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"cut short after 2 steps.*--resume.*--restart"):
+            quantized(model, half)
+    assert quantized(model, half, restart=True) == whole
+
+
+def test_another_setting_or_input_refuses_to_resume_and_says_which(
+    model: Path, whole: str, half: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text((DEMO / "calibration.jsonl").read_text() + '{"text": "more"}\n')
+    for different, said in [
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"method": "awq"}, "method: gptq then, awq now"),
+        ({"calibration": text}, "calibration: .*calibration.jsonl.* then, .*text.jsonl"),
+    ]:
+        with pytest.raises(BadInput, match=said):
+            quantized(model, half, resume=True, **different)
+    assert quantized(model, half, resume=True) == whole
+
+
+@pytest.mark.parametrize("name", ["part-00001", "state-00001/00000"])
+def test_damaged_files_are_not_gone_on_from(model: Path, half: Path, name: str) -> None:
+    path = half.parent / ".out.partial" / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=f"{name} is not as the unfinished run left it"):
+        quantized(model, half, resume=True)
+    quantized(model, half, restart=True)
+
+
+def test_one_run_at_a_time_makes_a_folder(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        Workspace(out, model),
+        pytest.raises(BadInput, match=rf"Another run \(process {os.getpid()}\)"),
+    ):
+        quantized(model, out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        real = workspace.save_file
+
+        def full(tensors: Any, path: Path, *args: Any) -> None:
+            if "part-00003" in str(path):
+                raise OSError(28, "No space left on device")
+            real(tensors, path, *args)
+
+        patched.setattr(workspace, "save_file", full)
+        with pytest.raises(BadInput, match=r"disk of .*out is full; make room.*--resume"):
+            quantized(model, out)
+    assert not out.exists()
+    assert quantized(model, out, resume=True) == whole
+
+
+def test_too_little_memory_is_said(
+    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("quantize.blocks.LiveBlock.keep_original", no_more)
+        with pytest.raises(OutOfMemory, match=r"the plan was for .* GB.*--calibration-tokens"):
+            quantized(model, tmp_path / "out")
+
+
+def test_activations_on_disk_change_nothing(model: Path, whole: str, tmp_path: Path) -> None:
+    assert quantized(model, tmp_path / "out", spill_above=0) == whole
+    assert quantized(model, tmp_path / "half", spill_above=3_000_000) == whole
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_shards_are_made_again_where_the_last_run_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Killed between the shards, whose parts are gone by then."""
+    tensors = {f"t{i}": torch.full((50,), float(i)) for i in range(4)}
+    out, source = tmp_path / "out", tmp_path / "source"
+    merged = []
+
+    def failing(parts: Any, target: Path) -> None:
+        if len(merged) == after:
+            target.write_bytes(b"half")
+            raise ZeroDivisionError
+        merged.append(target)
+        merge(parts, target)
+
+    def cut_short() -> None:
+        with Workspace(out, source, shard_bytes=700) as work:
+            work.begin({"a": 1}, resume=False, restart=False)
+            work.finish_step(({name: t} for name, t in tensors.items()), dict, tuple)
+            work.finish_weights()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace, "merge", failing)
+        with pytest.raises(ZeroDivisionError):
+            cut_short()
+    with Workspace(out, source, shard_bytes=700) as work:
+        assert work.begin({"a": 1}, resume=True, restart=False)
+        work.finish_weights()
+        work.write_json("config.json", {})
+        work.publish()
+    found = Checkpoint(out)
+    assert len(found.weight_files()) == 2
+    assert all(found.get(name).equal(tensor) for name, tensor in tensors.items())
+
+
+def test_merged_files_read_as_their_parts(tmp_path: Path) -> None:
+    parts = [
+        {"odd": torch.tensor([1, 2, 3], dtype=torch.int8), "a": torch.rand(3)},
+        {"half": torch.rand(5).bfloat16(), "f8": torch.rand(3).to(torch.float8_e4m3fn)},
+        {"big": torch.arange(7)},
+    ]
+    paths = [tmp_path / str(number) for number in range(3)]
+    for part, path in zip(parts, paths, strict=True):
+        save_file(part, path)
+    merge(paths, tmp_path / "whole.safetensors")
+    found = load_file(tmp_path / "whole.safetensors")
+    for name, tensor in {k: t for part in parts for k, t in part.items()}.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].view(torch.uint8).equal(tensor.view(torch.uint8))
+    with safe_open(tmp_path / "whole.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    index = index_of([tmp_path / "whole.safetensors"])
+    assert index["metadata"]["total_size"] == 3 + 12 + 10 + 3 + 56
+    assert set(index["weight_map"].values()) == {"whole.safetensors"}
+
+
+def test_shards_stay_below_their_limit() -> None:
+    assert shards_of({"a": 5, "b": 5}, 10) == [("model.safetensors", ["a", "b"])]
+    assert [members for _, members in shards_of({"a": 5, "b": 6, "c": 20, "d": 1}, 10)] == [
+        ["a"], ["b"], ["c"], ["d"]
+    ]  # fmt: skip
+
+
+def test_a_shelf_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    shelf = Shelf(400, tmp_path / "spill")
+    tensors = {("x", number): torch.rand(50) for number in range(5)}
+    for key, tensor in tensors.items():
+        shelf.put(key, tensor)
+    assert len(list((tmp_path / "spill").iterdir())) == 3
+    assert all(shelf.get(key).equal(tensor) for key, tensor in tensors.items())
+    shelf.put(("x", 4), torch.zeros(1))
+    assert shelf.get(("x", 4)).equal(torch.zeros(1))
+    shelf.drop("x")
+    assert not list((tmp_path / "spill").iterdir())
+    with pytest.raises(KeyError):
+        shelf.get(("x", 0))
+    shelf.put(("y",), torch.rand(100))
+    assert not list((tmp_path / "spill").iterdir())
