@@ -7,7 +7,7 @@ calibration rows through the blocks as the walk reaches them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -121,6 +121,7 @@ class Runner:
                 setattr(decoder, name, type(module)(config=config).to(device))
         self._embed(decoder, embedding.float(), device)
         self._blocks = decoder.layers
+        self._skeleton, self._source = skeleton, checkpoint
         self.batches = 0
         self._keywords: list[list[dict[str, Any]]] = []
         self._see_first_inputs(decoder, rows_RT)
@@ -139,6 +140,7 @@ class Runner:
         """
         notes: list[Note] = [Note() for _ in self._blocks]
         blocks, decoder.layers = self._blocks, nn.ModuleList(notes)
+        self._norm = decoder.get_submodule("norm")
         decoder.norm = nn.Identity()
         for rows in torch.split(rows_RT, max(1, TOKENS_AT_ONCE // rows_RT.shape[1])):
             decoder(input_ids=rows.to(self.device), use_cache=False)
@@ -199,6 +201,22 @@ class Runner:
         self._blocks[live.index] = nn.Identity()
         self._keywords[live.index] = []
         live.free()
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """From hidden states behind the last block to logits. Reads the head's weights."""
+        source, model = self._source, self._skeleton
+        base = self.family.block_prefix.removesuffix("layers.")
+        linear, norm = model.get_output_embeddings(), self._norm.to_empty(device=self.device)
+        norm.load_state_dict({"weight": source.get(f"{base}norm.weight").float()})
+        named = "lm_head.weight" if "lm_head.weight" in source else f"{base}embed_tokens.weight"
+        linear.to_empty(device=self.device).load_state_dict({"weight": source.get(named).float()})
+        cap = getattr(model.config, "final_logit_softcapping", None)
+
+        def logits(hidden: Tensor) -> Tensor:
+            found: Tensor = linear(norm(hidden))
+            return cap * torch.tanh(found / cap) if cap else found
+
+        return logits
 
     def keywords(self, index: int) -> list[dict[str, Any]]:
         return self._keywords[index]

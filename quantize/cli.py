@@ -1,4 +1,4 @@
-"""`quantize model` and `quantize inspect`: options become settings, errors become exit codes,
+"""`quantize model`, `report` and `inspect`: options become settings, errors become exit codes,
 progress becomes bars.
 """
 
@@ -51,8 +51,19 @@ def model(
         typer.Option(help="Folder to make; it appears when everything is done, not before."),
     ] = None,
     bits: Annotated[
-        int | None,
-        typer.Option(help="Of a weight: 4, or 8 with --target cuda. [default: 4; int8, fp8: 8]"),
+        float | None,
+        typer.Option(
+            help="Of a weight: 4, or 8 with --target cuda. In between, such as 4.5: so many on "
+            "average, scales included, with more where it pays most. [default: 4; int8, fp8: 8]"
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Layers that stay as they are, such as 'model.layers.0.*' or 're:.*down_proj$'; "
+            "can be given several times.",
+        ),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -166,6 +177,7 @@ def model(
         out=out or Path(),
         method=method,
         bits=bits,
+        keep=tuple(keep or ()),
         group_size=group_size,
         symmetric=symmetric,
         kv=kv,
@@ -204,6 +216,39 @@ def model(
         console.print(f"note: {note}", style="yellow", markup=False)
     done = f"Wrote {out}. Serve it with: packhorse serve {out}"
     console.print(done, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Checkpoints that quantize model made.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write one page with plots, which needs no network.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare the quality reports of checkpoints, or look at one.
+
+    \b
+    quantize report out/demo-int8 out/demo-gptq --html report.html
+    """
+    console = Console()
+    with _errors():
+        from quantize import page
+
+        reports, names = [page.load(folder) for folder in folders], page.names(folders)
+        if html is not None:
+            try:
+                html.write_text(page.render(reports, names), encoding="utf-8")
+            except OSError as error:
+                raise BadInput(f"--html {html} cannot be written: {error.strerror}.") from error
+    if as_json:
+        console.print_json(json.dumps(page.rows(reports, names)))
+    else:
+        console.print(page.table(reports, names))
+        for warning in page.warnings(reports):
+            console.print(f"note: {warning}", style="yellow", markup=False)
+        if html is not None:
+            console.print(f"Wrote {html}.", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize import methods
 from quantize.blocks import Block, LiveBlock, Runner, outside, walk
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput
@@ -83,7 +84,7 @@ class Converter:
         prefix = name.removesuffix(".weight")
         if prefix == name or prefix not in set(self.planned.linears):
             return {name: self._stored(tensor)}
-        rounded = self.method.quantize(tensor, None, self._scale_dtype(tensor))
+        rounded = self.method.quantize(tensor, None, self._scale_dtype(prefix, tensor))
         step.layers.append(Layer.of(prefix, tensor, rounded))
         self.advance(1)
         return self.layout.tensors(prefix, rounded.codes)
@@ -120,7 +121,7 @@ class Converter:
 
     def _quantize(self, block: Block, live: LiveBlock, family: Family, step: Step) -> Tensors:
         """Quantize the live block in place; returns its tensors as they go to disk."""
-        method = self.method
+        method, linears = self.method, set(self.planned.linears)
         if method.calibrated:
             left = method.prepare(live.module, family, lambda: live.inputs(family.fused))
             step.unscaled += [block.prefix + layer for layer in left]
@@ -128,18 +129,20 @@ class Converter:
         written: Tensors = {}
         for name, tensor in block.tensors.items():
             inner = name.removeprefix(block.prefix)
-            if inner.removesuffix(".weight") not in family.linears:
+            if name.removesuffix(".weight") not in linears:
                 # Scales that were moved into it are rounded here, before others make up for it.
                 written[name] = self._stored(live.tensor(inner).to(tensor.dtype)).cpu()
                 live.tensor(inner).copy_(written[name])
         for group in family.fused:
+            if block.prefix + group[0] not in linears:
+                continue
             inputs = live.inputs([group])[group[0]] if method.calibrated else None
             for name in group:
-                weight_OI = live.weight(name)
-                stored = block.tensors[f"{block.prefix}{name}.weight"]
-                rounded = method.quantize(weight_OI, inputs, self._scale_dtype(stored))
-                step.layers.append(Layer.of(block.prefix + name, weight_OI, rounded, inputs))
-                written |= self.layout.tensors(block.prefix + name, _on_cpu(rounded).codes)
+                weight_OI, prefix = live.weight(name), block.prefix + name
+                dtype = self._scale_dtype(prefix, block.tensors[f"{prefix}.weight"])
+                rounded = self._method_of(prefix).quantize(weight_OI, inputs, dtype)
+                step.layers.append(Layer.of(prefix, weight_OI, rounded, inputs))
+                written |= self.layout.tensors(prefix, _on_cpu(rounded).codes)
                 weight_OI.copy_(rounded.codes.dequantize())
                 self.advance(1)
         if self.planned.kv:
@@ -152,9 +155,15 @@ class Converter:
         wanted = self.planned.convert_to
         return tensor.to(getattr(torch, wanted)) if wanted else tensor
 
-    def _scale_dtype(self, weight: Tensor) -> torch.dtype:
+    def _method_of(self, prefix: str) -> Method:
+        scheme = self.planned.scheme_of(prefix)
+        if scheme == self.method.scheme:
+            return self.method
+        return methods.make("int8" if scheme.activation_bits == 8 else self.planned.method, scheme)
+
+    def _scale_dtype(self, prefix: str, weight: Tensor) -> torch.dtype:
         """float32 for W8A8, as its kernels read them; else the model's dtype."""
-        if self.planned.scheme.activation_bits == 8:
+        if self.planned.scheme_of(prefix).activation_bits == 8:
             return torch.float32
         half = weight.dtype in (torch.float16, torch.bfloat16)
         return weight.dtype if half else torch.bfloat16

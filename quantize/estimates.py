@@ -55,12 +55,12 @@ def bytes_after(
         total += prod(shape) * (2 if convert and dtype in FLOATS else _bytes_of(dtype))
         total += len(name) + HEADER_BYTES
     for prefix, sizes in layers.items():
-        parts = _parts(sizes, scheme, layout)
+        parts = layer_parts(sizes, scheme, layout)
         total += sum(parts) + len(parts) * (len(prefix) + len(".weight_scale") + HEADER_BYTES)
     return total
 
 
-def _parts(shape: tuple[int, int], scheme: Scheme, layout: str) -> list[int]:
+def layer_parts(shape: tuple[int, int], scheme: Scheme, layout: str) -> list[int]:
     """Bytes of each tensor that a layer becomes."""
     outputs, inputs = shape
     grid = scheme.grid
@@ -192,6 +192,8 @@ def _splits(
     for block in {block_of(prefix) for prefix in layers}:
         outputs = 0
         for name in group:
+            if f"{block}.{name}" not in layers:
+                continue  # kept as it is: only groups of weights are in the way
             all_outputs, inputs = layers[f"{block}.{name}"]
             leaf = name.rpartition(".")[2]
             if leaf in _ROW_PARALLEL:

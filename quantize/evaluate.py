@@ -22,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantize.errors import BadInput
 
 Message = dict[str, Any]
+MAX_LENGTH = 2048
+"""Tokens of a text that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def perplexity(
     model: PreTrainedModel,
     texts: list[list[int]],
     *,
-    max_length: int = 2048,
+    max_length: int = MAX_LENGTH,
     advance: Callable[[int], None] = lambda count: None,
 ) -> float:
     """exp of the mean negative log-likelihood over all tokens but the first of each text, cut at
@@ -248,6 +250,11 @@ def perplexity(
     if not count:
         raise BadInput("The held-out text has no two tokens in a row; perplexity needs some.")
     return math.exp(total / count)
+
+
+def count_predictions(texts: Sequence[Sequence[int]], *, max_length: int = MAX_LENGTH) -> int:
+    """How many next tokens `perplexity` is about."""
+    return sum(max(min(len(ids), max_length) - 1, 0) for ids in texts)
 
 
 def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ every plain linear layer of a decoder block counts.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fnmatch import translate
 from math import prod
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput, Unsupported
-from quantize.estimates import Shapes
+from quantize.estimates import Shapes, block_of
 from quantize.families import Family
 
 MULTIPLE = 32
@@ -84,6 +86,45 @@ def of_unknown(source: Checkpoint) -> Shapes:
             f"layers in blocks{largest}; this version cannot quantize it."
         )
     return layers
+
+
+def without_kept(
+    layers: Shapes, patterns: Sequence[str], family: Family | None, notes: list[str]
+) -> Shapes:
+    """The layers that no pattern keeps as they are. What vLLM fuses with a kept one is kept too,
+    and that is noted. Raises BadInput for a pattern that keeps nothing, or when nothing is left.
+    """
+    kept: set[str] = set()
+    for pattern in patterns:
+        is_regex = pattern.startswith("re:")
+        try:
+            match = re.compile(pattern.removeprefix("re:") if is_regex else translate(pattern))
+        except re.error as error:
+            raise BadInput(f"--keep {pattern} is no regular expression: {error}.") from error
+        named = {prefix for prefix in layers if match.match(prefix)}
+        if not named:
+            raise BadInput(
+                f"--keep {pattern}: no layer is called like that; layers are called like "
+                f"{next(iter(layers))}."
+            )
+        kept |= named
+    for prefix in sorted(kept):
+        more = {name for name in fused_with(prefix, family) if name in layers} - kept
+        if more:
+            kept |= more
+            notes.append(f"kept too, as vLLM fuses it with {prefix}: {', '.join(sorted(more))}")
+    if kept == set(layers):
+        raise BadInput("--keep keeps every layer, so nothing is left to quantize; name fewer.")
+    return {prefix: shape for prefix, shape in layers.items() if prefix not in kept}
+
+
+def fused_with(prefix: str, family: Family | None) -> tuple[str, ...]:
+    """The layers that vLLM computes together with this one, itself among them."""
+    block = f"{block_of(prefix)}."
+    for group in family.fused if family else ():
+        if prefix.removeprefix(block) in group:
+            return tuple(block + name for name in group)
+    return (prefix,)
 
 
 def check_sizes(layers: Shapes) -> None:

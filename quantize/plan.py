@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -37,6 +38,10 @@ class Plan:
     """Prefixes of the layers that are quantized."""
     ignored: tuple[str, ...]
     """Prefixes of linear layers that stay as they are."""
+    budget: float | None
+    """Bits a weight of `linears` that may be spent on average; None: all have the same scheme."""
+    choices: tuple[Scheme, ...]
+    """What layers may get instead of `scheme` within the budget, besides staying as they are."""
     bytes_before: int
     bytes_after: int
     peak_memory_bytes: int
@@ -51,6 +56,11 @@ class Plan:
     """Why this host's vLLM cannot load the result; None: it can."""
     notes: list[str]
     """Departures from what was asked, and what to know before serving."""
+    others: Mapping[str, Scheme] = field(default_factory=dict)
+    """Schemes of the layers that got another one, once that is known."""
+
+    def scheme_of(self, prefix: str) -> Scheme:
+        return self.others.get(prefix, self.scheme)
 
     def as_json(self) -> dict[str, Any]:
         grid = self.scheme.grid
@@ -59,6 +69,8 @@ class Plan:
             "scheme": str(self.scheme),
             "format": self.format,
             "bits": grid.bits,
+            "budget": self.budget,
+            "others": {prefix: str(scheme) for prefix, scheme in self.others.items()},
             "group_size": self.group_size,
             "symmetric": grid.symmetric,
             "kv_scales": self.kv,
@@ -89,6 +101,11 @@ class Plan:
         table.add_row("scheme", f"{self.scheme}, {group}, {sign}")
         table.add_row("format", self.format)
         table.add_row("KV cache", "fp8, calibrated scales" if self.kv else "as served")
+        if self.budget:
+            choices = ", ".join(map(str, self.choices))
+            table.add_row(
+                "mixed", f"{self.budget} bits on average: {choices} or unchanged where it pays most"
+            )
         table.add_row("layers", f"{len(self.linears)} quantized, {len(self.ignored)} left alone")
         ratio = self.bytes_after / self.bytes_before
         sizes = f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"

@@ -7,7 +7,7 @@ named here are what vLLM 0.32 chooses; `verify` looks at the real engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from quantize import estimates
@@ -22,6 +22,7 @@ from quantize.plan import Plan
 from quantize.settings import CHANNEL, Settings
 
 GROUP_SIZES = (128, 64, 32)
+BASE_BITS, MOST_BITS = 4, 16
 TARGETS = ("cpu", "cuda")
 ROW_TOKENS = 512
 
@@ -66,6 +67,7 @@ def plan(
     would not load; the message has the value, the limit and the way out.
     """
     _refuse_quantized(source)
+    budget, settings = _budget(settings)
     rule, grid, layout = _choose(settings)
     weight_only = rule.activation_bits == 16
     _check_targets(settings, grid, weight_only=weight_only)
@@ -73,14 +75,17 @@ def plan(
     if family is None:
         _check_unknown(settings, source)
     layers = found.of_family(source, family) if family else found.of_unknown(source)
+    notes: list[str] = []
+    layers = found.without_kept(layers, settings.keep, family, notes)
     found.check_sizes(layers)
     host = host or this_host()
-    notes: list[str] = []
     group_size = _fit_groups(layers, settings.group_size, notes) if weight_only else CHANNEL
     groups = None if group_size == CHANNEL else group_size
     scheme = Scheme(Grid(grid.bits, groups, grid.symmetric, grid.floating), rule.activation_bits)
     stored, dtype = _dtypes(source)
-    convert_to = "bfloat16" if not weight_only and (stored, dtype) != ("BF16", "BF16") else None
+    choices = _choices(settings, scheme, layers) if budget else ()
+    rounds_inputs = any(one.activation_bits == 8 for one in (scheme, *choices))
+    convert_to = "bfloat16" if rounds_inputs and (stored, dtype) != ("BF16", "BF16") else None
     if convert_to:
         other = stored if stored != "BF16" else dtype
         notes.append(f"converted from {other} to bfloat16: W8A8 kernels need it")
@@ -104,6 +109,8 @@ def plan(
         convert=convert_to is not None,
         kv_scales=2 * blocks if kv else 0,
     )
+    if budget:
+        bytes_after += _over_budget(budget, layers, scheme)
     return Plan(
         method=settings.method,
         scheme=scheme,
@@ -111,11 +118,13 @@ def plan(
         group_size=group_size,
         kv=kv,
         calibrated=calibrated,
-        needs_text=rule.needs_text or kv,
+        needs_text=rule.needs_text or kv or budget is not None,
         row_tokens=row_tokens,
         convert_to=convert_to,
         linears=tuple(layers),
         ignored=found.left_alone(source, layers),
+        budget=budget,
+        choices=choices,
         bytes_before=source.weight_bytes(),
         bytes_after=bytes_after,
         peak_memory_bytes=estimates.peak_memory(
@@ -151,6 +160,55 @@ def _refuse_quantized(source: Checkpoint) -> None:
             )
 
 
+def _budget(settings: Settings) -> tuple[float | None, Settings]:
+    """The bits that may be spent on average, if that is what --bits says, and settings with the
+    bits of most weights.
+    """
+    bits = settings.bits
+    if bits is None or bits == int(bits):
+        return None, settings
+    if settings.method not in ("gptq", "awq") or settings.format not in (None, FORMATS[0]):
+        raise Unsupported(
+            f"--bits {bits} mixes kinds of layers, which needs --method gptq or awq and the format "
+            f"{FORMATS[0]}; give whole bits otherwise."
+        )
+    if not BASE_BITS < bits < MOST_BITS:
+        raise BadInput(
+            f"--bits {bits}: on average a weight may have more than {BASE_BITS} and less than "
+            f"{MOST_BITS}."
+        )
+    return bits, replace(settings, bits=BASE_BITS)
+
+
+def _choices(settings: Settings, scheme: Scheme, layers: estimates.Shapes) -> tuple[Scheme, ...]:
+    """Coarser and more exact schemes that all targets take beside the usual one."""
+    grid = scheme.grid
+    fitting = [
+        size for size in GROUP_SIZES if not any(inputs % size for _, inputs in layers.values())
+    ]
+    found = [Scheme(replace(grid, group_size=size)) for size in (None, *fitting)]
+    found.append(Scheme(Grid(8), 8))
+    if "cpu" not in settings.targets:
+        found.append(Scheme(Grid(8, grid.group_size)))
+    return tuple(one for one in found if one != scheme)
+
+
+def _over_budget(budget: float, layers: estimates.Shapes, scheme: Scheme) -> int:
+    """Bytes that the budget has room for beyond the usual scheme. Raises BadInput for less than
+    that scheme takes.
+    """
+    weights = sum(map(prod, layers.values()))
+    usual = 8 * sum(
+        sum(estimates.layer_parts(shape, scheme, FORMATS[0])) for shape in layers.values()
+    )
+    if budget * weights < usual:
+        raise BadInput(
+            f"--bits {budget}: with their scales, {scheme} weights take {usual / weights:.3f} bits "
+            "already; give more, or larger groups."
+        )
+    return round((budget * weights - usual) / 8)
+
+
 def _choose(settings: Settings) -> tuple[_Rule, Grid, str]:
     """The method's rule, the grid without its group size, and the format."""
     method, layout = settings.method, settings.format or FORMATS[0]
@@ -158,7 +216,7 @@ def _choose(settings: Settings) -> tuple[_Rule, Grid, str]:
         if value not in known:
             raise BadInput(f"--{option} {value} is not known; choose one of {', '.join(known)}.")
     rule = _RULES[method]
-    bits = rule.bits[0] if settings.bits is None else settings.bits
+    bits = rule.bits[0] if settings.bits is None else int(settings.bits)
     symmetric = rule.symmetric[0] if settings.symmetric is None else settings.symmetric
     if bits not in rule.bits:
         known_bits = " or ".join(map(str, rule.bits))

@@ -1,47 +1,40 @@
 """The quality report: what a checkpoint knew before and knows after, as JSON and as a table for
-people.
+people. docs/quality-report.md has every key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from quantize import simulate
-from quantize.checkpoint import sha256_of
-from quantize.errors import BadInput
-from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
+from quantize import distance, simulate
+from quantize.evaluate import (
+    count_predictions,
+    greedy_answers,
+    perplexity,
+    read_questions,
+    read_texts,
+    score,
+)
 from quantize.grid import relative_error
 from quantize.inputs import Inputs
 from quantize.methods import Rounded
+from quantize.verdict import REPORT_VERSION, verdict
+from quantize.yardstick import Yardstick, tokenizer_of
 
 # (what is being measured, how many steps) -> a function to call with each finished step count
 Progress = Callable[[str, int], Callable[[int], None]]
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What quality is measured with. A file that is not there is not measured, and the report says
-    so.
-    """
-
-    eval_file: Path | None = None
-    text_file: Path | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Names and digests of the files, to know whether two reports used the same."""
-        files = {"eval": self.eval_file, "text": self.text_file}
-        return {
-            kind: {"file": path.name, "sha256": sha256_of([path])}
-            for kind, path in files.items()
-            if path
-        }
 
 
 def measure(folder: Path, yardstick: Yardstick, stage: str, progress: Progress) -> dict[str, Any]:
@@ -50,17 +43,12 @@ def measure(folder: Path, yardstick: Yardstick, stage: str, progress: Progress) 
     """
     if not yardstick.eval_file and not yardstick.text_file:
         return {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{folder} has no tokenizer that loads, which measuring quality needs; add it, or pass "
-            f"--no-quality: {error}"
-        ) from error
+    tokenizer = tokenizer_of(folder)
     model: PreTrainedModel = simulate.load(folder)
     figures: dict[str, Any] = {}
     if yardstick.text_file:
         texts = read_texts(yardstick.text_file, tokenizer)
+        figures["predictions"] = count_predictions(texts)
         figures["perplexity"] = round(
             perplexity(model, texts, advance=progress(f"perplexity {stage}", len(texts))), 4
         )
@@ -71,6 +59,39 @@ def measure(folder: Path, yardstick: Yardstick, stage: str, progress: Progress) 
         )
         figures["score"] = score(questions, answers).as_json()
     return figures
+
+
+def measure_distance(
+    original: Path, made: Path, yardstick: Yardstick, progress: Progress
+) -> dict[str, Any] | None:
+    """How far the predictions of `made` are from the original's on the held-out text; None where
+    there is none. Where memory does not hold both models, {"left_out": why}.
+    """
+    if not yardstick.text_file:
+        return None
+    texts = read_texts(yardstick.text_file, tokenizer_of(original))
+    advance = progress("comparing predictions", len(texts))
+    return distance.between(original, made, texts, advance=advance)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory (resident) that this process has held so far, children not counted."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run: how long it took, and the most memory the process had held by its end."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,9 @@ class Layer:
 
 @dataclass
 class Report:
-    """All that `quantize_report.json` holds; filled in as the run goes."""
+    """All that `quantize_report.json` holds; filled in as the run goes. What stays empty was not
+    measured, and the verdict says so.
+    """
 
     source: str
     plan: dict[str, Any]
@@ -119,6 +142,13 @@ class Report:
     weights_sha256: str = ""
     quality_before: dict[str, Any] = field(default_factory=dict)
     quality_after: dict[str, Any] = field(default_factory=dict)
+    distance: dict[str, Any] | None = None
+    """From `measure_distance`."""
+    weights_before: dict[str, Any] | None = None
+    weights_after: dict[str, Any] | None = None
+    """Both from `sizes.of`."""
+    seed: int | None = None
+    stages: list[Stage] = field(default_factory=list)
     yardstick: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
@@ -128,8 +158,21 @@ class Report:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What is done inside is one of the run's stages, unless it fails."""
+        started_s = time.monotonic()
+        yield
+        seconds = round(time.monotonic() - started_s, 2)
+        self.stages.append(Stage(name, seconds, peak_memory_bytes()))
+
     def as_json(self) -> dict[str, Any]:
+        document = self._facts()
+        return {**document, "verdict": verdict(document).as_json()}
+
+    def _facts(self) -> dict[str, Any]:
         return {
+            "report_version": REPORT_VERSION,
             "source": self.source,
             **{key: self.plan[key] for key in ("method", "format", "bits", "group_size")},
             "plan": self.plan,
@@ -139,13 +182,18 @@ class Report:
                 "after": self.bytes_after,
                 "ratio": round(self.bytes_after / self.bytes_before, 4),
             },
+            "weights": {"before": self.weights_before, "after": self.weights_after},
             "seconds": round(self.seconds, 2),
+            "stages": [asdict(stage) for stage in self.stages],
+            "peak_memory_bytes": max((s.peak_memory_bytes for s in self.stages), default=None),
+            "seed": self.seed,
             "weights_sha256": self.weights_sha256,
             "quality": {
                 "how": "simulated with transformers, greedy, from the files on disk",
                 "measured_with": self.yardstick,
                 "before": self.quality_before,
                 "after": self.quality_after,
+                "distance": self.distance,
             },
             "unscaled_layers": self.unscaled,
             "proof": self.proof,
@@ -173,6 +221,9 @@ class Report:
                 f"{before['perplexity']:.3f}",
                 f"{after['perplexity']:.3f}",
             )
+        if self.distance and "kl_mean" in self.distance:
+            table.add_row("KL divergence, mean (nats)", "", f"{self.distance['kl_mean']:.4g}")
+            table.add_row("same likeliest token", "", f"{self.distance['top1_agreement']:.1%}")
         if "score" in before:
             table.add_section()
             shown = [score["exact_match"] for score in (before["score"], after["score"])]
@@ -191,4 +242,6 @@ class Report:
                 table.add_row("answers as the original's", "", f"{compared['answers_equal']:.0%}")
                 moved = f"{compared['logprob_difference_mean']:.3f}"
                 table.add_row("log-probabilities moved by", "", moved)
+        table.add_section()
+        table.add_row("verdict", "", verdict(self._facts()).level)
         return table

@@ -8,25 +8,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from quantize import calibration, families, formats, methods
+from quantize import calibration, families, formats, methods, sizes
+from quantize import yardstick as yardsticks
 from quantize.blocks import Runner, largest_block
 from quantize.calibration import Calibration
 from quantize.checkpoint import REPORT, Checkpoint, find, sha256_of
 from quantize.convert import Converter
 from quantize.errors import BadInput, OutOfMemory
-from quantize.evaluate import prompt_of, read_questions, read_texts
 from quantize.families import Family
 from quantize.host import free_memory_bytes
 from quantize.layers import number
+from quantize.mixed import measure_costs, spend_budget
 from quantize.plan import Plan
 from quantize.planner import plan
-from quantize.report import Layer, Progress, Report, Yardstick, measure
+from quantize.report import (
+    Layer,
+    Progress,
+    Report,
+    Stage,
+    measure,
+    measure_distance,
+    peak_memory_bytes,
+)
 from quantize.settings import Settings
 from quantize.shelf import Shelf
 from quantize.verify import verify
@@ -34,7 +42,6 @@ from quantize.workspace import SHARD_BYTES, Workspace
 
 SPILL_ABOVE = 16 * 1024**3
 """Where the system does not say how much memory is free."""
-PROOF_PROMPTS = 16
 SUSPICIOUS_NATS = 0.5
 DISK_MARGIN = 1.05
 """Over the planned size: the report, and what the plan's arithmetic leaves out."""
@@ -57,21 +64,19 @@ def run(settings: Settings, progress: Progress) -> Report:
     finished steps beside `out`, from which the same settings with `resume` go on to the same bytes.
     """
     source, family, planned = decide(settings)
-    method = methods.make(planned.method, planned.scheme)
-    layout = formats.make(planned.format, planned.scheme)
-    config = layout.config(ignore=planned.ignored, kv_scales=planned.kv)
     device = device_of(settings)
-    yardstick = _yardstick(source.folder, settings)
+    yardstick = yardsticks.find(source.folder, settings)
     report = Report(
         source=settings.model,
         plan=planned.as_json(),
         bytes_before=source.weight_bytes(),
         yardstick=yardstick.as_json(),
-        notes=[*planned.notes, *_notes(yardstick, settings)],
+        notes=[*planned.notes, *yardsticks.missing(yardstick, settings)],
+        seed=settings.seed,
         versions=_versions(),
     )
     text = _calibration(source, planned, settings, report)
-    _look_through(source.folder, yardstick)
+    yardsticks.look_through(source.folder, yardstick)
     with Workspace(
         settings.out,
         source.folder,
@@ -81,9 +86,13 @@ def run(settings: Settings, progress: Progress) -> Report:
         this_run = _identity(source, planned, settings, report, progress)
         if work.begin(this_run, resume=settings.resume, restart=settings.restart):
             report.notes.append(f"resumed after {len(work.steps)} of its steps")
-        converter = Converter(
-            source, planned, method, layout, progress("quantizing layers", len(planned.linears))
-        )
+        if planned.budget:
+            planned = _spend(source, family, planned, text, work, settings, report, progress)
+        method = methods.make(planned.method, planned.scheme)
+        layout = formats.make(planned.format, planned.scheme, planned.others)
+        config = layout.config(ignore=planned.ignored, kv_scales=planned.kv)
+        advance = progress("quantizing layers", len(planned.linears))
+        converter = Converter(source, planned, method, layout, advance)
         with memory_errors(planned):
             _convert(converter, family, text, work, device, settings)
         started_s = time.monotonic()
@@ -100,19 +109,73 @@ def run(settings: Settings, progress: Progress) -> Report:
         report.weights_sha256 = sha256_of(made.weight_files())
         report.seconds = sum(step["seconds"] for step in work.steps)
         report.seconds += time.monotonic() - started_s
-        report.quality_before = measure(source.folder, yardstick, "before", progress)
-        report.quality_after = measure(work.folder, yardstick, "after", progress)
+        report.stages.append(Stage("quantizing", round(report.seconds, 2), peak_memory_bytes()))
+        _measure(report, source, work, yardstick, progress)
         if settings.verify and planned.unprovable:
             report.notes.append(f"no load proof: {planned.unprovable}")
         elif settings.verify:
             gc.collect()
             torch.cuda.empty_cache()  # the engine, in another process, looks for free memory
-            prompts = _prompts(source.folder, yardstick, text)
-            report.proof = verify(source.folder, work.folder, prompts, progress)
+            rows = None if text is None else text.rows
+            prompts = yardsticks.prompts(source.folder, yardstick, rows)
+            with report.stage("loading in vLLM"):
+                report.proof = verify(source.folder, work.folder, prompts, progress)
             report.notes += _doubts(report.proof)
         work.write_json(REPORT, report.as_json())
         work.publish()
     return report
+
+
+def _measure(
+    report: Report,
+    source: Checkpoint,
+    work: Workspace,
+    yardstick: yardsticks.Yardstick,
+    progress: Progress,
+) -> None:
+    with report.stage("measuring the original"):
+        report.quality_before = measure(source.folder, yardstick, "before", progress)
+    with report.stage("measuring the result"):
+        report.quality_after = measure(work.folder, yardstick, "after", progress)
+    with report.stage("comparing predictions"):
+        report.distance = measure_distance(source.folder, work.folder, yardstick, progress)
+    if report.distance and "left_out" in report.distance:
+        report.notes.append(f"predictions not compared: {report.distance['left_out']}")
+    report.weights_before = sizes.of(source.folder)
+    report.weights_after = sizes.of(work.folder)
+
+
+def _spend(
+    source: Checkpoint,
+    family: Family | None,
+    planned: Plan,
+    text: Calibration | None,
+    work: Workspace,
+    settings: Settings,
+    report: Report,
+    progress: Progress,
+) -> Plan:
+    """The plan with its budget spent; measured once, however often the run is cut short."""
+    assert text is not None
+    assert family is not None
+    costs = work.remembered("costs")
+    if costs is None:
+        with memory_errors(planned):
+            shelf = _shelf(settings, work)
+            costs = measure_costs(
+                source, family, planned, text.rows, device_of(settings), shelf, progress
+            )
+        work.remember("costs", costs)
+    planned, told = spend_budget(source, planned, costs)
+    report.plan = {**planned.as_json(), "precision": told}
+    return planned
+
+
+def _shelf(settings: Settings, work: Workspace) -> Shelf:
+    limit = settings.spill_above
+    if limit is None:
+        limit = (free_memory_bytes() or SPILL_ABOVE) // 2
+    return Shelf(limit, work.spill, work.save)
 
 
 def _convert(
@@ -129,10 +192,7 @@ def _convert(
     if text is None or family is None:
         steps = converter.by_weights(done)
     else:
-        limit = settings.spill_above
-        if limit is None:
-            limit = (free_memory_bytes() or SPILL_ABOVE) // 2
-        shelf = Shelf(limit, work.spill, work.save)
+        shelf = _shelf(settings, work)
         largest = largest_block(converter.source, family)
         if largest and not done:
             rehearsal = replace(converter, advance=lambda layers: None)
@@ -158,12 +218,23 @@ def _identity(
         digests[path.name] = sha256_of([path])
         advance(1)
     plan = report.plan
-    decided = ("method", "scheme", "format", "group_size", "symmetric", "kv_scales", "converted_to")
+    decided = (
+        "method",
+        "scheme",
+        "format",
+        "group_size",
+        "symmetric",
+        "kv_scales",
+        "converted_to",
+        "budget",
+        "ignored",
+    )
     return {
         **{key: plan[key] for key in decided},
         "weights": digests,
         "config": source.config,
         "calibration": report.calibration,
+        "keep": list(settings.keep),
         "seed": settings.seed,
         "threads": torch.get_num_threads(),
         **report.versions,
@@ -267,55 +338,6 @@ def _config(source: Checkpoint, quantization: dict[str, Any], planned: Plan) -> 
     return config
 
 
-def _yardstick(folder: Path, settings: Settings) -> Yardstick:
-    """The files named in the settings, or those that lie where a demo keeps them."""
-    if not settings.quality:
-        return Yardstick()
-    beside = folder.absolute().parent / "eval"
-    named = {"eval": settings.eval_file, "text": settings.text_file}
-    usual = {"eval": beside / "general.jsonl", "text": beside / "held_out_text.jsonl"}
-    for path in named.values():
-        if path is not None and not path.is_file():
-            raise BadInput(f"{path}: no such file.")
-    chosen = {
-        kind: named[kind] or (usual[kind] if usual[kind].is_file() else None) for kind in named
-    }
-    return Yardstick(chosen["eval"], chosen["text"])
-
-
-def _look_through(folder: Path, yardstick: Yardstick) -> None:
-    """What is measured with must not turn out to be of no use after hours. Raises BadInput."""
-    if not yardstick.eval_file and not yardstick.text_file:
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{folder} has no tokenizer that loads, which measuring quality needs; add it, or pass "
-            f"--no-quality: {error}"
-        ) from error
-    if yardstick.text_file:
-        read_texts(yardstick.text_file, tokenizer)
-    if yardstick.eval_file:
-        for question in read_questions(yardstick.eval_file):
-            prompt_of(question, tokenizer)
-
-
-def _prompts(folder: Path, yardstick: Yardstick, text: Calibration | None) -> list[list[int]]:
-    """What the load proof asks: the evaluation's questions, else its text, else calibration rows;
-    nothing (so that verify takes random tokens) without any.
-    """
-    if not (yardstick.eval_file or yardstick.text_file):
-        return [] if text is None else [row.tolist() for row in text.rows[:PROOF_PROMPTS]]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if yardstick.eval_file:
-        questions = read_questions(yardstick.eval_file)
-        chosen = questions[:: max(1, len(questions) // PROOF_PROMPTS)][:PROOF_PROMPTS]
-        return [prompt_of(question, tokenizer) for question in chosen]
-    assert yardstick.text_file is not None
-    return read_texts(yardstick.text_file, tokenizer)[:PROOF_PROMPTS]
-
-
 def _doubts(proof: dict[str, Any]) -> list[str]:
     """What a load proof that did not fail leaves open."""
     doubts = []
@@ -331,12 +353,3 @@ def _doubts(proof: dict[str, Any]) -> list[str]:
             f"load proof: vLLM's results were not held to the codes: {proof['reference']}"
         )
     return doubts
-
-
-def _notes(yardstick: Yardstick, settings: Settings) -> list[str]:
-    notes = []
-    if settings.quality and not yardstick.text_file:
-        notes.append("perplexity not measured: no --text file")
-    if settings.quality and not yardstick.eval_file:
-        notes.append("score not measured: no --eval file")
-    return notes

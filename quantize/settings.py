@@ -19,8 +19,12 @@ class Settings:
     """Folder to make."""
     method: str
     """A name of methods.METHODS."""
-    bits: int | None = None
-    """Bits of a weight; unset: what the method is best at (4, or 8 for int8 and fp8)."""
+    bits: float | None = None
+    """Bits of a weight; unset: what the method is best at (4, or 8 for int8 and fp8). Between 4 and
+    16 a size that may be spent, scales included: layers get more bits where it pays most."""
+    keep: tuple[str, ...] = ()
+    """Layers that stay as they are: shell patterns of their names, or `re:` and a regular
+    expression."""
     group_size: int | None = None
     """Inputs that share one scale, for methods with groups: 32, 64, 128 or CHANNEL. Unset: 128, and
     smaller where the model's sizes ask for it."""

@@ -64,8 +64,9 @@ def load(folder: Path) -> PreTrainedModel:
         for prefix in quantized:
             weight_OI = layout.read(prefix, checkpoint.get).dequantize()
             _copy(state[f"{prefix}.weight"], weight_OI, f"{folder}: {prefix}")
-            if layout.scheme.activation_bits == 8:
-                hook = partial(_round_input, floating=layout.scheme.grid.floating)
+            scheme = layout.scheme_of(prefix)
+            if scheme.activation_bits == 8:
+                hook = partial(_round_input, floating=scheme.grid.floating)
                 model.get_submodule(prefix).register_forward_pre_hook(hook)
     return model.eval()
 

@@ -136,7 +136,7 @@ class Workspace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self.steps:
+        if error is not None and self._holds_something:
             error.add_note(
                 f"{len(self.steps)} finished steps are kept: the same command with --resume goes "
                 "on from there, with --restart it begins again."
@@ -145,7 +145,7 @@ class Workspace:
 
     def close(self) -> None:
         """Let go; remove what nobody can go on from."""
-        if not self.steps:
+        if not self._holds_something:
             shutil.rmtree(self.root, ignore_errors=True)
         self._lock.close()
 
@@ -165,12 +165,16 @@ class Workspace:
         found: list[dict[str, Any]] = self._manifest.get("steps", [])
         return found
 
+    @property
+    def _holds_something(self) -> bool:
+        return bool(self.steps or self._manifest.get("remembered"))
+
     def begin(self, run: dict[str, Any], *, resume: bool, restart: bool) -> bool:
         """Say what the run is: whatever its bytes depend on. Returns whether it goes on from steps
         that an earlier one finished. Raises BadInput when one did and nothing is said about it, or
         when it was another run.
         """
-        if self.steps and not restart:
+        if self._holds_something and not restart:
             if not resume:
                 raise BadInput(
                     f"{self._said}: an earlier run was cut short after {len(self.steps)} steps; go "

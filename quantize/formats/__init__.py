@@ -4,7 +4,7 @@ says, how to read it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,7 +16,7 @@ FORMATS = ("compressed-tensors", "gptq", "awq")
 
 
 class Format(Protocol):
-    """One layout for one scheme: all quantized layers of a checkpoint are alike."""
+    """How the quantized layers of one checkpoint are laid out."""
 
     @property
     def name(self) -> str:
@@ -24,7 +24,11 @@ class Format(Protocol):
         ...
 
     @property
-    def scheme(self) -> Scheme: ...
+    def scheme(self) -> Scheme:
+        """Of most layers."""
+        ...
+
+    def scheme_of(self, prefix: str) -> Scheme: ...
 
     def tensors(self, prefix: str, codes: Codes) -> dict[str, Tensor]:
         """The tensors of one linear layer, by full name. Raises ValueError when the layer's sizes
@@ -48,13 +52,18 @@ class Format(Protocol):
         ...
 
 
-def make(name: str, scheme: Scheme) -> Format:
-    """The layout for checkpoints that are to be written. Raises Unsupported for an unknown name, or
-    a scheme that the layout cannot hold.
+def make(name: str, scheme: Scheme, others: Mapping[str, Scheme] | None = None) -> Format:
+    """The layout for checkpoints that are to be written; `others` are the layers of another scheme,
+    which compressed-tensors alone can hold. Raises Unsupported for an unknown name, or a scheme
+    that the layout cannot hold.
     """
-    from quantize.formats import awq, compressed_tensors, gptq
+    from quantize.formats import awq, compressed_tensors, gptq, mixed
 
+    if others and name != FORMATS[0]:
+        raise Unsupported(f"{name} cannot hold layers of several schemes; use {FORMATS[0]}.")
     match name:
+        case "compressed-tensors" if others:
+            return mixed.make_mixed(scheme, others)
         case "compressed-tensors":
             return compressed_tensors.make(scheme)
         case "gptq":
@@ -68,11 +77,13 @@ def of(config: dict[str, Any]) -> Format:
     """The layout of a checkpoint with this `quantization_config`, ours or another tool's. Raises
     Unsupported.
     """
-    from quantize.formats import awq, compressed_tensors, gptq
+    from quantize.formats import awq, compressed_tensors, gptq, mixed
 
     match config.get("quant_method"):
         case "compressed-tensors":
-            return compressed_tensors.of(config)
+            groups = compressed_tensors.of(config)
+            alike = len({kind for _, kind in groups}) == 1
+            return groups[0][1] if alike else mixed.Mixed(tuple(groups))
         case "gptq":
             return gptq.of(config)
         case "awq":

@@ -37,6 +37,9 @@ class Awq:
     scheme: Scheme
     name: str = field(default="awq", init=False)
 
+    def scheme_of(self, prefix: str) -> Scheme:
+        return self.scheme
+
     def tensors(self, prefix: str, codes: Codes) -> dict[str, Tensor]:
         # low is -8 for symmetric codes: they become 0 .. 15 around 8.
         low = codes.grid.low

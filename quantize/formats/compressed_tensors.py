@@ -46,6 +46,9 @@ class CompressedTensors:
     """A key of _MARKS."""
     name: str = field(default="compressed-tensors", init=False)
 
+    def scheme_of(self, prefix: str) -> Scheme:
+        return self.scheme
+
     def tensors(self, prefix: str, codes: Codes) -> dict[str, Tensor]:
         found = {f"{prefix}.weight_scale": codes.scales_OG}
         if self.layout != PACKED:
@@ -125,19 +128,19 @@ def make(scheme: Scheme) -> CompressedTensors:
     )
 
 
-def of(config: dict[str, Any]) -> CompressedTensors:
-    found = {_of_group(group, config) for group in (config.get("config_groups") or {}).values()}
-    if len(found) != 1:
-        kinds = ", ".join(sorted(f"{one.scheme} {one.layout}" for one in found)) or "none"
-        raise Unsupported(
-            f"compressed-tensors with several schemes or none cannot be read: {kinds}; "
-            "quantize all layers alike."
-        )
+def of(config: dict[str, Any]) -> list[tuple[tuple[str, ...], CompressedTensors]]:
+    """The kinds of layers of a `quantization_config`, with their targets. Raises Unsupported."""
+    found = [
+        (tuple(group.get("targets") or ()), _of_group(group, config))
+        for group in (config.get("config_groups") or {}).values()
+    ]
+    if not found:
+        raise Unsupported("compressed-tensors without config_groups cannot be read.")
     if (config.get("transform_config") or {}).get("config_groups"):
         raise Unsupported("compressed-tensors with a transform_config cannot be read.")
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise Unsupported("compressed-tensors with sparse weights cannot be read.")
-    return found.pop()
+    return found
 
 
 def _of_group(group: dict[str, Any], config: dict[str, Any]) -> CompressedTensors:

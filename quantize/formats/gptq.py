@@ -33,6 +33,9 @@ class Gptq:
     """A key of SUBTRACTED; read only, writing is version 1."""
     name: str = field(default="gptq", init=False)
 
+    def scheme_of(self, prefix: str) -> Scheme:
+        return self.scheme
+
     def tensors(self, prefix: str, codes: Codes) -> dict[str, Tensor]:
         bits, low = codes.grid.bits, codes.grid.low
         outputs, inputs = codes.codes_OI.shape

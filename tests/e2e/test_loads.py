@@ -47,6 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "method": "gptq", "format": "awq", "symmetric": False, "group_size": 32
     },
     "KV scales": {"kv": "fp8"},
+    "INT8, some layers kept": {"method": "int8", "keep": ("*.0.mlp.*", "*.3.self_attn.o_proj")},
+    "mixed": {"method": "gptq", "bits": 5.5},
 }  # fmt: skip
 # A peer's file -> the row whose codes it gets.
 PEERS = {
@@ -59,7 +61,7 @@ DTYPES = {
     "I64": torch.int64,
 }  # fmt: skip
 # What vLLM cannot run on a CPU without AVX-512 is missing there; the row says so.
-NARROW = ("INT8", "FP8")
+NARROW = ("INT8", "INT8, some layers kept", "FP8")
 QUICK = {"quality": False, "verify": False, "calibration_tokens": 4096, "force": True}
 
 

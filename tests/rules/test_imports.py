@@ -98,6 +98,8 @@ ALLOWED: dict[str, set[str]] = {
     "quantize.hooks": set(),
     "quantize.shelf": set(),
     "quantize.shards": set(),
+    "quantize.plots": {"quantize.errors"},
+    "quantize.verdict": set(),
     "quantize.workspace": {"quantize.checkpoint", "quantize.errors", "quantize.shards"},
     "quantize.calibration": {"quantize.checkpoint", "quantize.errors", "quantize.evaluate"},
     "quantize.methods": {
@@ -118,6 +120,7 @@ ONLY_IN = {
     "grpc_health": ("serve.rpc.server",),
     "google": ("serve.rpc",),
     "vllm": ("serve.engines.vllm", "quantize.verify"),
+    "matplotlib": ("quantize.plots",),
     "prometheus_client": ("serve.metrics", "serve.engines.vllm"),
     "uvicorn": ("serve.rest.listen",),
     "yaml": ("serve.auth", "serve.routing"),

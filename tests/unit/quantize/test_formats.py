@@ -323,8 +323,10 @@ def test_several_groups_of_one_scheme_are_one_scheme() -> None:
     groups["group_1"] = {**groups["group_0"], "targets": ["re:.*mlp.*"]}
     assert formats.of(config).scheme == ASYMMETRIC
     groups["group_1"]["weights"] = {**groups["group_0"]["weights"], "num_bits": 8}
-    with pytest.raises(Unsupported, match=r"several schemes .* W4A16 .*, W8A16 "):
-        formats.of(config)
+    mixed = formats.of(config)
+    assert mixed.scheme == ASYMMETRIC
+    assert mixed.scheme_of("model.layers.0.mlp.up_proj").grid.bits == 8
+    assert mixed.scheme_of("model.layers.0.self_attn.q_proj") == ASYMMETRIC
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_several_groups_of_one_scheme_are_one_scheme() -> None:
         (changed(LLM_COMPRESSOR_W4, group__format="int-quantized"), "of this kind"),
         (changed(LLM_COMPRESSOR_W4, weights__strategy="tensor"), "of this kind"),
         (changed(LLM_COMPRESSOR_W4, group__input_activations=STATIC), "these activations"),
-        (changed(LLM_COMPRESSOR_W4, config_groups={}), "several schemes or none"),
+        (changed(LLM_COMPRESSOR_W4, config_groups={}), "without config_groups"),
         (changed(LLM_COMPRESSOR_W4, transform_config={"config_groups": {"u": {}}}), "transform"),
         (changed(LLM_COMPRESSOR_W4, sparsity_config={"format": "sparse-24"}), "sparse"),
         (changed(AUTO_ROUND_W4, bits=3), "bits=3"),
