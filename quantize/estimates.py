@@ -116,7 +116,7 @@ def peak_memory(
     widths = _group_inputs(layers, family)
     # The block as it is and on its way; the solver's copies of the widest group's Hessian; every
     # token's hidden state in both models.
-    live = 3 * 4 * max(numbers.values()) + 7 * 4 * max(widths) ** 2
+    live = 3 * 4 * max(numbers.values()) + 5 * 4 * max(widths) ** 2
     # What the original's layers are given, in bfloat16, with both norms; and what the last layer of
     # attention and of the MLP is given by the quantized block.
     kept = tokens * (2 * (sum(widths) + 2 * hidden_size) + 4 * (widths[1] + widths[-1]))

@@ -37,6 +37,7 @@ def correct(weight_OI: Tensor, inputs: Inputs) -> tuple[Tensor, str | None]:
         damped_II = inputs.hessian_II.clone()
         damped_II.diagonal().add_(damping * damped_II.diagonal().mean() + 1e-12)
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        del damped_II
         if failed or not lower_II.isfinite().all():
             continue
         correction_OI = torch.cholesky_solve(wanted_OI.T, lower_II).T

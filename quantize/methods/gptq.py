@@ -71,14 +71,18 @@ def _factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
     """
     diagonal_I = hessian_II.diagonal()
     order_I = diagonal_I.argsort(descending=True, stable=True)
-    damped_II = hessian_II.clone()
     # An input that is always 0 takes no part; 1 keeps the matrix invertible.
-    damped_II.diagonal().add_(torch.where(diagonal_I == 0, 1.0, damping * diagonal_I.mean()))
-    damped_II = damped_II[order_I][:, order_I]
+    added_I = torch.where(diagonal_I == 0, 1.0, damping * diagonal_I.mean())
+    # Of several matrices of this size, two are held at a time.
+    damped_II = hessian_II[order_I[:, None], order_I]
+    damped_II.diagonal().add_(added_I[order_I])
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    del damped_II
     if failed or not lower_II.isfinite().all():
         return order_I, None
-    upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+    inverse_II = torch.cholesky_inverse(lower_II)
+    del lower_II
+    upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
     if failed or not upper_II.isfinite().all():
         return order_I, None
     return order_I, upper_II
