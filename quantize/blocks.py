@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput, Unsupported
+from quantize.experts import Experts, take_apart
 from quantize.families import Family
 from quantize.hooks import (
     RANGE,
@@ -109,6 +110,7 @@ class Runner:
         config._attn_implementation = watch_attention(config)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        take_apart(skeleton)
         decoder = skeleton.get_decoder()
         if not hasattr(decoder, "layers") or not hasattr(decoder, "embed_tokens"):
             raise Unsupported(f"{type(skeleton).__name__} is not laid out as expected.")
@@ -176,7 +178,10 @@ class Runner:
     def enter(self, block: Block) -> LiveBlock:
         """The block with its weights, in float32 on the device."""
         module = self._blocks[block.index].to_empty(device=self.device)
-        weights = {name.removeprefix(block.prefix): t.float() for name, t in block.tensors.items()}
+        weights = {
+            self.family.in_module(name.removeprefix(block.prefix)): tensor.float()
+            for name, tensor in block.tensors.items()
+        }
         try:
             module.load_state_dict(weights)
         except RuntimeError as error:
@@ -229,8 +234,11 @@ class LiveBlock:
     runner: Runner
     index: int
     module: nn.Module
-    _kept: bool = False
-    """Whether the shelf has what the original's layers are given: ("seen", batch, layer)."""
+    _seen: set[str] = field(default_factory=set)
+    """The layers and norms for which the shelf has what the original's are given: ("seen", batch,
+    name). Not experts: the two models may choose different ones for a token."""
+    expert_tokens: list[int] = field(default_factory=list)
+    """Sent to each expert by the original; empty where there are none."""
     _reached: set[str] = field(default_factory=set)
     """The last layers of parts of the block that have all before them quantized: the shelf has what
     they are given, ("reached", layer, batch)."""
@@ -248,19 +256,41 @@ class LiveBlock:
         """Run the block as it is on what the original model gives it, and note what its layers are
         given; from here on changes are to the quantized block only.
         """
-        family = self.runner.family
-        watched = {name for names in family.residuals for name in names}
-        watched |= {group[0] for group in family.fused}
+        family, names = self.runner.family, self.names
+        watched = {
+            name for pair in family.residuals if f"{pair[0]}.weight" in names for name in pair
+        }
+        groups = [group for stage in family.stages(names) for group in stage]
+        watched |= {group[0] for group in groups if not family.is_expert(group[0])}
         keywords = self.runner.keywords(self.index)
-        for number, more in enumerate(keywords):
-            with fast_products():
-                hidden = self.runner.hidden("original", number)
-                seen, output = run(self.module, watched, hidden, more)
-            for name, tensor in seen.items():
-                # Half the memory; what is lost is noise against the differences of interest.
-                self.runner.shelf.put(("seen", number, name), tensor.bfloat16())
-            self.runner.put("original", number, output)
-        self._kept = True
+        with self._watched_experts() as experts:
+            for number, more in enumerate(keywords):
+                with fast_products():
+                    hidden = self.runner.hidden("original", number)
+                    seen, output = run(self.module, watched, hidden, more)
+                for name, tensor in seen.items():
+                    # Half the memory; what is lost is noise against the differences of interest.
+                    self.runner.shelf.put(("seen", number, name), tensor.bfloat16())
+                self.runner.put("original", number, output)
+        self._seen = watched
+        self.expert_tokens = list(experts.tokens) if experts else []
+
+    @property
+    def names(self) -> set[str]:
+        """Of the block's tensors."""
+        return {name for name, _ in self.module.named_parameters()}
+
+    @contextmanager
+    def _watched_experts(self) -> Iterator[Experts | None]:
+        found = next((part for part in self.module.modules() if isinstance(part, Experts)), None)
+        if found is None:
+            yield None
+            return
+        found.is_watched, found.tokens = True, [0] * len(found)
+        try:
+            yield found
+        finally:
+            found.is_watched = False
 
     @torch.inference_mode()
     def inputs(self, groups: Sequence[tuple[str, ...]]) -> dict[str, Inputs]:
@@ -269,17 +299,17 @@ class LiveBlock:
         from what the original gives them.
         """
         shelf = self.runner.shelf
-        found = {group[0]: Inputs(magnitudes=not self._kept) for group in groups}
-        residual_of = dict(self.runner.family.residuals) if self._kept else {}
+        found = {group[0]: Inputs(magnitudes=not self._seen) for group in groups}
+        residual_of = dict(self.runner.family.residuals) if self._seen else {}
         watched = {*found, *(residual_of[name] for name in found if name in residual_of)}
         last = groups[-1][0]
         ends = {layer for _, layer in self.runner.family.parts} if len(groups) == 1 else set()
         for number, keywords in enumerate(self.runner.keywords(self.index)):
             hidden = self.runner.hidden("quantized", number)
-            with self._continued(number), fast_products():
+            with self._continued(number), self._watched_experts(), fast_products():
                 x, _ = run(self.module, watched, hidden, keywords, last=last)
                 for name, inputs in found.items():
-                    y = shelf.get(("seen", number, name)) if self._kept else None
+                    y = shelf.get(("seen", number, name)) if name in self._seen else None
                     residual = None
                     if norm := residual_of.get(name):
                         residual = shelf.get(("seen", number, norm)) - x[norm]

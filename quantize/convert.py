@@ -22,7 +22,7 @@ from quantize.blocks import Block, LiveBlock, Runner, outside, walk
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput
 from quantize.estimates import block_of
-from quantize.families import Family
+from quantize.families import Family, Group
 from quantize.formats import Format
 from quantize.grid import FP8_MAX, Codes
 from quantize.methods import Method, Rounded
@@ -30,6 +30,8 @@ from quantize.plan import Plan
 from quantize.report import Layer
 
 Tensors = dict[str, Tensor]
+STATISTICS_BYTES = 2 * 1024**3
+"""Of experts that are looked at in one run of the block: more runs of it, or more memory."""
 KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 
@@ -48,12 +50,15 @@ class Step:
     layers: list[Layer] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
     """Layers for which a search of scales found nothing better than leaving them."""
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    """Tokens of the calibration text that were sent to each expert, by block."""
     started_s: float = field(default_factory=time.monotonic)
 
     def said(self) -> dict[str, Any]:
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "unscaled": self.unscaled,
+            "experts": self.experts,
             "seconds": time.monotonic() - self.started_s,
         }
 
@@ -122,29 +127,34 @@ class Converter:
     def _quantize(self, block: Block, live: LiveBlock, family: Family, step: Step) -> Tensors:
         """Quantize the live block in place; returns its tensors as they go to disk."""
         method, linears = self.method, set(self.planned.linears)
+        stages = family.stages(live.names)
         if method.calibrated:
-            left = method.prepare(live.module, family, lambda: live.inputs(family.fused))
-            step.unscaled += [block.prefix + layer for layer in left]
+            alike = [g for stage in stages for g in stage if not family.is_expert(g[0])]
+            left = method.prepare(live.module, family, lambda: live.inputs(alike))
+            step.unscaled += [block.prefix + family.on_disk(layer) for layer in left]
             live.keep_original()
+            if live.expert_tokens:
+                step.experts[block.prefix.removesuffix(".")] = live.expert_tokens
         written: Tensors = {}
         for name, tensor in block.tensors.items():
-            inner = name.removeprefix(block.prefix)
             if name.removesuffix(".weight") not in linears:
                 # Scales that were moved into it are rounded here, before others make up for it.
-                written[name] = self._stored(live.tensor(inner).to(tensor.dtype)).cpu()
-                live.tensor(inner).copy_(written[name])
-        for group in family.fused:
-            if block.prefix + group[0] not in linears:
-                continue
-            inputs = live.inputs([group])[group[0]] if method.calibrated else None
-            for name in group:
-                weight_OI, prefix = live.weight(name), block.prefix + name
-                dtype = self._scale_dtype(prefix, block.tensors[f"{prefix}.weight"])
-                rounded = self._method_of(prefix).quantize(weight_OI, inputs, dtype)
-                step.layers.append(Layer.of(prefix, weight_OI, rounded, inputs))
-                written |= self.layout.tensors(prefix, _on_cpu(rounded).codes)
-                weight_OI.copy_(rounded.codes.dequantize())
-                self.advance(1)
+                place = live.tensor(family.in_module(name.removeprefix(block.prefix)))
+                written[name] = self._stored(place.to(tensor.dtype)).cpu()
+                place.copy_(written[name])
+        for groups in (part for stage in stages for part in _in_parts(stage, live)):
+            wanted = [g for g in groups if block.prefix + family.on_disk(g[0]) in linears]
+            seen = live.inputs(wanted) if wanted and method.calibrated else {}
+            for group in wanted:
+                inputs = seen.pop(group[0], None)
+                for layer in group:
+                    prefix, weight_OI = block.prefix + family.on_disk(layer), live.weight(layer)
+                    dtype = self._scale_dtype(prefix, block.tensors[f"{prefix}.weight"])
+                    rounded = self._method_of(prefix).quantize(weight_OI, inputs, dtype)
+                    step.layers.append(Layer.of(prefix, weight_OI, rounded, inputs))
+                    written |= self.layout.tensors(prefix, _on_cpu(rounded).codes)
+                    weight_OI.copy_(rounded.codes.dequantize())
+                    self.advance(1)
         if self.planned.kv:
             seen_range = live.key_value_range()
             for name, largest in zip(KV_SCALES, seen_range, strict=True):
@@ -167,6 +177,22 @@ class Converter:
             return torch.float32
         half = weight.dtype in (torch.float16, torch.bfloat16)
         return weight.dtype if half else torch.bfloat16
+
+
+def _in_parts(stage: list[Group], live: LiveBlock) -> Iterator[list[Group]]:
+    """A stage's groups, not more at a time than their statistics may take: one matrix, of the size
+    of its inputs, for each.
+    """
+    part: list[Group] = []
+    taken = 0
+    for group in stage:
+        size = 4 * live.weight(group[0]).shape[1] ** 2
+        if part and taken + size > STATISTICS_BYTES:
+            yield part
+            part, taken = [], 0
+        part.append(group)
+        taken += size
+    yield part
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ TRIAL_FLOPS = 600
 HEADER_BYTES = 80
 """Of a tensor's entry in a safetensors header, but for its name."""
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "fc2", "dense_4h_to_h")
+_ROW_PARALLEL = ("o_proj", "down_proj", "w2", "out_proj", "fc2", "dense_4h_to_h")
 """Layers that vLLM splits along their inputs; the others along their outputs."""
 
 
@@ -127,9 +127,13 @@ def _group_inputs(layers: Shapes, family: Family | None) -> list[int]:
     """Inputs of each group of layers in the first block; of each layer, where no group is known."""
     first = min(layers, key=lambda prefix: (len(prefix), prefix))
     block = f"{block_of(first)}."
-    members = {prefix.removeprefix(block): shape for prefix, shape in layers.items()}
-    leaders = [group[0] for group in family.fused] if family else list(members)
-    return [members[name][1] for name in leaders if name in members]
+    members = {p.removeprefix(block): shape for p, shape in layers.items() if p.startswith(block)}
+    if family is None:
+        return [inputs for _, inputs in members.values()]
+    named = {family.in_module(name): inputs for name, (_, inputs) in members.items()}
+    # Of experts one at a time: their statistics are taken in parts.
+    stages = family.stages({f"{name}.weight" for name in named})
+    return [named[stage[0][0]] for stage in stages]
 
 
 def seconds(

@@ -7,7 +7,11 @@ alike or loading fails. A family is found by the config's `model_type`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+Group = tuple[str, ...]
+"""Linear layers that share their input."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,9 @@ class Family:
     """All names are within a block; `block_prefix` + `3.` is where block 3's tensors begin."""
 
     block_prefix: str
-    fused: tuple[tuple[str, ...], ...]
-    """Groups of linear layers that share their input, in the order in which a token meets them."""
+    fused: tuple[Group, ...]
+    """Groups of linear layers that share their input, in the order in which a token meets them, but
+    for experts'. A block need not have all of them."""
     smoothing: tuple[tuple[str, tuple[str, ...]], ...]
     """(source, layers): a factor per channel can move from what the source puts out into what the
     layers take in. A source is a norm, or a linear layer with as many outputs as they have inputs.
@@ -31,10 +36,41 @@ class Family:
     """(layer, norm): the layer's output is added to what that norm is given."""
     norm_offset: float = 0.0
     """Norms multiply by their weight plus this."""
+    experts: str | None = None
+    """Where a block's experts are; they are `<experts>.<number>.gate_proj` and so on."""
+    router: str | None = None
+    """The layer that chooses experts, which is never quantized."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of names, as transformers' modules have them and as files do."""
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return tuple(name for group in self.fused for name in group)
+    def on_disk(self, name: str) -> str:
+        """A layer's or tensor's name within a block, from the module's."""
+        for module, disk in self.renamed:
+            name = name.replace(module, disk)
+        return name
+
+    def in_module(self, name: str) -> str:
+        """The inverse."""
+        for module, disk in self.renamed:
+            name = name.replace(disk, module)
+        return name
+
+    def stages(self, names: Collection[str]) -> list[list[Group]]:
+        """The groups of a block with tensors of these names (the module's), in the order in which a
+        token meets them; groups of one stage do not depend on each other.
+        """
+        found = [[group] for group in self.fused if f"{group[0]}.weight" in names]
+        count = 0
+        while self.experts and f"{self.experts}.{count}.gate_proj.weight" in names:
+            count += 1
+        if count:
+            every = [f"{self.experts}.{number}" for number in range(count)]
+            found.append([(f"{one}.gate_proj", f"{one}.up_proj") for one in every])
+            found.append([(f"{one}.down_proj",) for one in every])
+        return found
+
+    def is_expert(self, layer: str) -> bool:
+        return self.experts is not None and layer.startswith(f"{self.experts}.")
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -71,11 +107,30 @@ _GEMMA2 = Family(
     norm_offset=1.0,
 )
 
+_MOE = replace(
+    _LLAMA,
+    # What a norm before experts puts out goes to the router, too: nothing is moved there.
+    smoothing=(("input_layernorm", _QKV), _V_TO_O, _UP_TO_DOWN),
+    experts="mlp.experts",
+    router="mlp.gate",
+)
+_MIXTRAL = replace(
+    _MOE,
+    renamed=(
+        ("mlp.", "block_sparse_moe."),
+        (".gate_proj", ".w1"),
+        (".down_proj", ".w2"),
+        (".up_proj", ".w3"),
+    ),
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _MIXTRAL,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _MOE,
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,

@@ -94,7 +94,7 @@ def _on_cuda(scheme: Scheme) -> str:
     return "Machete (cc 9.0) or Marlin (cc >= 7.5)"
 
 
-def unprovable(scheme: Scheme, host: Host, *, kv: bool) -> str | None:
+def unprovable(scheme: Scheme, host: Host, *, kv: bool, experts: bool = False) -> str | None:
     """Why vLLM cannot load the result on this host to prove it, though it may elsewhere; None where
     it can.
     """
@@ -105,14 +105,20 @@ def unprovable(scheme: Scheme, host: Host, *, kv: bool) -> str | None:
         return "vLLM's float8 product on a CPU would take hours; verify on a GPU"
     if scheme.activation_bits == 16 and scheme.grid.bits == 8:
         return "this host has no GPU, and vLLM's CPU build no 8-bit weight-only kernel"
+    if experts and host.machine == "x86_64" and not host.amx:
+        return "this host has no AMX, without which vLLM has no kernel for quantized experts"
     if host.machine == "x86_64" and not host.avx512 and (scheme.activation_bits == 16 or kv):
         return "this host has no AVX-512"
     return None
 
 
-def serving_notes(targets: tuple[str, ...], scheme: Scheme, host: Host, *, kv: bool) -> list[str]:
+def serving_notes(
+    targets: tuple[str, ...], scheme: Scheme, host: Host, *, kv: bool, experts: bool = False
+) -> list[str]:
     """What to know before the result is served, here or on a target."""
     notes = []
+    if experts and "cpu" in targets:
+        notes.append("on x86 CPUs vLLM runs quantized experts with AMX only (Xeon, 2023 and later)")
     weight_only = scheme.activation_bits == 16
     if "cpu" in targets and host.machine == "x86_64" and not host.avx512:
         if weight_only:

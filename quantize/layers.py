@@ -15,6 +15,9 @@ from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput, Unsupported
 from quantize.estimates import Shapes, block_of
 from quantize.families import Family
+from quantize.formats import FORMATS
+from quantize.grid import Scheme
+from quantize.settings import Settings
 
 MULTIPLE = 32
 """vLLM's kernels want both sizes of a layer to be multiples of it."""
@@ -46,21 +49,43 @@ def of_family(source: Checkpoint, family: Family) -> Shapes:
     layers = {}
     for index in range(expected):
         prefix = f"{family.block_prefix}{index}."
-        for linear in family.linears:
-            name = f"{prefix}{linear}.weight"
+        inner = {family.in_module(name.removeprefix(prefix)) for name in blocks[str(index)]}
+        stages = family.stages(inner)
+        linears = [layer for stage in stages for group in stage for layer in group]
+        _check_whole(source, family, prefix, linears)
+        for linear in linears:
+            name = f"{prefix}{family.on_disk(linear)}.weight"
             if name not in source:
                 raise BadInput(f"{source.folder} has no tensor {name}; it is incomplete.")
             shape, _ = source.shape_and_dtype(name)
             if len(shape) != 2:
                 raise BadInput(f"{name} has {len(shape)} dimensions, not 2; the file is broken.")
-            layers[f"{prefix}{linear}"] = (shape[0], shape[1])
+            layers[name.removesuffix(".weight")] = (shape[0], shape[1])
+        routers = {prefix + family.on_disk(family.router)} if family.router else set()
         for name in blocks[str(index)]:
             shape, _ = source.shape_and_dtype(name)
-            if len(shape) > 1 and name.removesuffix(".weight") not in layers:
+            if len(shape) > 1 and name.removesuffix(".weight") not in layers.keys() | routers:
                 raise Unsupported(
                     f"{name} is a weight that this version does not know how to treat."
                 )
     return layers
+
+
+def _check_whole(source: Checkpoint, family: Family, prefix: str, linears: Sequence[str]) -> None:
+    """All groups of the family are there, but for the MLP where there are as many experts as the
+    config says.
+    """
+    experts = sum(family.is_expert(name) and name.endswith(".gate_proj") for name in linears)
+    expected = number(source, "num_local_experts") or number(source, "num_experts")
+    if experts and experts != expected:
+        raise BadInput(
+            f"{source.folder}: config.json speaks of {expected} experts, {prefix[:-1]} has "
+            f"{experts}; the checkpoint is incomplete."
+        )
+    for group in family.fused:
+        if group[0] not in linears and not (experts and group[0].startswith("mlp.")):
+            name = f"{prefix}{family.on_disk(group[0])}.weight"
+            raise BadInput(f"{source.folder} has no tensor {name}; it is incomplete.")
 
 
 def of_unknown(source: Checkpoint) -> Shapes:
@@ -109,7 +134,7 @@ def without_kept(
             )
         kept |= named
     for prefix in sorted(kept):
-        more = {name for name in fused_with(prefix, family) if name in layers} - kept
+        more = {name for name in fused_with(prefix, layers, family) if name in layers} - kept
         if more:
             kept |= more
             notes.append(f"kept too, as vLLM fuses it with {prefix}: {', '.join(sorted(more))}")
@@ -118,13 +143,30 @@ def without_kept(
     return {prefix: shape for prefix, shape in layers.items() if prefix not in kept}
 
 
-def fused_with(prefix: str, family: Family | None) -> tuple[str, ...]:
-    """The layers that vLLM computes together with this one, itself among them."""
+def inner_names(layers: Shapes, family: Family) -> set[str]:
+    """Names within their blocks, as the modules have them."""
+    return {family.in_module(prefix.removeprefix(f"{block_of(prefix)}.")) for prefix in layers}
+
+
+def in_block(layers: Shapes, block: str, family: Family) -> set[str]:
+    """The weights of one block's layers, as the module names them."""
+    inside = {prefix: shape for prefix, shape in layers.items() if block_of(prefix) == block}
+    return {f"{name}.weight" for name in inner_names(inside, family)}
+
+
+def fused_with(prefix: str, layers: Shapes, family: Family | None) -> tuple[str, ...]:
+    """The layers that vLLM computes together with this one, itself among them: a fused group, or
+    all experts of a block.
+    """
+    if family is None:
+        return (prefix,)
     block = f"{block_of(prefix)}."
-    for group in family.fused if family else ():
-        if prefix.removeprefix(block) in group:
-            return tuple(block + name for name in group)
-    return (prefix,)
+    inner = family.in_module(prefix.removeprefix(block))
+    if family.is_expert(inner):
+        start = block + family.on_disk(f"{family.experts}.")
+        return tuple(name for name in layers if name.startswith(start))
+    group = next(group for group in family.fused if inner in group)
+    return tuple(block + family.on_disk(name) for name in group)
 
 
 def check_sizes(layers: Shapes) -> None:
@@ -134,6 +176,25 @@ def check_sizes(layers: Shapes) -> None:
             raise Unsupported(
                 f"{prefix} is {outputs} x {inputs}; vLLM's kernels need multiples of {MULTIPLE}."
             )
+
+
+def check_experts(settings: Settings, scheme: Scheme, layout: str) -> None:
+    """Raises Unsupported for what vLLM has no kernel for experts of."""
+    grid = scheme.grid
+    if layout != FORMATS[0]:
+        raise Unsupported(f"--format {layout} with experts was never tried; use {FORMATS[0]}.")
+    if scheme.activation_bits == 8 or "cpu" not in settings.targets:
+        return
+    if not grid.symmetric:
+        raise Unsupported(
+            f"asymmetric {settings.method} with experts: vLLM's CPU kernel for experts takes "
+            "symmetric only; pass --symmetric, or use --target cuda alone."
+        )
+    if grid.group_size == MULTIPLE:
+        raise Unsupported(
+            f"experts in groups of {MULTIPLE}: vLLM's CPU kernel for experts takes 64, 128 or one "
+            "scale per output; pass --group-size -1, or use --target cuda alone."
+        )
 
 
 def left_alone(source: Checkpoint, layers: Shapes) -> tuple[str, ...]:

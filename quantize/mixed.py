@@ -128,8 +128,9 @@ def measure_costs(
             for number in range(judge.batches):
                 key: Key = ("changed", *group, number)
                 shelf.put(key, _through(live, shelf.get(key), number))
-        inputs = looking.inputs(family.fused)
-        for names in family.fused:
+        groups = [group for stage in family.stages(live.names) for group in stage]
+        inputs = looking.inputs(groups)
+        for names in groups:
             group = tuple(block.prefix + name for name in names)
             if group[0] in linears:
                 given = inputs.pop(names[0])

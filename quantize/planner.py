@@ -83,6 +83,11 @@ def plan(
     groups = None if group_size == CHANNEL else group_size
     scheme = Scheme(Grid(grid.bits, groups, grid.symmetric, grid.floating), rule.activation_bits)
     stored, dtype = _dtypes(source)
+    if budget and family and family.experts:
+        raise Unsupported(
+            f"--bits {budget}: experts cannot be mixed, as vLLM wants all of a block alike; give "
+            "whole bits."
+        )
     choices = _choices(settings, scheme, layers) if budget else ()
     rounds_inputs = any(one.activation_bits == 8 for one in (scheme, *choices))
     convert_to = "bfloat16" if rounds_inputs and (stored, dtype) != ("BF16", "BF16") else None
@@ -94,7 +99,10 @@ def plan(
             f"model_type {source.config.get('model_type')!r} is not known: every linear layer of a "
             "block is rounded by itself, and tensor parallel sizes are not worked out"
         )
-    notes += serving_notes(settings.targets, scheme, host, kv=kv)
+    experts = family is not None and any(map(family.is_expert, found.inner_names(layers, family)))
+    if experts:
+        found.check_experts(settings, scheme, layout)
+    notes += serving_notes(settings.targets, scheme, host, kv=kv, experts=experts)
     if _is_tied(source):
         notes.append("lm_head shares the embeddings' weights and stays as it is")
     calibrated = rule.calibrated or kv
@@ -146,7 +154,7 @@ def plan(
         flops_per_s=host.flops_per_s,
         tensor_parallel=_tensor_parallel(source, layers, scheme, family) if family else (1,),
         kernels={target: kernel(target, scheme, dtype, host) for target in settings.targets},
-        unprovable=unprovable(scheme, host, kv=kv),
+        unprovable=unprovable(scheme, host, kv=kv, experts=experts),
         notes=notes,
     )
 
@@ -332,8 +340,14 @@ def _tensor_parallel(
     if not heads:
         return (1,)
     kv_heads = found.number(source, "num_key_value_heads") or heads
+    fused = {
+        tuple(family.on_disk(name) for name in group)
+        for prefix in {estimates.block_of(name) for name in layers}
+        for stage in family.stages(found.in_block(layers, prefix, family))
+        for group in stage
+    }
     return estimates.tensor_parallel(
-        layers, scheme, family.fused, heads=heads, kv_heads=kv_heads, head_dim=head_dim
+        layers, scheme, sorted(fused), heads=heads, kv_heads=kv_heads, head_dim=head_dim
     )
 
 

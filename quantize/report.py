@@ -155,6 +155,8 @@ class Report:
     layers: list[Layer] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
     """Layers for which a search of scales found nothing better than leaving them."""
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    """Calibration tokens that were sent to each expert, by block."""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -196,6 +198,7 @@ class Report:
                 "distance": self.distance,
             },
             "unscaled_layers": self.unscaled,
+            "experts": self.experts,
             "proof": self.proof,
             "layers": [layer.as_json() for layer in self.layers],
             "notes": self.notes,

@@ -43,6 +43,7 @@ from quantize.workspace import SHARD_BYTES, Workspace
 SPILL_ABOVE = 16 * 1024**3
 """Where the system does not say how much memory is free."""
 SUSPICIOUS_NATS = 0.5
+RARE_TOKENS = 256
 DISK_MARGIN = 1.05
 """Over the planned size: the report, and what the plan's arithmetic leaves out."""
 
@@ -104,6 +105,8 @@ def run(settings: Settings, progress: Progress) -> Report:
             work.write_json("quantize_config.json", config)
         made = Checkpoint(work.folder)
         report.layers = [Layer(**layer) for step in work.steps for layer in step["layers"]]
+        report.experts = {k: v for step in work.steps for k, v in step["experts"].items()}
+        report.notes += _rare_experts(report.experts)
         report.unscaled = [name for step in work.steps for name in step["unscaled"]]
         report.bytes_after = made.weight_bytes()
         report.weights_sha256 = sha256_of(made.weight_files())
@@ -336,6 +339,21 @@ def _config(source: Checkpoint, quantization: dict[str, Any], planned: Plan) -> 
         config.pop("torch_dtype", None)
         config["dtype"] = planned.convert_to
     return config
+
+
+def _rare_experts(experts: dict[str, list[int]]) -> list[str]:
+    rare = [
+        f"{block}, expert {number}: {count}"
+        for block, counts in experts.items()
+        for number, count in enumerate(counts)
+        if count < RARE_TOKENS
+    ]
+    if not rare:
+        return []
+    return [
+        f"{len(rare)} experts were sent fewer than {RARE_TOKENS} calibration tokens, and are "
+        f"quantized by a sample of the others' too ({'; '.join(rare[:3])}); more varied text helps"
+    ]
 
 
 def _doubts(proof: dict[str, Any]) -> list[str]:

@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from quantize import formats
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput
+from quantize.experts import take_apart
+from quantize.families import FAMILIES
 from quantize.grid import round_activations
 
 # Scales of the KV cache, and what transformers computes by itself nowadays.
@@ -56,18 +58,22 @@ def load(folder: Path) -> PreTrainedModel:
     plain = [
         name for name in names if name.endswith(".bias") or name.rpartition(".")[0] not in packed
     ]
+    take_apart(model)
     state = model.state_dict()  # the model's own tensors, so copying into them fills it
-    _check_names(folder, state, {*plain, *(f"{prefix}.weight" for prefix in quantized)}, config)
+    family = FAMILIES.get(str(config.model_type))
+    place_of = family.in_module if family else str
+    found = {*plain, *(f"{prefix}.weight" for prefix in quantized)}
+    _check_names(folder, state, {place_of(name) for name in found}, config)
     for name in plain:
-        _copy(state[name], checkpoint.get(name), f"{folder}: {name}")
+        _copy(state[place_of(name)], checkpoint.get(name), f"{folder}: {name}")
     if layout is not None:
         for prefix in quantized:
             weight_OI = layout.read(prefix, checkpoint.get).dequantize()
-            _copy(state[f"{prefix}.weight"], weight_OI, f"{folder}: {prefix}")
+            _copy(state[place_of(f"{prefix}.weight")], weight_OI, f"{folder}: {prefix}")
             scheme = layout.scheme_of(prefix)
             if scheme.activation_bits == 8:
                 hook = partial(_round_input, floating=scheme.grid.floating)
-                model.get_submodule(prefix).register_forward_pre_hook(hook)
+                model.get_submodule(place_of(prefix)).register_forward_pre_hook(hook)
     return model.eval()
 
 

@@ -33,10 +33,13 @@ class Pair:
 
 
 def pairs(block: nn.Module, family: Family) -> Iterator[Pair]:
-    """The family's pairs that this block's shapes allow: behind grouped-query attention, v has
-    fewer outputs than o has inputs.
+    """The family's pairs that this block has and its shapes allow: behind grouped-query attention,
+    v has fewer outputs than o has inputs.
     """
+    names = {name for name, _ in block.named_parameters()}
     for source, layers in family.smoothing:
+        if not names.issuperset(f"{name}.weight" for name in (source, *layers)):
+            continue
         feeding = weight_of(block, source)
         taking = weight_of(block, layers[0])
         if feeding.shape[0] == taking.shape[1]:

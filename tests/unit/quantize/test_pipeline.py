@@ -33,6 +33,15 @@ SIZES = {
     "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [0],
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 32},
 }
@@ -43,7 +52,11 @@ LITTLE: dict[str, Any] = {
 
 
 # (model_type, what is different): every family, and one with as many keys and values as queries.
-MODELS = [*((name, {}) for name in sorted(FAMILIES)), ("llama", {"num_key_value_heads": 4})]
+# Experts are in test_experts.py.
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in sorted(FAMILIES) if not FAMILIES[name].experts),
+    ("llama", {"num_key_value_heads": 4}),
+]
 
 
 def made(model_type: str, folder: Path, **different: Any) -> Path:
