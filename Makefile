@@ -35,6 +35,8 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/quality.py
 	@"$(PY)" bench/kv_cache.py
 	@"$(PY)" bench/quantize_peers.py
+	@"$(PY)" bench/mixed.py
+	@"$(PY)" bench/memory.py
 	@"$(PY)" bench/faults.py --soak-minutes 20
 	@"$(PY)" bench/routing.py
 	@"$(PY)" bench/adapters.py

@@ -303,7 +303,9 @@ class LiveBlock:
         residual_of = dict(self.runner.family.residuals) if self._seen else {}
         watched = {*found, *(residual_of[name] for name in found if name in residual_of)}
         last = groups[-1][0]
-        ends = {layer for _, layer in self.runner.family.parts} if len(groups) == 1 else set()
+        # Before keep_original, what is before a part's last layer may still change.
+        at_an_end = self._seen and len(groups) == 1
+        ends = {layer for _, layer in self.runner.family.parts} if at_an_end else set()
         for number, keywords in enumerate(self.runner.keywords(self.index)):
             hidden = self.runner.hidden("quantized", number)
             with self._continued(number), self._watched_experts(), fast_products():

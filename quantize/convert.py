@@ -25,7 +25,7 @@ from quantize.estimates import block_of
 from quantize.families import Family, Group
 from quantize.formats import Format
 from quantize.grid import FP8_MAX, Codes
-from quantize.methods import Method, Rounded
+from quantize.methods import Method, Rounded, int8, smoothing
 from quantize.plan import Plan
 from quantize.report import Layer
 
@@ -131,6 +131,7 @@ class Converter:
         if method.calibrated:
             alike = [g for stage in stages for g in stage if not family.is_expert(g[0])]
             left = method.prepare(live.module, family, lambda: live.inputs(alike))
+            left += self._smooth_others(block, live, family, alike)
             step.unscaled += [block.prefix + family.on_disk(layer) for layer in left]
             live.keep_original()
             if live.expert_tokens:
@@ -160,6 +161,28 @@ class Converter:
             for name, largest in zip(KV_SCALES, seen_range, strict=True):
                 written[block.prefix + name] = torch.tensor([kv_scale(largest)])
         return written
+
+    def _smooth_others(
+        self, block: Block, live: LiveBlock, family: Family, groups: list[Group]
+    ) -> list[str]:
+        """What `prepare` does, for layers that alone have their inputs rounded."""
+        schemes = {
+            layer: scheme
+            for group in groups
+            for layer in group
+            if (scheme := self.planned.others.get(block.prefix + family.on_disk(layer)))
+            and scheme.activation_bits == 8
+        }
+        if not schemes:
+            return []
+        grid = next(iter(schemes.values())).grid
+        return smoothing.search(
+            live.module,
+            family,
+            live.inputs([group for group in groups if group[0] in schemes]),
+            lambda weights, seen: int8.search_scales(weights, seen, grid),
+            only=schemes,
+        )
 
     def _stored(self, tensor: Tensor) -> Tensor:
         wanted = self.planned.convert_to

@@ -10,12 +10,13 @@ through the blocks together, so that each block is read once. Called by `run`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize import methods
 from quantize.blocks import LiveBlock, Runner, count_blocks, walk
@@ -23,10 +24,10 @@ from quantize.checkpoint import Checkpoint
 from quantize.estimates import layer_parts
 from quantize.families import Family
 from quantize.formats import FORMATS
-from quantize.grid import Scheme, round_activations, search_placement
+from quantize.grid import Grid, Scheme, round_activations, round_to_nearest, search_placement
 from quantize.hooks import fast_products, hidden_of
 from quantize.inputs import Inputs
-from quantize.methods import Method
+from quantize.methods import Method, int8
 from quantize.plan import Plan
 from quantize.report import Progress
 from quantize.shelf import Key, Shelf
@@ -37,6 +38,7 @@ SEEN_TOKENS = 4 * JUDGED_TOKENS
 """Others, for what layers are given: a method that is judged by the text that it has seen looks
 better than it is."""
 
+HOW = ("usual", "w8a8")
 Names = tuple[str, ...]
 
 
@@ -112,8 +114,9 @@ def measure_costs(
     shelf: Shelf,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Of every fused group: its layers, the KL that the plan's scheme costs, and the square error
-    of its outputs under that scheme and each of the plan's choices. Plain data, to be kept.
+    """Of every fused group: its layers, the KL that the plan's scheme costs and that W8A8 does, and
+    the square error of its outputs under that scheme and each of the plan's choices. Plain data, to
+    be kept.
     """
     judged, seen = _split(rows_RT)
     judge = Runner(source, family, judged, device, shelf)
@@ -125,9 +128,10 @@ def measure_costs(
     for block in walk(source, family):
         live, looking = judge.enter(block), learner.enter(block)
         for group in errors:
-            for number in range(judge.batches):
-                key: Key = ("changed", *group, number)
-                shelf.put(key, _through(live, shelf.get(key), number))
+            for how in HOW:
+                for number in range(judge.batches):
+                    key: Key = (how, *group, number)
+                    shelf.put(key, _through(live, shelf.get(key), number))
         groups = [group for stage in family.stages(live.names) for group in stage]
         inputs = looking.inputs(groups)
         for names in groups:
@@ -138,18 +142,23 @@ def measure_costs(
         judge.leave(live)
         learner.leave(looking)
         advance(1)
-    costs = dict.fromkeys(errors, 0.0)
+    costs = {(how, group): 0.0 for how in HOW for group in errors}
     head = judge.head()
     with fast_products():
         for number in range(judge.batches):
             # Nothing was quantized on the way: these are the original's.
             wanted = head(judge.hidden("quantized", number))
-            for group in errors:
-                found = head(shelf.get(("changed", *group, number)))
-                costs[group] += divergence(wanted, found) / judge.batches
+            for how, group in costs:
+                found = head(shelf.get((how, *group, number)))
+                costs[how, group] += divergence(wanted, found) / judge.batches
     shelf.drop()
     return [
-        {"layers": list(group), "cost": costs[group], "errors": found}
+        {
+            "layers": list(group),
+            "cost": costs["usual", group],
+            "cost_w8a8": costs["w8a8", group],
+            "errors": found,
+        }
         for group, found in errors.items()
     ]
 
@@ -166,8 +175,8 @@ def _split(rows_RT: Tensor) -> tuple[Tensor, Tensor]:
 def _change(
     live: LiveBlock, names: Names, group: Names, given: Inputs, method: Method, planned: Plan
 ) -> list[float]:
-    """Carry a model on in which only this group is rounded, by the method. Returns the square error
-    of the group's outputs, for the plan's scheme and each of its choices.
+    """Carry two models on in which only this group is rounded: by the method, and to W8A8. Returns
+    the square error of the group's outputs, for the plan's scheme and each of its choices.
     """
     weights = [live.weight(name).clone() for name in names]
     usual = 0.0
@@ -175,8 +184,9 @@ def _change(
         rounded_OI = method.quantize(weight_OI, given, torch.bfloat16).codes.dequantize()
         usual += _error(weight_OI, rounded_OI, given.sample_TI)
         live.weight(name).copy_(rounded_OI)
-    for number in range(live.runner.batches):
-        live.runner.shelf.put(("changed", *group, number), live.output(number))
+    _carry_on(live, ("usual", *group))
+    with _rounding_inputs(live, names, weights, given):
+        _carry_on(live, ("w8a8", *group))
     for name, weight_OI in zip(names, weights, strict=True):
         live.weight(name).copy_(weight_OI)
     plain = sum(_rounding_error(weight_OI, given, planned.scheme) for weight_OI in weights)
@@ -189,6 +199,33 @@ def _change(
     return found
 
 
+def _carry_on(live: LiveBlock, key: Key) -> None:
+    for number in range(live.runner.batches):
+        live.runner.shelf.put((*key, number), live.output(number))
+
+
+@contextmanager
+def _rounding_inputs(
+    live: LiveBlock, names: Names, weights: Sequence[Tensor], given: Inputs
+) -> Iterator[None]:
+    """The group as W8A8 has it, with the scales between inputs and weights that INT8 would move."""
+    grid = Grid(8)
+    scales_I = int8.search_scales(weights, given, grid)
+    if scales_I is None:
+        scales_I = torch.ones(weights[0].shape[1], device=weights[0].device)
+
+    def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (round_activations(inputs[0] / scales_I), *inputs[1:])
+
+    with ExitStack() as hooks:
+        for name, weight_OI in zip(names, weights, strict=True):
+            codes = round_to_nearest(weight_OI * scales_I, grid, scale_dtype=torch.float32)
+            live.weight(name).copy_(codes.dequantize())
+            layer = live.module.get_submodule(name)
+            hooks.callback(layer.register_forward_pre_hook(rounded).remove)
+        yield
+
+
 def _through(live: LiveBlock, hidden: Tensor, number: int) -> Tensor:
     keywords = live.runner.keywords(live.index)[number]
     with fast_products():
@@ -196,31 +233,28 @@ def _through(live: LiveBlock, hidden: Tensor, number: int) -> Tensor:
 
 
 def _rounding_error(weight_OI: Tensor, given: Inputs, scheme: Scheme) -> float:
-    """Where plain rounding is all, with inputs rounded too where the scheme rounds them."""
+    """Where plain rounding is all."""
     importance_I = given.hessian_II.diagonal()
     placement = search_placement(
         weight_OI, scheme.grid, importance_I, scale_dtype=torch.bfloat16, num_candidates=8
     )
-    x_TI = given.sample_TI
-    rounded_TI = round_activations(x_TI) if scheme.activation_bits == 8 else x_TI
-    return _error(weight_OI, placement.round(weight_OI).dequantize(), x_TI, rounded_TI)
+    return _error(weight_OI, placement.round(weight_OI).dequantize(), given.sample_TI)
 
 
-def _error(
-    weight_OI: Tensor, rounded_OI: Tensor, x_TI: Tensor, rounded_TI: Tensor | None = None
-) -> float:
+def _error(weight_OI: Tensor, rounded_OI: Tensor, x_TI: Tensor) -> float:
     """Square, of a layer's outputs on these inputs."""
-    given_TI = x_TI if rounded_TI is None else rounded_TI
-    return (given_TI @ rounded_OI.T - x_TI @ weight_OI.T).square().sum().item()
+    return (x_TI @ (rounded_OI - weight_OI).T).square().sum().item()
 
 
 def _choices(source: Checkpoint, planned: Plan, found: dict[str, Any]) -> list[Choice]:
-    """Other schemes are taken to cost less by as much as the outputs' error is smaller."""
+    """W8A8 was measured; others are taken to cost as much less as the outputs' error is smaller."""
     made = []
     usual = max(found["errors"][0], 1e-30)
     for scheme, error in zip([planned.scheme, *planned.choices], found["errors"], strict=True):
         parts = [layer_parts(_shape(source, name), scheme, FORMATS[0]) for name in found["layers"]]
-        made.append(Choice(scheme, sum(map(sum, parts)), found["cost"] * error / usual))
+        measured = scheme.activation_bits == 8
+        cost = found["cost_w8a8"] if measured else found["cost"] * error / usual
+        made.append(Choice(scheme, sum(map(sum, parts)), cost))
     made.append(Choice(None, 2 * _numbers(source, found["layers"]), 0.0))
     return made
 

@@ -6,7 +6,7 @@ the block computes the same, its weights (and activations) are easier to round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +65,16 @@ def search(
     family: Family,
     seen: dict[str, Inputs],
     best: Callable[[Sequence[Tensor], Inputs], Tensor | None],
+    only: Collection[str] | None = None,
 ) -> list[str]:
-    """For each pair, apply the scales that `best` finds for the layers' weights and inputs. Returns
-    the names of the layers for which it found none.
+    """For each pair, apply the scales that `best` finds for the layers' weights and inputs; with
+    `only`, for those that feed one of these layers. Returns the names of the layers for which it
+    found none.
     """
     left: list[str] = []
     for pair in pairs(block, family):
+        if only is not None and pair.layers[0] not in only:
+            continue
         group = next(group[0] for group in family.fused if pair.layers[0] in group)
         scales_I = best(pair.weights(block), seen[group])
         if scales_I is None:

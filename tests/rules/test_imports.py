@@ -90,11 +90,13 @@ ALLOWED: dict[str, set[str]] = {
     "quantize.blocks": {
         "quantize.checkpoint",
         "quantize.errors",
+        "quantize.experts",
         "quantize.families",
         "quantize.hooks",
         "quantize.inputs",
         "quantize.shelf",
     },
+    "quantize.experts": set(),
     "quantize.hooks": set(),
     "quantize.shelf": set(),
     "quantize.shards": set(),

@@ -67,3 +67,58 @@ def test_model_then_inspect(tiny_checkpoint: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     assert facts["report"]["method"] == "int8"
     assert "8-bit weights" in quantize("inspect", out).stdout
+
+
+def test_reports_are_compared_in_a_table_on_a_page_and_as_json(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    outs = [tmp_path / name for name in ("a", "b")]
+    for out in outs:
+        alone = ("--no-quality", "--no-verify")
+        quantize("model", tiny_checkpoint, "--method", "rtn", "--out", out, *alone)
+    shown = quantize("report", *outs, "--html", tmp_path / "page.html")
+    assert shown.exit_code == 0, shown.output
+    assert "not measured" in shown.output
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    rows = json.loads(quantize("report", *outs, "--json").stdout)
+    assert [row["name"] for row in rows] == ["a", "b"]
+    refused = quantize("report", tiny_checkpoint)
+    assert refused.exit_code == 2
+    assert "has no quantize_report.json" in refused.stderr
+    unwritable = quantize("report", outs[0], "--html", tmp_path / "no" / "page.html")
+    assert unwritable.exit_code == 2
+    assert "cannot be written" in unwritable.stderr
+
+
+def test_what_a_run_that_was_cut_short_left_is_said_with_its_error(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        "model", tiny_checkpoint, "--method", "rtn", "--out", tmp_path / "out", "--no-quality",
+        "--no-verify",
+    )  # fmt: skip
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("quantize.workspace.Workspace.finish_weights", interrupted)
+        stopped = quantize(*arguments)
+    assert stopped.exit_code == 130
+    assert "Interrupted. 4 finished steps are kept" in stopped.stderr
+    again = quantize(*arguments)
+    assert again.exit_code == 2
+    assert "cut short after 4 steps" in again.stderr
+    assert quantize(*arguments, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_a_device_that_is_not_there_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused = quantize(
+        "model", tiny_checkpoint, "--method", "rtn", "--out", tmp_path / "out", "--device", device
+    )
+    assert refused.exit_code == 2
+    assert "--device" in refused.stderr
