@@ -39,7 +39,7 @@ class Experts(nn.ModuleList):
     """What a fused experts module of transformers computes, expert by expert."""
 
     def __init__(self, fused: Any) -> None:
-        """With the sizes, dtype and device of `fused`, and its weights but on the meta device."""
+        """With the sizes, dtype and device of `fused`, and views of its weights."""
         count, twice_inner, hidden = fused.gate_up_proj.shape
         inner = twice_inner // 2
         kind = {"device": fused.gate_up_proj.device, "dtype": fused.gate_up_proj.dtype}
@@ -47,11 +47,11 @@ class Experts(nn.ModuleList):
         self.is_watched = False
         self.tokens: list[int] = [0] * count
         """Sent to each expert while it was watched."""
-        if not fused.gate_up_proj.is_meta:
-            for number, expert in enumerate(self.all):
-                expert.gate_proj.weight.data.copy_(fused.gate_up_proj[number, :inner])
-                expert.up_proj.weight.data.copy_(fused.gate_up_proj[number, inner:])
-                expert.down_proj.weight.data.copy_(fused.down_proj[number])
+        for number, expert in enumerate(self.all):
+            gate, up = fused.gate_up_proj.data[number].split(inner)
+            expert.gate_proj.weight.data = gate
+            expert.up_proj.weight.data = up
+            expert.down_proj.weight.data = fused.down_proj.data[number]
 
     @property
     def all(self) -> list[Expert]:

@@ -21,6 +21,8 @@ from quantize.settings import Settings
 
 MULTIPLE = 32
 """vLLM's kernels want both sizes of a layer to be multiples of it."""
+EXPERT_GROUPS = (64, 128)
+"""That vLLM's CPU kernel for experts takes."""
 _IN_BLOCK = re.compile(r"^(?!.*(vision|visual|audio)).*?(^|\.)(layers|h)\.\d+\.")
 _EMBEDDING = re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$")
 _NOT_LINEAR = re.compile(r"embed|norm|head\.weight$|\.(gate|router|shared_expert_gate)\.weight$")
@@ -183,22 +185,30 @@ def check_experts(settings: Settings, scheme: Scheme, layout: str) -> None:
     grid = scheme.grid
     if layout != FORMATS[0]:
         raise Unsupported(f"--format {layout} with experts was never tried; use {FORMATS[0]}.")
-    if scheme.activation_bits == 8 or "cpu" not in settings.targets:
+    if "cpu" not in settings.targets:
         return
-    if not grid.symmetric:
+    if grid.floating:
+        raise Unsupported(
+            "fp8 with experts: vLLM has no CPU kernel for it; use --method int8, or --target cuda "
+            "alone."
+        )
+    if scheme.activation_bits == 16 and not grid.symmetric:
         raise Unsupported(
             f"asymmetric {settings.method} with experts: vLLM's CPU kernel for experts takes "
             "symmetric only; pass --symmetric, or use --target cuda alone."
         )
-    if grid.group_size == MULTIPLE:
+    if scheme.activation_bits == 16 and grid.group_size not in EXPERT_GROUPS:
+        groups = f"in groups of {grid.group_size}" if grid.group_size else "with a scale per output"
         raise Unsupported(
-            f"experts in groups of {MULTIPLE}: vLLM's CPU kernel for experts takes 64, 128 or one "
-            "scale per output; pass --group-size -1, or use --target cuda alone."
+            f"experts {groups}: vLLM's CPU kernel for experts takes groups of 64 or 128 only; name "
+            "one, use --method int8, or --target cuda alone."
         )
 
 
 def left_alone(source: Checkpoint, layers: Shapes) -> tuple[str, ...]:
-    """Linear layers that stay as they are: lm_head, tied or not, and what is outside the blocks."""
+    """Linear layers that stay as they are: lm_head, tied or not, what is outside the blocks, and
+    what was kept.
+    """
     left = {"lm_head"}
     for name in source.names():
         prefix = name.removesuffix(".weight")
@@ -206,4 +216,7 @@ def left_alone(source: Checkpoint, layers: Shapes) -> tuple[str, ...]:
             shape, _ = source.shape_and_dtype(name)
             if len(shape) == 2:
                 left.add(prefix)
+                # For Qwen3 MoE's dense blocks vLLM does not know what it fuses (0.32).
+                if prefix.endswith(".mlp.gate_proj"):
+                    left.add(f"{prefix.removesuffix('gate_proj')}gate_up_proj")
     return tuple(sorted(left))

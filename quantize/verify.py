@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # it brings transformers, which the child has no use for
 
 MAX_PROMPTS = 16
 ANSWER_TOKENS = 32
+TOP = 20
+"""Likeliest tokens of each position that are compared; vLLM gives no more unless told."""
 MAX_MODEL_LEN = 2048
 PROMPT_TOKENS = 512
 """Longer prompts are cut off."""
@@ -78,7 +80,7 @@ def verify(
     codes that cannot be run without an engine under "reference". Leaves no process behind, not on
     Ctrl-C either.
     """
-    from quantize import evaluate  # late: transformers comes with it
+    from quantize import distance, evaluate  # late: transformers comes with it
 
     advance = progress("loading in vLLM", 2)
     chosen = [p if isinstance(p, str) else list(p) for p in prompts[:MAX_PROMPTS]]
@@ -113,6 +115,11 @@ def verify(
         result["original"] = f"not compared: vLLM does not run the original. {failure}"
     else:
         result["compared"] = evaluate.compare(before["outputs"], after["outputs"])
+        likeliest = [
+            [dict(pairs) for output in one["outputs"] for pairs in output["likeliest"]]
+            for one in (before, after)
+        ]
+        result["distance"] = distance.bucketed(*likeliest)
     advance(1)
     return result
 
@@ -331,7 +338,7 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
         (tokenizer.encode(p, add_special_tokens=False) if tokenizer else p)[:room] for p in prompts
     ]
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=ANSWER_TOKENS, prompt_logprobs=0, detokenize=False
+        temperature=0.0, max_tokens=ANSWER_TOKENS, prompt_logprobs=TOP, detokenize=False
     )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in tokens], sampling, use_tqdm=False)
     (described,) = llm.collective_rpc("packhorse_describe")
@@ -348,6 +355,12 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
                 "logprobs": [
                     entry[token].logprob
                     for token, entry in zip(ids, output.prompt_logprobs, strict=True)
+                    if entry is not None
+                ],
+                # [token id, log-probability]: JSON would make text of ids as keys.
+                "likeliest": [
+                    [[other, found.logprob] for other, found in entry.items() if found.rank <= TOP]
+                    for entry in output.prompt_logprobs
                     if entry is not None
                 ],
             }

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from quantize.errors import Unloadable
 from quantize.verify import verify
 from tests.conftest import DEMO
-from tests.e2e.conftest import needs_avx512
+from tests.e2e.conftest import AVX512
 
 MODEL = DEMO / "model"
 # Of keys and values, by block: each different, none so small that the model's values overflow.
@@ -43,12 +43,13 @@ def with_kv_scales(source: Path, folder: Path) -> Path:
     return folder
 
 
-@needs_avx512
-def test_an_int8_checkpoint_with_kv_scales_loads_and_answers_as_the_original(
+def test_an_int8_checkpoint_loads_and_answers_as_the_original(
     int8_folder: Path, tmp_path: Path
 ) -> None:
-    made = with_kv_scales(int8_folder, tmp_path / "made")
+    """With scales for an 8-bit KV cache, where the CPU has one."""
+    made = with_kv_scales(int8_folder, tmp_path / "made") if AVX512 else int8_folder
     lines = (DEMO / "eval" / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = 20 if AVX512 else 4  # the original's bfloat16 is slow there
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     prompts = [
         tokenizer.apply_chat_template(
@@ -56,7 +57,7 @@ def test_an_int8_checkpoint_with_kv_scales_loads_and_answers_as_the_original(
             tokenize=False,
             add_generation_prompt=True,
         )
-        for line in lines[:20]
+        for line in lines[:asked]
     ]
     steps: list[int] = []
     found = verify(MODEL, made, prompts, lambda label, total: steps.append)
@@ -65,19 +66,26 @@ def test_an_int8_checkpoint_with_kv_scales_loads_and_answers_as_the_original(
     assert found["dtype"] == "bfloat16"
     # q, k, v are one layer there, gate and up too.
     assert found["layers"][found["kernel"]] == 5 * 4
-    assert found["kv_cache_dtype"].startswith("fp8")
-    assert found["kv_scales"] == {
+    scales = {
         f"model.layers.{index}.self_attn": pytest.approx({"k": k, "v": v})
         for index, (k, v) in enumerate(SCALES)
     }
+    assert found["kv_cache_dtype"].startswith("fp8") == AVX512
+    assert found["kv_scales"] == (scales if AVX512 else {})
     # Held to the codes, of which the 8-bit cache is no part.
     assert found["reference"]["prompt_tokens"] > 50
-    assert 0 < found["reference"]["logprob_difference_mean"] < 0.05
+    # Without VNNI oneDNN's sums of 8-bit products overflow (docs/lab-log.md): 0.056.
+    limit = 0.05 if AVX512 else 0.1
+    assert 0 < found["reference"]["logprob_difference_mean"] < limit
     compared = found["compared"]
-    assert compared["prompts"] == 16
+    assert compared["prompts"] == min(asked, 16)
     assert compared["prompt_tokens"] > 50
     # Rounding to 8 bits moves log-probabilities by some hundredths; a wrong scale by whole units.
     assert 0 < compared["logprob_difference_mean"] < 0.1
+    distance = found["distance"]
+    assert distance["positions"] == compared["prompt_tokens"]
+    assert 0 < distance["kl_at_least_mean"] < 0.1
+    assert distance["seen_probability"] > 0.9
     assert compared["answers_until_difference"] > 0.5
 
 

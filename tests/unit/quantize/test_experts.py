@@ -120,6 +120,16 @@ def test_rare_experts_are_told_of(kind: str, model: Path, tmp_path: Path) -> Non
     assert any("experts were sent fewer than 256 calibration tokens" in n for n in report["notes"])
 
 
+def test_kept_dense_layers_of_qwen3_moe_are_named_as_vllm_looks_them_up(tmp_path: Path) -> None:
+    model = made("qwen3_moe", tmp_path / "model")
+    settings = Settings(
+        str(model), tmp_path / "out", "int8", keep=("model.layers.0.mlp.gate_proj",)
+    )  # fmt: skip
+    ignored = decide(settings)[2].ignored
+    assert {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"} <= set(ignored)
+    assert "model.layers.1.mlp.gate" in ignored
+
+
 def test_one_kept_expert_keeps_its_block(kind: str, model: Path, tmp_path: Path) -> None:
     where, parts = TENSORS[kind]
     keep = f"model.layers.1.{where}.2.{parts[0]}"
@@ -137,6 +147,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[QuantizeError], str]] = {
     "gptq's layout": ({"format": "gptq", "targets": ("cuda",)}, Unsupported, "never tried"),
     "asymmetric on a CPU": ({"method": "awq"}, Unsupported, "takes symmetric only"),
     "groups of 32 on a CPU": ({}, Unsupported, "experts in groups of 32"),
+    "no groups on a CPU": ({"group_size": -1}, Unsupported, "with a scale per output"),
+    "fp8 on a CPU": ({"method": "fp8"}, Unsupported, "fp8 with experts"),
     "mixed": ({"bits": 4.9}, Unsupported, "experts cannot be mixed"),
 }
 
