@@ -29,6 +29,7 @@ from rich.markup import escape
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 OUT = Path("out/demo-int8")
+PAGE = OUT.with_suffix(".html")
 ADAPTERS = Path("out/adapters")
 SERVE = f"packhorse serve {OUT} --adapters {ADAPTERS} --routes demo/routes.yaml --grpc-port 0"
 console = Console(highlight=False)
@@ -185,9 +186,13 @@ def show_metrics(url: str) -> None:
 def main(*, keep: bool, port: int) -> None:
     started_s = time.monotonic()
     step("1. Quantize the demo model to INT8")
-    command = f"quantize model demo/model --method int8 --out {OUT} --overwrite --no-verify"
-    console.print(f"$ {command}", style="bold")
-    subprocess.run([BIN / "quantize", *command.split()[1:]], cwd=ROOT, check=True)
+    for command in (
+        # A demo that was cut short begins again.
+        f"model demo/model --method int8 --out {OUT} --overwrite --restart --no-verify",
+        f"report {OUT} --html {PAGE}",
+    ):
+        console.print(f"$ quantize {command}", style="bold")
+        subprocess.run([BIN / "quantize", *command.split()], cwd=ROOT, check=True)
 
     step("2. Serve it with vLLM, and three adapters")
     copy_adapters()
@@ -225,7 +230,7 @@ def main(*, keep: bool, port: int) -> None:
         step("8. Some of what /metrics says")
         show_metrics(url)
         took_s = time.monotonic() - started_s
-        console.print(f"\nDone in {took_s:.0f} s. Report: {OUT}/quantize_report.json")
+        console.print(f"\nDone in {took_s:.0f} s. What the quantized model kept: {PAGE}")
         if keep:
             body = json.dumps({"model": OUT.name, "messages": [chat[0]]})
             curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
