@@ -47,6 +47,11 @@ class Calibration:
     def num_tokens(self) -> int:
         return self.rows.numel()
 
+    @property
+    def digest(self) -> str:
+        """Of the rows: what the tokenizer made of the text."""
+        return hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
+
     def as_json(self) -> dict[str, object]:
         """With a digest of the files; for a dataset, which may change on the hub, of the rows."""
         if self.dataset is None:
@@ -54,7 +59,7 @@ class Calibration:
             digest = sha256_of(list(self.files))
         else:
             names = {"dataset": self.dataset}
-            digest = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
+            digest = self.digest
         shape = {"tokens": self.num_tokens, "row_tokens": self.rows.shape[1]}
         return {**names, "sha256": digest, **shape}
 

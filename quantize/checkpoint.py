@@ -66,7 +66,9 @@ class Checkpoint:
 
     def _find_tensors(self) -> dict[str, str]:
         if (self.folder / INDEX).is_file():
-            shard_of = dict(self._json(INDEX).get("weight_map", {}))
+            shard_of = self._json(INDEX).get("weight_map")
+            if not isinstance(shard_of, dict):
+                raise BadInput(f"{self.folder / INDEX} has no weight_map.")
             if missing := sorted(
                 {shard for shard in shard_of.values() if not (self.folder / shard).is_file()}
             ):
@@ -113,7 +115,12 @@ class Checkpoint:
 
     def shape_and_dtype(self, name: str) -> tuple[list[int], str]:
         """From the header alone, without reading the tensor."""
-        part = self._open(self._shard_of[name]).get_slice(name)
+        try:
+            part = self._open(self._shard_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise BadInput(
+                f"{self.folder}: the index has {name} in {self._shard_of[name]}, which has not."
+            ) from error
         return list(part.get_shape()), str(part.get_dtype())
 
     def weight_files(self) -> list[Path]:

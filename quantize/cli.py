@@ -154,6 +154,7 @@ def model(
         float | None,
         typer.Option(
             min=0.0,
+            max=1e6,
             help="GB of activations that wait in memory; the rest waits on --out's disk. "
             "[default: half of what is free]",
         ),

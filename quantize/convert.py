@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -130,8 +130,14 @@ class Converter:
         stages = family.stages(live.names)
         if method.calibrated:
             alike = [g for stage in stages for g in stage if not family.is_expert(g[0])]
-            left = method.prepare(live.module, family, lambda: live.inputs(alike))
-            left += self._smooth_others(block, live, family, alike)
+            quantized = {
+                layer
+                for group in alike
+                for layer in group
+                if block.prefix + family.on_disk(layer) in linears
+            }
+            left = method.prepare(live.module, family, lambda: live.inputs(alike), quantized)
+            left += self._smooth_others(block, live, family, alike, quantized)
             step.unscaled += [block.prefix + family.on_disk(layer) for layer in left]
             live.keep_original()
             if live.expert_tokens:
@@ -163,7 +169,12 @@ class Converter:
         return written
 
     def _smooth_others(
-        self, block: Block, live: LiveBlock, family: Family, groups: list[Group]
+        self,
+        block: Block,
+        live: LiveBlock,
+        family: Family,
+        groups: list[Group],
+        quantized: Collection[str],
     ) -> list[str]:
         """What `prepare` does, for layers that alone have their inputs rounded."""
         schemes = {
@@ -181,6 +192,7 @@ class Converter:
             family,
             live.inputs([group for group in groups if group[0] in schemes]),
             lambda weights, seen: int8.search_scales(weights, seen, grid),
+            quantized,
             only=schemes,
         )
 

@@ -19,8 +19,6 @@ from quantize.grid import Scheme
 Shapes = Mapping[str, tuple[int, int]]
 """(O, I) of each quantized layer, by prefix."""
 
-SHARD_BYTES = 4 * 1024**3
-"""The writer keeps up to one shard in memory."""
 BASE_BYTES = 400_000_000
 """Python, torch and transformers, before any model."""
 ROUNDING_FLOPS = 1700
@@ -96,10 +94,9 @@ def peak_memory(
     *,
     tokens: int,
     hidden_size: int,
-    written: int,
 ) -> int:
-    """Bytes at the worst moment of quantizing. `tokens` of calibration text, 0 without, each with
-    `hidden_size` numbers; `written` is the size of the result, of which the writer holds a part.
+    """Bytes at the worst moment of quantizing, if nothing waits on disk. `tokens` of calibration
+    text, 0 without, each with `hidden_size` numbers.
     """
     numbers: dict[str, int] = {}
     stored: dict[str, int] = {}
@@ -108,7 +105,7 @@ def peak_memory(
         block = block_of(name)
         numbers[block] = numbers.get(block, 0) + prod(shape)
         stored[block] = stored.get(block, 0) + prod(shape) * _bytes_of(dtype)
-    fixed = BASE_BYTES + min(written, SHARD_BYTES)
+    fixed = BASE_BYTES
     if not tokens:
         # Some float32 copies of one layer, while its block waits.
         return fixed + max(stored.values()) + 16 * max(prod(shape) for shape in layers.values())
@@ -119,7 +116,7 @@ def peak_memory(
     live = 3 * 4 * max(numbers.values()) + 5 * 4 * max(widths) ** 2
     # What the original's layers are given, in bfloat16, with both norms; and what the last layer of
     # attention and of the MLP is given by the quantized block.
-    kept = tokens * (2 * (sum(widths) + 2 * hidden_size) + 4 * (widths[1] + widths[-1]))
+    kept = tokens * (2 * (sum(widths) + 2 * hidden_size) + 4 * sum(widths[1:2] + widths[-1:]))
     return fixed + 4 * outside + live + kept + 2 * 4 * tokens * hidden_size
 
 

@@ -62,11 +62,13 @@ class Score:
 
 
 def read_utf8(path: Path) -> str:
-    """Raises BadInput for a file in another encoding."""
+    """Raises BadInput for a file in another encoding, or that cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

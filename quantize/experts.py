@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 SAMPLE_EVERY = 16
-"""While layers are watched, every expert also sees one of so many tokens that were not sent to it:
-one that is rarely chosen would be quantized for a handful of tokens."""
+"""While layers are watched, every expert also sees one of so many of all tokens: one that is rarely
+chosen would be quantized for a handful of them."""
 
 
 class Expert(nn.Module):

@@ -66,6 +66,10 @@ def load(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} cannot be read: {error}.") from error
     version = report.get("report_version", 1) if isinstance(report, dict) else None
     if version == REPORT_VERSION:
+        try:
+            figures(report, folder.name)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path} is no whole report: {error!r} is missing or wrong.") from error
         return dict(report)
     if isinstance(version, int) and version > REPORT_VERSION:
         raise BadInput(

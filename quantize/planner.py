@@ -7,6 +7,7 @@ named here are what vLLM 0.32 chooses; `verify` looks at the real engine.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -141,7 +142,6 @@ def plan(
             family,
             tokens=tokens,
             hidden_size=found.number(source, "hidden_size"),
-            written=bytes_after,
         ),
         seconds=estimates.seconds(
             layers,
@@ -173,7 +173,7 @@ def _budget(settings: Settings) -> tuple[float | None, Settings]:
     bits of most weights.
     """
     bits = settings.bits
-    if bits is None or bits == int(bits):
+    if bits is None or (math.isfinite(bits) and bits == int(bits)):
         return None, settings
     if settings.method not in ("gptq", "awq") or settings.format not in (None, FORMATS[0]):
         raise Unsupported(

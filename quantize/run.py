@@ -21,9 +21,9 @@ from quantize.checkpoint import REPORT, Checkpoint, find, sha256_of
 from quantize.convert import Converter
 from quantize.errors import BadInput, OutOfMemory
 from quantize.families import Family
-from quantize.host import free_memory_bytes
+from quantize.host import free_memory_bytes, this_host, unprovable
 from quantize.layers import number
-from quantize.mixed import measure_costs, spend_budget
+from quantize.mixed import JUDGED_TOKENS, measure_costs, spend_budget
 from quantize.plan import Plan
 from quantize.planner import plan
 from quantize.report import (
@@ -84,7 +84,7 @@ def run(settings: Settings, progress: Progress) -> Report:
         overwrite=settings.overwrite,
         needed_bytes=_disk_bytes(source, planned, text),
     ) as work:
-        this_run = _identity(source, planned, settings, report, progress)
+        this_run = _identity(source, planned, text, settings, report, progress)
         if work.begin(this_run, resume=settings.resume, restart=settings.restart):
             report.notes.append(f"resumed after {len(work.steps)} of its steps")
         if planned.budget:
@@ -136,6 +136,15 @@ def _measure(
     yardstick: yardsticks.Yardstick,
     progress: Progress,
 ) -> None:
+    report.weights_before = sizes.of(source.folder)
+    report.weights_after = sizes.of(work.folder)
+    needed, free = 2 * report.weights_before["parameters"], free_memory_bytes()
+    if (yardstick.eval_file or yardstick.text_file) and free is not None and free < needed:
+        report.notes.append(
+            f"quality not measured: dequantized, the model takes {needed:,} bytes of memory; "
+            f"{free:,} are free"
+        )
+        return
     with report.stage("measuring the original"):
         report.quality_before = measure(source.folder, yardstick, "before", progress)
     with report.stage("measuring the result"):
@@ -144,8 +153,6 @@ def _measure(
         report.distance = measure_distance(source.folder, work.folder, yardstick, progress)
     if report.distance and "left_out" in report.distance:
         report.notes.append(f"predictions not compared: {report.distance['left_out']}")
-    report.weights_before = sizes.of(source.folder)
-    report.weights_after = sizes.of(work.folder)
 
 
 def _spend(
@@ -170,6 +177,11 @@ def _spend(
             )
         work.remember("costs", costs)
     planned, told = spend_budget(source, planned, costs)
+    doubts = (
+        unprovable(scheme, this_host(), kv=planned.kv)
+        for scheme in {planned.scheme, *planned.others.values()}
+    )
+    planned = replace(planned, unprovable=next(filter(None, doubts), None))
     report.plan = {**planned.as_json(), "precision": told}
     return planned
 
@@ -212,7 +224,12 @@ def _convert(
 
 
 def _identity(
-    source: Checkpoint, planned: Plan, settings: Settings, report: Report, progress: Progress
+    source: Checkpoint,
+    planned: Plan,
+    text: Calibration | None,
+    settings: Settings,
+    report: Report,
+    progress: Progress,
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     advance = progress("hashing the original", len(source.weight_files()))
@@ -238,7 +255,11 @@ def _identity(
         "config": source.config,
         "calibration": report.calibration,
         "keep": list(settings.keep),
+        "choices": [repr(scheme) for scheme in planned.choices],
+        "side files": sha256_of([source.folder / name for name in source.side_files()]),
+        "calibration rows": None if text is None else text.digest,
         "seed": settings.seed,
+        "device": str(device_of(settings)),
         "threads": torch.get_num_threads(),
         **report.versions,
     }
@@ -251,6 +272,9 @@ def _disk_bytes(source: Checkpoint, planned: Plan, text: Calibration | None) -> 
     result = DISK_MARGIN * (planned.bytes_after + source.side_bytes())
     twice = min(planned.bytes_after, SHARD_BYTES)
     hidden = 0 if text is None else 4 * 4 * text.num_tokens * number(source, "hidden_size")
+    if planned.budget:  # two changed models for each group of a block, if they do not fit in memory
+        changed = 2 * len(planned.linears) * 4 * JUDGED_TOKENS * number(source, "hidden_size")
+        hidden += max(0, changed - (free_memory_bytes() or 0) // 2)
     return round(result) + twice + hidden
 
 
@@ -283,7 +307,7 @@ def memory_errors(planned: Plan) -> Iterator[None]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("packhorse", "torch", "transformers")
+    names = ("packhorse", "torch", "transformers", "safetensors")
     return {name: importlib.metadata.version(name) for name in names}
 
 

@@ -56,7 +56,8 @@ class Shelf:
         """Not to be changed in place. Raises KeyError."""
         held, device = self._held[key]
         if isinstance(held, Path):
-            held = load_file(held)["tensor"]
+            # A copy: in a file it may lie on other boundaries, where products sum differently.
+            held = load_file(held)["tensor"].clone()
         return held.to(device)
 
     def drop(self, *start: str | int) -> None:

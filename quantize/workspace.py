@@ -36,6 +36,7 @@ from quantize.shards import index_of, merge, shards_of
 
 SHARD_BYTES = 4 * 1024**3
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 Tensors = dict[str, Tensor]
 
 
@@ -58,25 +59,29 @@ class Workspace:
         self._out = out.expanduser().resolve()
         self._said = out
         self._shard_bytes = shard_bytes
-        self._check(source, overwrite=overwrite)
+        self._source = source.resolve()
+        self._overwrite = overwrite
+        self._check()
         self.root = self._out.parent / f".{self._out.name}.partial"
         self.folder = self.root / "checkpoint"
         self.spill = self.root / "spill"
         self._retired = self._out.parent / f".{self._out.name}.retired"
         self._manifest: dict[str, Any] = {}
+        self._has_begun = False
         try:
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
             self._manifest = self._read()
             self._undo_half_a_replacement()
+            self._sweep()
             self._check_room(needed_bytes)
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise BadInput(f"{out} cannot be written: {error}.") from error
 
-    def _check(self, source: Path, *, overwrite: bool) -> None:
-        out = self._said
-        if self._out in (source.resolve(), *source.resolve().parents):
+    def _check(self) -> None:
+        out, overwrite = self._said, self._overwrite
+        if self._out in (self._source, *self._source.parents):
             raise BadInput(f"{out} is or holds the original; choose another --out.")
         if self._out.is_dir() and any(self._out.iterdir()):
             if not overwrite:
@@ -85,6 +90,8 @@ class Workspace:
                 raise BadInput(f"{out} is not a checkpoint, so --overwrite leaves it alone.")
         elif self._out.exists() and not self._out.is_dir():
             raise BadInput(f"{out} is a file; choose another --out.")
+        if self._out.is_mount():
+            raise BadInput(f"{out} is a mount point and cannot be replaced; name a folder in it.")
 
     def _take_lock(self) -> IO[str]:
         """The system lets go of it when the process ends, however it ends."""
@@ -116,6 +123,28 @@ class Workspace:
                 shutil.rmtree(self._retired)
             else:
                 self._retired.rename(self._out)  # killed between the two renames of publish
+                self._check_again()
+
+    def _check_again(self) -> None:
+        """Before anything is replaced that was not there when the run began."""
+        try:
+            self._check()
+        except BadInput:
+            self.close()
+            raise
+
+    def _sweep(self) -> None:
+        """Remove what no finished step needs."""
+        if self._holds_something and not self.folder.exists():
+            self._manifest = {}  # killed just behind the rename that published it
+        named = {"lock", MANIFEST, self.folder.name}
+        named |= {part["file"] for step in self.steps for part in step["parts"]}
+        named |= {name.split("/")[0] for step in self.steps[-1:] for name in step["state"]}
+        if not self._holds_something:
+            named -= {MANIFEST, self.folder.name}
+        for left in self.root.iterdir():
+            if left.name not in named:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _check_room(self, needed_bytes: int) -> None:
         there = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
@@ -136,7 +165,7 @@ class Workspace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._holds_something:
+        if error is not None and self._has_begun and self._holds_something:
             error.add_note(
                 f"{len(self.steps)} finished steps are kept: the same command with --resume goes "
                 "on from there, with --restart it begins again."
@@ -145,6 +174,7 @@ class Workspace:
 
     def close(self) -> None:
         """Let go; remove what nobody can go on from."""
+        shutil.rmtree(self.spill, ignore_errors=True)
         if not self._holds_something:
             shutil.rmtree(self.root, ignore_errors=True)
         self._lock.close()
@@ -190,6 +220,7 @@ class Workspace:
                     f"({said}). Repeat it as it was, or begin again with --restart."
                 )
             self._check_files()
+            self._has_begun = True
             return True
         for left in self.root.iterdir():
             if left.is_dir():
@@ -197,23 +228,22 @@ class Workspace:
             elif left.name != "lock":
                 left.unlink()
         self.folder.mkdir()
-        self._manifest = {"run": run, "steps": []}
+        self._manifest = {"run": run, "steps": [], "shards": {}}
+        self._has_begun = True
         return False
 
     def _check_files(self) -> None:
         for step in self.steps[-1:]:
             for name, digest in step["state"].items():
                 self._check_file(self.root / name, digest)
+        shards: dict[str, str] = self._manifest["shards"]
+        for name, digest in shards.items():
+            self._check_file(self.folder / name, digest)
+        merged = {part for name, parts in self._shards() if name in shards for part in parts}
         for step in self.steps:
             for part in step["parts"]:
-                # What is in a shard already was checked then, and is gone.
-                if (self.root / part["file"]).exists() or not self._shard_with(part["file"]):
+                if part["file"] not in merged:
                     self._check_file(self.root / part["file"], part["sha256"])
-
-    def _shard_with(self, part: str) -> bool:
-        return any(
-            part in members and (self.folder / name).exists() for name, members in self._shards()
-        )
 
     def _check_file(self, path: Path, digest: str) -> None:
         if not path.is_file() or sha256_of([path]) != digest:
@@ -235,17 +265,20 @@ class Workspace:
         for tensors in parts:
             path = self.root / f"part-{number + len(written):05d}"
             self.save(tensors, path)
+            _to_disk(path)
             size = path.stat().st_size
             written.append({"file": path.name, "bytes": size, "sha256": sha256_of([path])})
         folder = self.root / f"state-{len(self.steps):05d}"
         digests: dict[str, str] = {}
         for index, tensors in enumerate(state()):
-            folder.mkdir(exist_ok=True)
+            with self._room():
+                folder.mkdir(exist_ok=True)
             path = folder / f"{index:05d}"
             self.save(tensors, path)
+            _to_disk(path)
             digests[f"{folder.name}/{path.name}"] = sha256_of([path])
-        self.steps.append({**said(), "parts": written, "state": digests})
-        self._write_manifest()
+        step = {**said(), "parts": written, "state": digests}
+        self._write_manifest({**self._manifest, "steps": [*self.steps, step]})
         for left in self.root.glob("state-*"):
             if left != folder:
                 shutil.rmtree(left)
@@ -263,7 +296,8 @@ class Workspace:
             yield
         except (SafetensorError, OSError) as error:
             # safetensors has no error number, but the system's words.
-            if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+            said = any(f"os error {number}" in str(error) for number in FULL)
+            if not said and getattr(error, "errno", None) not in FULL:
                 raise
             raise BadInput(
                 f"The disk of {self._said} is full; make room there, and go on with --resume."
@@ -279,16 +313,18 @@ class Workspace:
         return self._manifest.get("remembered", {}).get(key)
 
     def remember(self, key: str, value: Any) -> None:
-        self._manifest.setdefault("remembered", {})[key] = value
-        self._write_manifest()
+        remembered = {**self._manifest.get("remembered", {}), key: value}
+        self._write_manifest({**self._manifest, "remembered": remembered})
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        """What counts from now on."""
         fresh = self.root / f"{MANIFEST}.new"
         with self._room(), fresh.open("w", encoding="utf-8") as file:
-            json.dump(self._manifest, file, indent=1)
+            json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(self.root / MANIFEST)
+        self._manifest = manifest
 
     def _shards(self) -> list[tuple[str, list[str]]]:
         sizes = {part["file"]: part["bytes"] for step in self.steps for part in step["parts"]}
@@ -299,16 +335,19 @@ class Workspace:
         here goes on from the shards that are whole.
         """
         for name, members in self._shards():
-            if not (self.folder / name).exists():
+            shards: dict[str, str] = self._manifest["shards"]
+            if name not in shards:
                 fresh = self.root / f"{name}.new"
                 with self._room():
                     merge([self.root / part for part in members], fresh)
+                _to_disk(fresh)
                 fresh.rename(self.folder / name)
+                digest = sha256_of([self.folder / name])
+                self._write_manifest({**self._manifest, "shards": {**shards, name: digest}})
             for part in members:
                 (self.root / part).unlink(missing_ok=True)
         if len(self._shards()) > 1:
-            shards = [self.folder / name for name, _ in self._shards()]
-            self.write_json(INDEX, index_of(shards))
+            self.write_json(INDEX, index_of([self.folder / name for name, _ in self._shards()]))
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         text = json.dumps(document, indent=2, ensure_ascii=False)
@@ -321,13 +360,27 @@ class Workspace:
                 shutil.copyfile(source.folder / name, self.folder / name)
 
     def publish(self) -> None:
-        """Make the folder visible under its name, in one rename, and forget the steps."""
+        """Make the folder visible under its name, in one rename, and forget the steps. Raises
+        BadInput when something has come there meanwhile that may not be replaced.
+        """
+        self._check()
         if self._out.exists():
             # rename() replaces an empty folder only; the old checkpoint goes when the new one is
             # complete.
             self._out.rename(self._retired)
-            self.folder.rename(self._out)
+            try:
+                self.folder.rename(self._out)
+            except OSError:
+                self._retired.rename(self._out)
+                raise
+            self._manifest = {}
             shutil.rmtree(self._retired, ignore_errors=True)
         else:
             self.folder.rename(self._out)
-        self._manifest = {}
+            self._manifest = {}
+
+
+def _to_disk(path: Path) -> None:
+    """What the manifest names must outlive a power cut, too."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,10 +43,15 @@ class Method(Protocol):
         ...
 
     def prepare(
-        self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
+        self,
+        block: nn.Module,
+        family: Family,
+        inputs: Callable[[], dict[str, Inputs]],
+        quantized: Collection[str],
     ) -> list[str]:
         """Move scales between the layers of a block (float32, changed in place) where that makes
-        them easier to round; the block's function stays. Returns the names of the layers whose
+        the `quantized` ones easier to round; the block's function stays, and so do other linear
+        layers. Returns the names of the layers whose
         inputs were looked at and left as they are. `inputs` runs the rows through the block: what
         each fused group is given, by its first layer's name.
         """

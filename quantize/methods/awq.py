@@ -13,7 +13,7 @@ inputs themselves: for a linear layer both are the same number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,19 @@ class Awq:
     calibrated: bool = True
 
     def prepare(
-        self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
+        self,
+        block: nn.Module,
+        family: Family,
+        inputs: Callable[[], dict[str, Inputs]],
+        quantized: Collection[str],
     ) -> list[str]:
         grid = self.scheme.grid
         return smoothing.search(
-            block, family, inputs(), lambda weights, seen: search_scales(weights, seen, grid)
+            block,
+            family,
+            inputs(),
+            lambda weights, seen: search_scales(weights, seen, grid),
+            quantized,
         )
 
     def quantize(

@@ -14,7 +14,7 @@ least-squares problem anew after every column.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,11 @@ class Gptq:
     calibrated: bool = True
 
     def prepare(
-        self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
+        self,
+        block: nn.Module,
+        family: Family,
+        inputs: Callable[[], dict[str, Inputs]],
+        quantized: Collection[str],
     ) -> list[str]:
         return []
 

@@ -12,7 +12,7 @@ Source: SmoothQuant, arXiv:2211.10438.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,19 @@ class Int8:
     calibrated: bool = True
 
     def prepare(
-        self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
+        self,
+        block: nn.Module,
+        family: Family,
+        inputs: Callable[[], dict[str, Inputs]],
+        quantized: Collection[str],
     ) -> list[str]:
         grid = self.scheme.grid
         return smoothing.search(
-            block, family, inputs(), lambda weights, seen: search_scales(weights, seen, grid)
+            block,
+            family,
+            inputs(),
+            lambda weights, seen: search_scales(weights, seen, grid),
+            quantized,
         )
 
     def quantize(

@@ -6,7 +6,7 @@ activations unless told otherwise.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,11 @@ class RoundToNearest:
     calibrated: bool = False
 
     def prepare(
-        self, block: nn.Module, family: Family, inputs: Callable[[], dict[str, Inputs]]
+        self,
+        block: nn.Module,
+        family: Family,
+        inputs: Callable[[], dict[str, Inputs]],
+        quantized: Collection[str],
     ) -> list[str]:
         return []
 

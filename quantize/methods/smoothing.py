@@ -65,15 +65,19 @@ def search(
     family: Family,
     seen: dict[str, Inputs],
     best: Callable[[Sequence[Tensor], Inputs], Tensor | None],
+    quantized: Collection[str],
     only: Collection[str] | None = None,
 ) -> list[str]:
     """For each pair, apply the scales that `best` finds for the layers' weights and inputs; with
-    `only`, for those that feed one of these layers. Returns the names of the layers for which it
-    found none.
+    `only`, for those that feed one of these layers. Linear layers that are not `quantized` stay as
+    they are. Returns the names of the layers for which it found none.
     """
     left: list[str] = []
+    linears = {name for group in family.fused for name in group}
     for pair in pairs(block, family):
-        if only is not None and pair.layers[0] not in only:
+        if pair.layers[0] not in (quantized if only is None else only):
+            continue
+        if pair.source in linears and pair.source not in quantized:
             continue
         group = next(group[0] for group in family.fused if pair.layers[0] in group)
         scales_I = best(pair.weights(block), seen[group])

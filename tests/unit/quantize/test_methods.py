@@ -231,7 +231,8 @@ def test_smoothing_leaves_the_logits_alone(method: str) -> None:
         "awq": awq.Awq(Scheme(Grid(4, 32, symmetric=False))),
         "int8": int8.Int8(Scheme(Grid(8), 8)),
     }
-    methods[method].prepare(block, family, lambda: seen)
+    linears = {name for group in family.fused for name in group}
+    methods[method].prepare(block, family, lambda: seen, linears)
     changed = [
         n for n, tensor in block.state_dict().items() if not torch.equal(tensor, untouched[n])
     ]

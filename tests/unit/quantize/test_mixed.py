@@ -154,8 +154,7 @@ def test_kept_layers_stay_and_their_fused_ones_with_them(
         assert prefix in ignored
         kept = found.get(f"{prefix}.weight")
         assert kept.dtype == torch.bfloat16
-        if method in ("gptq", "rtn"):  # the others move scales into it
-            assert kept.equal(original.get(f"{prefix}.weight"))
+        assert kept.equal(original.get(f"{prefix}.weight"))
     assert len(report["layers"]) == 4
     simulate.load(tmp_path / "out")
 
@@ -165,6 +164,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[QuantizeError], str]] = {
     "too much": ({"bits": 17.5}, BadInput, "more than 4 and less than 16"),
     "int8": ({"method": "int8", "bits": 6.5}, Unsupported, "needs --method gptq or awq"),
     "gptq's layout": ({"format": "gptq", "bits": 4.5}, Unsupported, "mixes kinds of layers"),
+    "no number": ({"bits": math.nan}, BadInput, "more than 4 and less than 16"),
+    "endless": ({"bits": math.inf}, BadInput, "more than 4 and less than 16"),
     "nothing is called so": ({"keep": ("lm_hat",)}, BadInput, "no layer is called like that"),
     "no pattern": ({"keep": ("re:(",)}, BadInput, "no regular expression"),
     "all": ({"keep": ("*",)}, BadInput, "nothing is left to quantize"),
@@ -234,3 +235,17 @@ def test_layers_of_several_kinds_come_back_as_they_were() -> None:
 def test_another_layout_cannot_hold_several_kinds() -> None:
     with pytest.raises(Unsupported, match="gptq cannot hold layers of several schemes"):
         formats.make("gptq", Scheme(Grid(4, 128)), MIXED)
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (("re:.*self_attn.*", "re:.*(gate|up)_proj"), 2),
+        (("model.layers.0.*",), 7),
+        (("re:.*down_proj",), 12),
+    ],
+)
+def test_what_is_not_kept_is_planned(model: Path, keep: tuple[str, ...], left: int) -> None:
+    planned = decide(Settings(str(model), model.parent / "out", "gptq", keep=keep))[2]
+    assert len(planned.linears) == left
+    assert planned.peak_memory_bytes > 0

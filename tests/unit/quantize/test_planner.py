@@ -287,8 +287,8 @@ def test_a_large_model(tmp_path: Path) -> None:
     assert made.bytes_after == pytest.approx(5.70e9, rel=0.02)
     assert made.tensor_parallel == (1, 2, 4, 8)
     # Embeddings and head 4.2, a block three times 2.6, the solver's copies of a Hessian of 14336
-    # inputs 5.8, hidden states 2.1, what layers are given 9.4, what waits to be written 4.3.
-    assert made.peak_memory_bytes == pytest.approx(27.2e9, rel=0.02)
+    # inputs 4.1, hidden states 2.1, what layers are given 9.4.
+    assert made.peak_memory_bytes == pytest.approx(22.9e9, rel=0.02)
     assert 3600 < made.seconds < 100 * 3600  # at 0.1 TFLOP/s
     plain = planned(source, "rtn")
     assert plain.peak_memory_bytes < made.peak_memory_bytes

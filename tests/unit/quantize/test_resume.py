@@ -4,6 +4,7 @@ to the same bytes.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -153,6 +154,95 @@ def test_damaged_files_are_not_gone_on_from(model: Path, half: Path, name: str) 
     quantized(model, half, restart=True)
 
 
+def test_another_tokenizer_or_device_is_another_run(
+    model: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = model / "tokenizer_config.json"
+    before = tokenizer.read_text()
+    tokenizer.write_text(before + " ")
+    with pytest.raises(BadInput, match=r"side files: .* then, .* now"):
+        quantized(model, half, resume=True)
+    tokenizer.write_text(before)
+    with monkeypatch.context() as patched:
+        patched.setattr("quantize.run.device_of", lambda _: torch.device("meta"))
+        with pytest.raises(BadInput, match="device: cpu then, meta now"):
+            quantized(model, half, resume=True)
+
+
+def test_a_damaged_shard_is_not_published(
+    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "publish", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantized(model, out)
+    shard = tmp_path / ".out.partial/checkpoint/model.safetensors"
+    right = shard.read_bytes()
+    shard.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    with pytest.raises(BadInput, match="is not as the unfinished run left it"):
+        quantized(model, out, resume=True)
+    shard.write_bytes(right)
+    assert quantized(model, out, resume=True) == whole
+
+
+def test_what_came_to_out_meanwhile_is_not_replaced(
+    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    finish = Workspace.finish_weights
+
+    def meanwhile(work: Workspace) -> None:
+        finish(work)
+        out.mkdir()
+        (out / "precious").write_text("mine")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "finish_weights", meanwhile)
+        with pytest.raises(BadInput, match="exists already"):
+            quantized(model, out)
+    assert (out / "precious").read_text() == "mine"
+    (out / "precious").unlink()
+    assert quantized(model, out, resume=True) == whole
+
+
+def test_a_run_killed_just_behind_its_publication_leaves_nothing_to_resume(
+    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "close", lambda work: work._lock.close())
+        assert quantized(model, out) == whole
+    partial = tmp_path / ".out.partial"
+    assert (partial / "manifest.json").exists()
+    assert quantized(model, out, overwrite=True) == whole
+    assert not partial.exists()
+
+
+def test_an_old_checkpoint_that_came_back_is_not_replaced_unasked(
+    model: Path, half: Path, tmp_path: Path
+) -> None:
+    """Killed between the two renames of a replacement: the old one has its name again."""
+    retired = tmp_path / ".out.retired"
+    retired.mkdir()
+    (retired / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="exists already"):
+        quantized(model, half, restart=True)
+    assert (half / "config.json").read_text() == "{}"
+
+
+def test_what_no_step_needs_goes_at_the_next_start(model: Path, whole: str, half: Path) -> None:
+    partial = half.parent / ".out.partial"
+    (partial / "part-00099").write_text("of a step that was killed")
+    (partial / "spill").mkdir()
+    (partial / "spill" / "000000").write_text("of a run that was killed")
+    with pytest.raises(BadInput, match="cut short"):
+        quantized(model, half)
+    assert not (partial / "part-00099").exists()
+    assert not (partial / "spill").exists()
+    assert quantized(model, half, resume=True) == whole
+
+
 def test_one_run_at_a_time_makes_a_folder(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
@@ -163,8 +253,9 @@ def test_one_run_at_a_time_makes_a_folder(model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_keeps_what_is_finished(
-    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
@@ -172,7 +263,7 @@ def test_a_full_disk_keeps_what_is_finished(
 
         def full(tensors: Any, path: Path, *args: Any) -> None:
             if "part-00003" in str(path):
-                raise OSError(28, "No space left on device")
+                raise OSError(number, os.strerror(number))
             real(tensors, path, *args)
 
         patched.setattr(workspace, "save_file", full)
