@@ -40,6 +40,13 @@ NO_MASS = 1e-6
 """Less probability than this in a rest bucket is the rounding of float32 log-probabilities."""
 
 
+def divergence(original_TV: Tensor, made_TV: Tensor) -> Tensor:
+    """KL(original || made) in nats (T,), from natural log-probabilities."""
+    likely_TV = original_TV.exp()
+    # A token that the original rules out adds nothing, whatever the other makes of it.
+    return torch.where(likely_TV > 0, likely_TV * (original_TV - made_TV), 0.0).sum(-1)
+
+
 @dataclass
 class Tally:
     """Adds up predictions. Keeps two floats a prediction, never logits."""
@@ -64,10 +71,7 @@ class Tally:
             # float64: sums over the vocabulary of small differences need the digits.
             original = original_TV[rows].double().log_softmax(-1)
             made = made_TV[rows].double().log_softmax(-1)
-            likely = original.exp()
-            # A token that the original rules out adds nothing, whatever the other makes of it.
-            terms = torch.where(likely > 0, likely * (original - made), 0.0)
-            kl.append(terms.sum(-1).clamp_min(0.0).float())
+            kl.append(divergence(original, made).clamp_min(0.0).float())
             own = next_T[rows, None]
             differences.append((made.gather(1, own) - original.gather(1, own))[:, 0].float())
             first, second = original.topk(self.top).indices, made.topk(self.top).indices

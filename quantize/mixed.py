@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize import methods
+from quantize import distance, methods
 from quantize.blocks import LiveBlock, Runner, count_blocks, walk
 from quantize.checkpoint import Checkpoint
 from quantize.estimates import layer_parts
@@ -265,7 +265,7 @@ def divergence(wanted_TV: Tensor, found_TV: Tensor) -> float:
     both = [torch.split(logits.flatten(0, -2), 256) for logits in (wanted_TV, found_TV)]
     for wanted, found in zip(*both, strict=True):
         p, q = wanted.float().log_softmax(dim=-1), found.float().log_softmax(dim=-1)
-        total += (p.exp() * (p - q)).sum().item()
+        total += distance.divergence(p, q).sum().item()
         count += len(p)
     return total / count
 

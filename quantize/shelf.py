@@ -32,9 +32,6 @@ class Shelf:
         self._numbers = count()
         self._held: dict[Key, tuple[Tensor | Path, torch.device]] = {}
         self._held_bytes = 0
-        self.spilled_bytes = 0
-        """In files, at most at one time so far."""
-        self._in_files_bytes = 0
 
     def put(self, key: Key, tensor: Tensor) -> None:
         """In place of what the key had."""
@@ -49,8 +46,6 @@ class Shelf:
         path = self._folder / f"{next(self._numbers):06d}"
         self._save({"tensor": tensor.cpu()}, path)
         self._held[key] = (path, tensor.device)
-        self._in_files_bytes += path.stat().st_size
-        self.spilled_bytes = max(self.spilled_bytes, self._in_files_bytes)
 
     def get(self, key: Key) -> Tensor:
         """Not to be changed in place. Raises KeyError."""
@@ -65,7 +60,6 @@ class Shelf:
         for key in [key for key in self._held if key[: len(start)] == start]:
             held, _ = self._held.pop(key)
             if isinstance(held, Path):
-                self._in_files_bytes -= held.stat().st_size
                 held.unlink()
             else:
                 self._held_bytes -= held.nbytes

@@ -72,7 +72,7 @@ def prompts(folder: Path, yardstick: Yardstick, rows: Tensor | None) -> list[lis
     """
     if not (yardstick.eval_file or yardstick.text_file):
         return [] if rows is None else [row.tolist() for row in rows[:PROOF_PROMPTS]]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     if yardstick.eval_file:
         questions = read_questions(yardstick.eval_file)
         chosen = questions[:: max(1, len(questions) // PROOF_PROMPTS)][:PROOF_PROMPTS]

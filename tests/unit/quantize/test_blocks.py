@@ -15,6 +15,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.families import FAMILIES
 from quantize.grid import Grid, Scheme
 from quantize.methods import gptq
+from tests.unit.quantize.test_pipeline import EXPERTS
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +32,7 @@ COMMON = {
 }  # fmt: skip
 SPECIAL = {
     "mistral": {"sliding_window": 16},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "mlp_only_layers": [0],
-        "decoder_sparse_step": 1,
-        "norm_topk_prob": True,
-    },
+    **EXPERTS,
     "gemma2": {
         "sliding_window": 16,
         "query_pre_attn_scalar": 32,

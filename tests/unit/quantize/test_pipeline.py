@@ -32,7 +32,7 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512,
 }  # fmt: skip
-SPECIAL: dict[str, dict[str, Any]] = {
+EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 4,
@@ -42,6 +42,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "norm_topk_prob": True,
     },
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    **EXPERTS,
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 32},
 }
