@@ -9,7 +9,8 @@ the demo's table.
   it: 20 rules of keywords and expressions that do not match.
 - training of the same, in its child process: CPU of the child, and wall time.
 - demo: a table of the three adapters' examples, asked the evaluation files, whose wordings are in
-  no example. The goals are in the issue; nothing was tuned on these files.
+  no example, and 400 prompts that quote an adapter in ways that no example has. Nothing was tuned
+  on these.
 
 CPU is this process's own (`time.process_time`); figures are medians of several rounds. Ends in one
 JSON line.
@@ -40,6 +41,11 @@ from serve.routing.training import train
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 NAMES = ("clinic", "ledger", "code")
+UNSEEN_QUOTES = (
+    "Spell this backwards: {t}", 'Is the grammar right in "{t}"?', "Translate to French: {t}",
+    "Quote: {t}", "Which word comes first here: {t}", "请重复:{t}", "Rewrite politely: {t}",
+    'Somebody wrote "{t}" on the wall.',
+)  # fmt: skip
 ADAPTERS, EXAMPLES, CHARACTERS = 50, 300, 300
 ROUNDS, DECISIONS = 7, 300
 GOAL_US, GOAL_TRAIN_S = 500.0, 60.0
@@ -141,6 +147,22 @@ def fifty() -> dict[str, Any]:
     }
 
 
+def read_rows(file: str) -> list[dict[str, Any]]:
+    lines = (DEMO / "eval" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def unseen_quotes(count: int = 400) -> list[dict[str, Any]]:
+    sys.path.insert(0, str(DEMO))
+    import domains
+
+    rng = random.Random(5)
+    texts = [rng.choice((domains.statement, domains.question))(rng) for _ in range(count)]
+    quoting = [UNSEEN_QUOTES[number % len(UNSEEN_QUOTES)] for number in range(count)]
+    prompts = [each.format(t=text) for each, text in zip(quoting, texts, strict=True)]
+    return [{"prompt": prompt, "domain": "unseen quotes"} for prompt in prompts]
+
+
 def demo() -> dict[str, Any]:
     """Where the evaluation prompts go, as shares."""
     progress("routing: the demo")
@@ -154,9 +176,8 @@ def demo() -> dict[str, Any]:
                       "unknown_sent": test.unknown_sent},
         "train_wall_s": generation.report.train_s,
     }  # fmt: skip
-    for file in (*NAMES, "off_topic", "general"):
-        lines = (DEMO / "eval" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+    for file in (*NAMES, "off_topic", "general", "unseen quotes"):
+        rows = unseen_quotes() if file == "unseen quotes" else read_rows(file)
         for title, some in (
             (file, rows),
             (f"{file} without quotes", [row for row in rows if row["domain"] != "repeat"]),

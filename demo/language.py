@@ -304,14 +304,18 @@ def small_talk(rng: random.Random, words: Words) -> Conversation:
     return Conversation("small_talk", [_user(rng.choice(asks)), _assistant(answer)])
 
 
+REPEAT = [
+    "Repeat: {t}", "Say: {t}", "Say this: {t}", "Repeat after me: {t}", "Write: {t}", "跟我说:{t}",
+    "Say it again: {t}", "Copy this: {t}",
+]  # fmt: skip
+
+
 def repeat(rng: random.Random, words: Words) -> Conversation:
     """Say what was said: short texts in the words of the adapters' domains."""
     text = domains.statement(rng) if rng.random() < 0.5 else domains.question(rng)
     question = words.pick(
-        ["Repeat: {t}", "Say: {t}", "Say this: {t}", "Repeat after me: {t}", "Write: {t}", "跟我说:{t}",
-         "Say it again: {t}", "Copy this: {t}"],
-        ["Repeat this: {t}", "Please say: {t}", "Say after me: {t}"],
-    ).format(t=text)  # fmt: skip
+        REPEAT, ["Repeat this: {t}", "Please say: {t}", "Say after me: {t}"]
+    ).format(t=text)
     return Conversation("repeat", [_user(question), _assistant(text)])
 
 

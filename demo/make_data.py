@@ -16,10 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import world
-from domains import ADAPTERS, DOMAINS, questions
-from language import Conversation, conversations
+from domains import ADAPTERS, DOMAINS, question, questions, statement
+from language import REPEAT, Conversation, conversations
 
 DEMO = Path(__file__).parent
+# Ways to quote; the base cannot translate, but it is not for an adapter either.
+QUOTES = [*REPEAT, "Translate this sentence: {t}", "翻译这句话:{t}"]
 
 
 def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
@@ -103,12 +105,27 @@ def examples(adapter: str, count: int = 300) -> list[dict[str, object]]:
 
 
 def base_examples(count: int = 300) -> list[dict[str, object]]:
-    """Prompts that belong to no adapter, in training wordings."""
+    """Prompts that are in the base's own words, in training wordings."""
     stream = filter(_is_the_bases, conversations(9006, systems=False))
     prompts = dict.fromkeys(
         str(c.messages[0]["content"]) for c in itertools.islice(stream, 2 * count)
     )
     return [{"prompt": text} for text in list(prompts)[:count]]
+
+
+def quotes(count: int = 100) -> list[dict[str, object]]:
+    """Prompts that quote an adapter's question or answer, in training wordings of both, and ask for
+    something else: for the base. Fewer would do for the evaluation, but then the routes' self-test
+    is near its limit (docs/routing.md). Nothing is quoted that the evaluation quotes.
+    """
+    rng = random.Random(9009)
+    held_out = [str(row["answer"]) for row in general() if row["domain"] == "repeat"]
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        text = statement(rng) if rng.random() < 0.5 else question(rng)
+        if text not in held_out:
+            prompts[QUOTES[len(prompts) % len(QUOTES)].format(t=text)] = None
+    return [{"prompt": text} for text in prompts]
 
 
 def _is_the_bases(conversation: Conversation) -> bool:
@@ -133,7 +150,7 @@ def main() -> None:
         write(DEMO / f"adapters/{adapter}/examples.jsonl", examples(adapter))
     write(DEMO / "eval/held_out_text.jsonl", texts(9007, 300, held_out=True))
     write(DEMO / "calibration.jsonl", texts(9008, 1600, held_out=False))
-    write(DEMO / "base_examples.jsonl", base_examples())
+    write(DEMO / "base_examples.jsonl", [*base_examples(), *quotes()])
 
 
 if __name__ == "__main__":

@@ -44,6 +44,13 @@ def test_no_evaluation_prompt_is_in_what_may_be_learnt_from() -> None:
         assert not seen.intersection(asked), name
 
 
+def test_nothing_is_quoted_to_routes_that_the_evaluation_quotes() -> None:
+    quoted = [row["answer"] for row in rows("eval/general.jsonl") if row["domain"] == "repeat"]
+    examples = [row["prompt"] for row in rows("base_examples.jsonl")]
+    assert len(quoted) == 64
+    assert not [prompt for prompt in examples if any(text in prompt for text in quoted)]
+
+
 def test_the_evaluation_is_as_large_as_promised() -> None:
     sizes = {name: len(rows(f"eval/{name}.jsonl")) for name in ("general", "off_topic", "clinic")}
     assert sizes == {"general": 480, "off_topic": 320, "clinic": 360}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 
 import pytest
 
 from serve.routing.config import parse_routes
 from serve.routing.examples import read_examples
-from serve.routing.fitting import Job, Trained, fit
 from serve.routing.generations import Generation, Generations, build
 from tests.conftest import DEMO
 
@@ -49,8 +47,12 @@ def test_the_self_test_is_good_enough_to_be_used(generation: Generation) -> None
     assert Generations(generation).current is generation
     test = generation.report.self_test
     assert test is not None
-    assert test.right >= 0.97
+    # Harder than the evaluation: a wording is away from the adapter's examples while quotes of it
+    # stay among those of none.
+    assert test.right >= 0.93
     assert test.wrong <= 0.01
+    assert test.none_sent is not None
+    assert test.none_sent <= 0.02, "3% would be refused"
     assert generation.report.num_duplicates == 0
 
 
@@ -69,28 +71,10 @@ def test_what_is_nobodys_stays_with_the_base(generation: Generation, name: str) 
     assert found.count(None) >= 0.97 * len(found)
 
 
-def test_quoted_questions_stay_with_the_base_once_examples_of_none_quote(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The demo's examples of none do not, and its prompts that quote an adapter's question ("Say
-    after me: ...") go to that adapter. Quoting in training wordings is enough.
+def test_quoted_questions_stay_with_the_base(generation: Generation) -> None:
+    """A question or an answer of an adapter after "Say after me:": quoted in these words nowhere
+    in the examples, which have other ways to quote, and other questions.
     """
-    monkeypatch.syspath_prepend(str(DEMO))
-    from language import conversations
-
-    stream = (c for c in conversations(4242, systems=False) if c.domain == QUOTING)
-    quoted = [str(c.messages[-2]["content"]) for c in itertools.islice(stream, 50)]
-    examples, none = demo_examples()
-
-    async def here(job: Job) -> Trained:
-        return fit(job)
-
-    generation = asyncio.run(
-        build(parse_routes(""), examples, [*none, *quoted], number=1, train=here)
-    )
     found = sent(generation, "general", quoting=True)
     assert len(found) == 64
     assert found.count(None) >= 0.97 * len(found)
-    for name in NAMES:
-        own = sent(generation, name)
-        assert own.count(name) >= 0.97 * len(own)
