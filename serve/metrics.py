@@ -84,6 +84,11 @@ STEP_ADAPTERS = Histogram(
     "Adapters with running requests, of each step of the engine.",
     buckets=(0, 1, 2, 3, 4, 8, 16, 32),
 )
+ADAPTER_WAITING = Gauge(
+    "packhorse_adapter_requests_waiting",
+    "Requests that wait for their turn on an adapter.",
+    ["adapter"],
+)
 ADAPTER_FAILURES = Counter(
     "packhorse_adapter_failures_total",
     "Adapters, or new versions of one, that were refused or could not be loaded.",
@@ -148,6 +153,12 @@ CACHE_STORE_FAILURES = Counter(
 def held() -> float:
     """How many requests wait for an engine."""
     return sum(sample.value for metric in HELD.collect() for sample in metric.samples)
+
+
+def adapters_waiting() -> dict[str, int]:
+    """Adapters that requests wait for, and how many do."""
+    samples = [sample for metric in ADAPTER_WAITING.collect() for sample in metric.samples]
+    return {sample.labels["adapter"]: int(sample.value) for sample in samples if sample.value > 0}
 
 
 def exposition() -> tuple[bytes, str]:

@@ -42,7 +42,7 @@ class Lease:
 
     async def ready(self, prompt_tokens: int, max_tokens: int) -> None:
         tokens = prompt_tokens + min(max_tokens, USUAL_ANSWER_TOKENS)
-        await self._registry.turns.enter(self.adapter.int_id, tokens)
+        await self._registry.turns.enter(self.adapter.int_id, tokens, self.adapter.name)
         self._charged_tokens = tokens
         self._version.inside += 1
         try:

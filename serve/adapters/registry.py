@@ -131,6 +131,7 @@ class Registry:
         if known is None:
             adapter = AdapterVersion(name, digest, folder, next(self._numbers), rank)
             known = self._versions[name, digest] = Version(adapter)
+            metrics.ADAPTER_WAITING.labels(name)  # there from the start, with 0
         return known
 
     def __contains__(self, name: object) -> bool:
@@ -229,6 +230,8 @@ class Registry:
                 logger.warning("adapter=%s was not unloaded: %s", adapter.name, error.message)
             await asyncio.to_thread(self._store.forget, adapter.name, adapter.digest)
             logger.info("adapter=%s digest=%s is gone", adapter.name, adapter.digest[:12])
+            if not any(name == adapter.name for name, _ in self._versions):
+                metrics.ADAPTER_WAITING.remove(adapter.name)  # no request of it is left to wait
 
     async def put(
         self, name: str, source: Path, *, replace: bool, pinned: bool | None = None

@@ -36,9 +36,9 @@ class Turns:
         self._max_waiting = max_waiting
         self._lines: dict[int, _Line] = {}  # of adapters with anything to do; those next come first
 
-    async def enter(self, adapter: int, tokens: int) -> None:
-        """Wait for the turn. `tokens` is what the request will cost. Raises Overloaded when too
-        many of the adapter wait already.
+    async def enter(self, adapter: int, tokens: int, name: str) -> None:
+        """Wait for the turn. `tokens` is what the request will cost, `name` the adapter's in
+        metrics. Raises Overloaded when too many of the adapter wait already.
         """
         line = self._lines.get(adapter)
         if line is None:
@@ -55,6 +55,8 @@ class Turns:
                 f"{self._max_waiting} requests wait for this adapter already, the limit "
                 "(adapters.max_waiting); try again soon."
             )
+        of_adapter = metrics.ADAPTER_WAITING.labels(name)
+        of_adapter.inc()
         metrics.HELD.inc()
         try:
             await waiter
@@ -66,6 +68,7 @@ class Turns:
             raise
         finally:
             metrics.HELD.dec()
+            of_adapter.dec()
 
     def _give_up(self, adapter: int, line: _Line, place: _Place) -> None:
         """Who waited there does so no more."""

@@ -77,6 +77,7 @@ class _AdapterInfo(Collector):
 
     def collect(self) -> Iterator[Metric]:
         waiting = {name for name, count in self._waiting.items() if count}
+        waiting.update(metrics.adapters_waiting())  # for their turn, before vLLM knows of them
         found = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters that are loaded (running_lora_adapters), and those waited for.",

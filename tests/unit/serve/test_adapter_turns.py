@@ -33,7 +33,7 @@ class Line:
 
     async def ask(self, *adapters: int, tokens: int = 100) -> None:
         async def enter(adapter: int) -> None:
-            await self.turns.enter(adapter, tokens)
+            await self.turns.enter(adapter, tokens, f"a{adapter}")
             self.inside.append(adapter)
 
         self.tasks += [asyncio.create_task(enter(adapter)) for adapter in adapters]
@@ -61,6 +61,21 @@ async def test_only_those_without_a_slot_wait() -> None:
     await line.end(2)
     assert sorted(line.inside) == [1, 1, 3, 3]
     assert metrics.held() == 0
+
+
+async def test_who_waits_for_what_is_told() -> None:
+    line = Line(Turns(1, QUANTUM, max_waiting=2))
+    await line.ask(1, 2, 2, 3)
+    assert metrics.adapters_waiting() == {"a2": 2, "a3": 1}
+    with pytest.raises(Overloaded):
+        await line.turns.enter(2, 1, "a2")
+    line.tasks[1].cancel()
+    await settle()
+    assert metrics.adapters_waiting() == {"a2": 1, "a3": 1}
+    await line.end(1)
+    assert metrics.adapters_waiting() == {"a3": 1}
+    await line.end(2)
+    assert metrics.adapters_waiting() == {}
 
 
 async def test_a_busy_adapter_yields_after_its_quantum() -> None:
@@ -127,7 +142,7 @@ async def test_no_more_than_so_many_wait() -> None:
     line = Line(Turns(1, QUANTUM, max_waiting=2))
     await line.ask(1, 2, 2)
     with pytest.raises(Overloaded, match="max_waiting"):
-        await line.turns.enter(2, 1)
+        await line.turns.enter(2, 1, "a2")
     assert metrics.held() == 2
     await line.end(1)
     assert line.inside == [2, 2]
@@ -135,14 +150,14 @@ async def test_no_more_than_so_many_wait() -> None:
 
 async def test_who_leaves_in_the_moment_of_its_turn() -> None:
     turns = Turns(1, QUANTUM)
-    await turns.enter(1, 1)
-    second = asyncio.create_task(turns.enter(2, 1))
+    await turns.enter(1, 1, "a1")
+    second = asyncio.create_task(turns.enter(2, 1, "a2"))
     await settle()
     turns.leave(1)
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
-    await asyncio.wait_for(turns.enter(3, 1), 1)
+    await asyncio.wait_for(turns.enter(3, 1, "a3"), 1)
     assert metrics.held() == 0
 
 
@@ -164,7 +179,7 @@ async def simulate(
         if kind == "arrive":
 
             async def enter(adapter: int, since_s: float) -> None:
-                await turns.enter(adapter, 100)
+                await turns.enter(adapter, 100, f"a{adapter}")
                 queue.append((adapter, since_s))
 
             tasks.append(asyncio.create_task(enter(adapter, now_s)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from serve import metrics
 from serve.adapters.base_layers import linear_layers
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.registry import Registry
@@ -18,6 +19,12 @@ from tests.unit.serve.adapters.loader import Engine, registry_of
 @pytest.fixture(scope="module")
 def limits() -> AdapterLimits:
     return AdapterLimits(max_rank=16, layers=linear_layers(DEMO / "model"), max_bytes=2**24)
+
+
+@pytest.fixture(autouse=True)
+def _no_series() -> None:
+    """Of registries before this test's, which nobody has emptied."""
+    metrics.ADAPTER_WAITING.clear()
 
 
 @pytest.fixture

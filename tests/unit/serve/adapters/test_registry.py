@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serve import metrics
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.registry import Registry
 from serve.adapters.store import Store
@@ -163,6 +164,52 @@ async def test_removed_when_the_last_request_ends(
     await registry.settle()
     assert not engine.loaded
     assert not (folder / "clinic").exists()
+
+
+def series() -> set[str]:
+    """The names that packhorse_adapter_requests_waiting has."""
+    (family,) = metrics.ADAPTER_WAITING.collect()
+    return {sample.labels["adapter"] for sample in family.samples}
+
+
+async def test_the_names_in_metrics_are_those_of_adapters(
+    registry: Registry, engine: Engine, tmp_path: Path
+) -> None:
+    """Of old versions too, as long as a request of one may wait."""
+    await registry.put("clinic", CLINIC, replace=False)
+    with pytest.raises(Invalid):
+        await registry.put("bad", tmp_path / "nothing", replace=False)
+    engine.refusing.add("code")
+    with pytest.raises(Invalid):
+        await registry.put("code", CODE, replace=False)
+    await registry.remove("code")
+    await registry.settle()
+    assert series() == {"clinic"}
+    lease = registry.lease("clinic")
+    await registry.put("clinic", CLINIC_2, replace=True)
+    await registry.remove("clinic")
+    await registry.settle()
+    assert series() == {"clinic"}
+    lease.release()
+    await registry.settle()
+    assert series() == set()
+
+
+async def test_requests_that_wait_are_counted_by_adapter(registry: Registry) -> None:
+    """Two slots."""
+    for name, source in (("clinic", CLINIC), ("code", CODE), ("clinic-2", CLINIC_2)):
+        await registry.put(name, source, replace=False)
+    leases = [registry.lease(name) for name in ("clinic", "code", "clinic-2")]
+    for lease in leases[:2]:
+        await lease.ready(10, 10)
+    waiting = asyncio.create_task(leases[2].ready(10, 10))
+    await asyncio.sleep(0)
+    assert metrics.adapters_waiting() == {"clinic-2": 1}
+    leases[0].release()
+    await waiting
+    assert metrics.adapters_waiting() == {}
+    for lease in leases:
+        lease.release()
 
 
 async def test_a_restart_brings_them_back(
