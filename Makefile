@@ -4,7 +4,7 @@ VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast check proto bench clean
+.PHONY: help setup demo test test-fast check proto bench prove-image clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ test: setup check ## every test, with the real engine (minutes)
 	@"$(PY)" -m pytest
 
 test-fast: setup ## unit, integration and rule tests, without an engine (seconds)
-	@"$(PY)" -m pytest tests/unit tests/integration tests/rules
+	@"$(PY)" -m pytest tests/unit tests/integration tests/deploy tests/rules
 
 check: setup ## lint, formatting and types
 	@"$(VENV)/bin/ruff" check .
@@ -44,6 +44,9 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/serve_load.py --layers
 	@"$(PY)" bench/serve_load.py --grpc
 	@"$(PY)" bench/serve_load.py --compare --ceiling
+
+prove-image: setup ## run the Dockerfile's own steps in a clean root, then its command (root, debootstrap, 12 GB, minutes)
+	@"$(PY)" tools/run_dockerfile.py deploy/docker/Dockerfile --work out/image --model demo/model $(ARGS)
 
 clean: ## remove .venv and outputs
 	rm -rf "$(CURDIR)/.venv" out

@@ -1,11 +1,12 @@
 """Install Packhorse and all it needs into the Python that runs this file; called by `make setup`.
 
-    python tools/setup_env.py
+    python tools/setup_env.py [--runtime]
 
 Chooses the CPU or the CUDA build of vLLM by looking for an NVIDIA driver (PACKHORSE_BUILD=cpu|cuda
 overrides), tries plain pip first and uv with PyTorch's CPU index where pip knows no CPU torch,
 removes the torchvision family, and proves the result by importing it. A stamp of pyproject.toml
-makes the second run quick. Standard library only.
+makes the second run quick. --runtime is for images: what serving needs, no development tools, and
+not the checkout itself. Standard library only.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def run(*command: str) -> bool:
     return subprocess.run(command, check=False).returncode == 0
 
 
-def install(extra: str) -> bool:
-    target = f"{ROOT}[{extra},dev]"
+def install(extra: str, *, runtime: bool) -> bool:
+    target = [f"{ROOT}[{extra}]"] if runtime else ["--editable", f"{ROOT}[{extra},dev]"]
     pip = [sys.executable, "-m", "pip"]
-    if run(*pip, "install", "--editable", target):
+    if run(*pip, "install", *target):
         return True
     print(
         "pip could not do it (often because PyPI has no CPU build of torch); "
@@ -69,7 +70,7 @@ def install(extra: str) -> bool:
     )
     return run(*pip, "install", "--quiet", "uv") and run(
         sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend",
-        "cpu" if extra == "cpu" else "auto", "--editable", target,
+        "cpu" if extra == "cpu" else "auto", *target,
     )  # fmt: skip
 
 
@@ -88,7 +89,9 @@ def main() -> None:
     if sys.prefix == sys.base_prefix:
         sys.exit("This Python is not a virtual environment; run `make setup`, which makes one.")
     extra = build()
-    if STAMP.exists() and STAMP.read_text() == stamp(extra):
+    runtime = "--runtime" in sys.argv
+    wanted = stamp(f"{extra}, runtime" if runtime else extra)
+    if STAMP.exists() and STAMP.read_text() == wanted:
         return
     print(
         f"Setting up the {extra} build in {sys.prefix}; "
@@ -97,10 +100,11 @@ def main() -> None:
     )
     if importlib.util.find_spec("pip") is None:  # environments made by uv have none
         run(sys.executable, "-m", "ensurepip")
-    if not install(extra):
+    if not install(extra, runtime=runtime):
         sys.exit("The installation failed; the reason is above.")
-    if extra == "cpu":
-        run(sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *HARMFUL)
+    unwanted = [*(HARMFUL if extra == "cpu" else []), *(["uv"] if runtime else [])]
+    if unwanted:
+        run(sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted)
     # Not from the checkout, so that what is proved is what was installed.
     proof = subprocess.run(
         [sys.executable, "-c", PROOF], cwd=sys.prefix, capture_output=True, text=True, check=False
@@ -109,7 +113,7 @@ def main() -> None:
         sys.exit(
             f"transformers or vllm does not import after the installation:\n{proof.stderr[-2000:]}"
         )
-    STAMP.write_text(stamp(extra))
+    STAMP.write_text(wanted)
     print("Set up.")
 
 

@@ -1,0 +1,150 @@
+"""What the checks of deploy/ share.
+
+A check takes the folder that has deploy/ in it and returns what is wrong, so that the same function
+judges the repository and a copy that was broken on purpose.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import pytest
+import typer
+import yaml
+from yamllint import linter
+from yamllint.config import YamlLintConfig
+
+from serve.cli import app
+from serve.errors import StartupError
+from serve.settings import Settings, load
+from tests.conftest import ROOT
+
+Check = Callable[[Path], list[str]]
+
+# A name and a whole version; a digest may follow.
+PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?")
+SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|API_?KEY|CREDENTIAL", re.IGNORECASE)
+# What has to be done after the drain: the engine ends, last words are said.
+ENDING_S = 15
+YAML_RULES = YamlLintConfig(
+    "extends: default\n"
+    "rules: {line-length: {max: 120}, document-start: disable, braces: disable,"
+    " comments: {min-spaces-from-content: 2}, octal-values: disable,"
+    " indentation: {indent-sequences: consistent}, truthy: {check-keys: false}}"
+)
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """One thing that goes wrong by hand, and a word of what the check says of it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    said: str
+
+
+def cases(*breakages: tuple[str, str, str, str, str]) -> list[Any]:
+    """pytest's parameters."""
+    return [pytest.param(Breakage(*each), id=each[0]) for each in breakages]
+
+
+def broken(folder: Path, breakage: Breakage) -> Path:
+    """A copy of what the checks read, with the breakage in it."""
+    shutil.copytree(ROOT / "deploy", folder / "deploy")
+    for name in (".dockerignore", "docs/deploy.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    path = folder / breakage.file
+    text = path.read_text()
+    assert breakage.old in text, "the breakage is out of date"
+    path.write_text(text.replace(breakage.old, breakage.new))
+    return folder
+
+
+def assert_reported(check: Check, folder: Path, breakage: Breakage) -> None:
+    problems = check(broken(folder, breakage))
+    assert any(breakage.said in problem for problem in problems), problems
+
+
+def yaml_problems(path: Path) -> list[str]:
+    """What yamllint says: faults, names given twice, style."""
+    return [
+        f"{path.name}:{found.line}: {found.desc}"
+        for found in linter.run(path.read_text(), YAML_RULES)
+    ]
+
+
+def read_settings(path: Path) -> tuple[Settings | None, list[str]]:
+    """The settings as the server reads them."""
+    try:
+        return load(path, {}), []
+    except StartupError as error:
+        return None, [f"{path.name}: {error}"]
+
+
+def settings_problems(path: Path, *, listens: str = "0.0.0.0") -> list[str]:
+    """A server's settings file: taken by the server, with keys, listening where it is reached."""
+    settings, problems = read_settings(path)
+    if settings is None:
+        return problems
+    if settings.auth.keys_file is None:
+        problems.append(f"{path.name}: without auth.keys_file everybody may do everything")
+    if settings.http.host != listens:
+        problems.append(f"{path.name}: http.host is {settings.http.host}, not {listens}")
+    if not settings.model:
+        problems.append(f"{path.name}: no model")
+    return problems
+
+
+def command_problems(words: list[str]) -> list[str]:
+    """Whether our command line takes `packhorse WORDS`; nothing is run."""
+    # typer brings a click of its own, so what it raises is told by its name.
+    group = cast("click.Group", typer.main.get_command(app))
+    try:
+        context = group.make_context("packhorse", list(words), resilient_parsing=True)
+        command = group.get_command(context, words[0])
+        if command is None:
+            return [f"packhorse has no command {words[0]}"]
+        command.make_context(words[0], list(words[1:]), parent=context)
+    except Exception as error:  # noqa: BLE001 # see above
+        return [f"packhorse {' '.join(words)}: {getattr(error, 'message', error)}"]
+    return []
+
+
+def config_of(words: list[str]) -> str | None:
+    """The --config of a command line."""
+    return words[words.index("--config") + 1] if "--config" in words[:-1] else None
+
+
+def seconds(text: str | int) -> float:
+    """`60`, `60s`, `1m30s`."""
+    parts = re.findall(r"(\d+)([smh]?)", str(text))
+    return sum(int(number) * {"": 1, "s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
+
+
+def output_of(*words: str | Path) -> tuple[int, str]:
+    """Exit code, and all that was said."""
+    done = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, check=False, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def documents(path: Path) -> list[Any]:
+    return [each for each in yaml.safe_load_all(path.read_text()) if each is not None]
+
+
+def needs(tool: str, package: str) -> pytest.MarkDecorator:
+    """Skip, and say what to install."""
+    return pytest.mark.skipif(
+        shutil.which(tool) is None, reason=f"no {tool} here; Debian has it in {package}"
+    )
