@@ -83,17 +83,21 @@ def yaml_problems(path: Path) -> list[str]:
     ]
 
 
-def read_settings(path: Path) -> tuple[Settings | None, list[str]]:
-    """The settings as the server reads them."""
+def read_settings(
+    path: Path, given: dict[str, Any] | None = None
+) -> tuple[Settings | None, list[str]]:
+    """The settings as the server reads them; `given` comes from elsewhere."""
     try:
-        return load(path, {}), []
+        return load(path, given or {}), []
     except StartupError as error:
         return None, [f"{path.name}: {error}"]
 
 
-def settings_problems(path: Path, *, listens: str = "0.0.0.0") -> list[str]:
+def settings_problems(
+    path: Path, *, listens: str = "0.0.0.0", given: dict[str, Any] | None = None
+) -> list[str]:
     """A server's settings file: taken by the server, with keys, listening where it is reached."""
-    settings, problems = read_settings(path)
+    settings, problems = read_settings(path, given)
     if settings is None:
         return problems
     if settings.auth.keys_file is None:
