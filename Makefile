@@ -31,6 +31,9 @@ check: setup ## lint, formatting and types
 proto: setup ## generate serve/rpc/pb from proto/
 	@"$(PY)" tools/make_proto.py
 
+metrics-docs: setup ## write docs/metrics.md from serve/metrics.py
+	@"$(PY)" tools/make_metrics_docs.py
+
 bench: setup ## benchmarks (hours: one trains a model and runs other tools); each ends in one JSON line, kept figures are in bench/results
 	@"$(PY)" bench/quality.py
 	@"$(PY)" bench/kv_cache.py

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import uvloop
 
-from serve import metrics
+from serve import logs, metrics
 from serve.adapters.base_layers import linear_layers
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.registry import Registry
@@ -39,9 +39,12 @@ from serve.engines.folder import model_folder
 from serve.engines.processes import end_children
 from serve.engines.supervisor import Supervisor
 from serve.errors import Invalid, ServeError, StartupError
+from serve.logs import RequestLog
+from serve.machine import LoopLag
 from serve.rest.app import build_admin_app, build_app
 from serve.rest.listen import LAST_WORDS_S, Listeners
 from serve.routing.base import AUTO
+from serve.routing.kept import Kept
 from serve.routing.router import Router
 from serve.sections import CacheSettings
 from serve.service import Service
@@ -49,6 +52,7 @@ from serve.settings import Settings, answer_environment, cache_home, prepare_env
 
 logger = logging.getLogger("packhorse")
 
+TABLES = ".routes"  # beside the adapters in their store; no adapter's name
 LAST_RESORT_S = 5.0  # after the second signal
 
 
@@ -73,6 +77,8 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
+    lag = LoopLag()
+    metrics.LOOP_LAG.set_function(lag.take)
     started_s = time.monotonic()
     name = settings.service.served_model_name or default_name(settings)
     registry = build_registry(settings, name)
@@ -80,19 +86,26 @@ async def serve(settings: Settings) -> int:
     if router is not None and not sys.stdin.isatty():  # a terminal that is closed sends it, too
         loop.add_signal_handler(signal.SIGHUP, router.reload_soon)
     cache = build_cache(settings.cache)
+    tracing = None
+    if settings.tracing.endpoint is not None:
+        from serve.tracing import tracing_of  # takes a moment to import
+
+        tracing = tracing_of(settings.tracing)
+        logger.info("Traces go to %s", settings.tracing.endpoint)
     service = Service(
         name,
         admission=Admission(settings.admission),
         adapters=registry,
         routing=router,
         cache=cache,
+        log=RequestLog(prompts=settings.log_prompts),
         request_timeout_s=settings.service.request_timeout_s,
         max_request_timeout_s=settings.service.max_request_timeout_s,
     )
     keys, admin = Keys(settings.auth), Admin(registry, router, cache, model=name)
     listeners = Listeners(
         settings.http,
-        build_app(service, settings.http, keys, admin),
+        build_app(service, settings.http, keys, admin, tracing),
         build_admin_app(service, settings.http, keys, admin),
     )
     rpc = None
@@ -102,7 +115,7 @@ async def serve(settings: Settings) -> int:
         with_admin = settings.rpc.admin
         if with_admin is None:
             with_admin = settings.http.admin_port is None
-        rpc = RpcServer(service, admin if with_admin else None, keys, settings.rpc)
+        rpc = RpcServer(service, admin if with_admin else None, keys, settings.rpc, tracing)
         await rpc.start()
         logger.info("gRPC at %s", rpc.address)
     listeners.start()
@@ -118,6 +131,7 @@ async def serve(settings: Settings) -> int:
         ),
         settings.supervisor,
     )
+    looking = asyncio.create_task(lag.watch())
     watching: list[asyncio.Task[None]] = []
     try:
         starting = asyncio.create_task(_start(supervisor, registry, router, settings))
@@ -136,7 +150,7 @@ async def serve(settings: Settings) -> int:
         if not supervisor.gave_up.is_set():
             await _drain(service, settings.service.drain_timeout_s, hurry)
     finally:
-        for task in watching:
+        for task in (looking, *watching):
             task.cancel()
         try:
             # Before HTTP, so that what is cut off can still be told.
@@ -147,6 +161,8 @@ async def serve(settings: Settings) -> int:
             if rpc is not None:
                 await rpc.stop(LAST_WORDS_S)
             await listeners.stop()
+            if tracing is not None:
+                await tracing.close()
             gc.freeze()  # engines do not bear being torn down after the modules that they use
             end_children()  # nothing is left by now; should something be, Python would wait for it
             if supervisor.is_stuck:  # Python would wait for its thread, too
@@ -180,7 +196,8 @@ def build_router(settings: Settings, registry: Registry | None) -> Router | None
     file = settings.routing.file
     if file is not None and not file.is_file():
         raise StartupError(f"routing.file {file} is not a file.")
-    if registry is None or not settings.routing.enabled:
+    store_folder = settings.adapters.store_folder
+    if registry is None or store_folder is None or not settings.routing.enabled:
         return None
     return Router(
         file,
@@ -188,6 +205,7 @@ def build_router(settings: Settings, registry: Registry | None) -> Router | None
         registry,
         known=lambda: [card.name for card in registry.cards()],
         takes_base_name=settings.routing.base_name,
+        train=Kept(store_folder / TABLES),
     )
 
 
@@ -328,15 +346,7 @@ def default_name(settings: Settings) -> str:
 def run(settings: Settings) -> None:
     """Serve with uvloop until stopped; see `serve`. Exits with 1 when the engine was given up."""
     prepare_environment()
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        force=True,
-    )
-    # What vllm says while it is imported, before it reads its own log level.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    # Its "Started server process" lines repeat ours.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logs.set_up(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(serve(settings))
     if code:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import msgspec
 
@@ -130,6 +130,19 @@ class Caller:
 ANONYMOUS = Caller("-", "anonymous", frozenset(SCOPES))
 
 
+class Trace(Protocol):
+    """A span of one call that is traced, under which others go. Times are time.monotonic()'s."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+        ...
+
+    def span(self, name: str, start_s: float, end_s: float, /, **attributes: Any) -> Trace:
+        """Tell of a step that is over. Attributes that are None are left out."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One request, of either protocol. Exactly one of `messages` (chat) and `prompt` is set.
@@ -138,7 +151,8 @@ class GenerateRequest:
     at the end; `echo` that the prompt's text is wanted too. `add_special_tokens` None is the
     endpoint's habit: no for chat (its template has them), yes for text. A lower `priority` goes
     first. `timeout_s` counts from its arrival at the service; None is the server's own. Requests of
-    another `cache_salt` share no blocks of the engine's prefix cache with it.
+    another `cache_salt` share no blocks of the engine's prefix cache with it. `trace` is there when
+    the call is traced.
     """
 
     request_id: str
@@ -156,6 +170,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     cache: CachePolicy = AUTO_CACHE
     cache_salt: str | None = None
+    trace: Trace | None = field(default=None, compare=False, repr=False)
 
     @property
     def prompt_param(self) -> str:
@@ -259,9 +274,19 @@ class ToolCall(msgspec.Struct, frozen=True, gc=False):
     name: str | None = None
 
 
+class EngineTimes(NamedTuple):
+    """When the engine took a request's steps, in time.monotonic()'s seconds; 0: not at all."""
+
+    queued_s: float
+    scheduled_s: float
+    first_token_s: float
+    last_token_s: float
+
+
 class Chunk(msgspec.Struct, frozen=True, gc=False):
     """Newly generated tokens of one choice. The last chunk of each choice, and only that, has a
-    finish_reason; `stop_reason` is the stop string or token id that was met.
+    finish_reason; `stop_reason` is the stop string or token id that was met. That one may have the
+    engine's `times`, too.
 
     One of these is made per token, hence msgspec: it costs a tenth of a frozen dataclass. None of
     its parts leads back to it, so the collector need not look at those that are kept for others.
@@ -278,6 +303,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    times: EngineTimes | None = None
 
     @property
     def is_plain(self) -> bool:

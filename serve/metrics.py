@@ -8,7 +8,9 @@ vLLM's own `vllm:*` series live in the same registry, so one scrape shows both. 
 from __future__ import annotations
 
 import prometheus_client
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+
+from serve.machine import Gpus, Machine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -32,6 +34,12 @@ REQUEST_SECONDS = Histogram(
     "packhorse_request_seconds",
     "From the request's arrival to its end, however it ended.",
     buckets=_SECONDS,
+)
+BEFORE_ENGINE_SECONDS = Histogram(
+    "packhorse_before_engine_seconds",
+    "From the request's arrival to the engine getting it: routing, rendering, the cache's look-up, "
+    "admission, and its turn on the adapter.",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30),
 )
 ADMISSION_REFUSALS = Counter(
     "packhorse_admission_refusals_total",
@@ -58,6 +66,10 @@ STALLED_CLIENTS = Counter(
 )
 READY = Gauge("packhorse_ready", "1 while new requests are taken, 0 while starting or draining.")
 
+LOOP_LAG = Gauge(
+    "packhorse_event_loop_lag_seconds",
+    "The longest that the event loop was late since the last scrape.",
+)
 TASKS = Gauge(
     "packhorse_event_loop_tasks", "Tasks of the server's event loop: requests, and some of its own."
 )
@@ -148,6 +160,11 @@ CACHE_STORE_FAILURES = Counter(
     "Calls to the shared store that failed, by reason: timeout, refused, or error.",
     ["reason"],
 )
+
+
+MACHINE, GPUS = Machine(), Gpus()
+REGISTRY.register(MACHINE)
+REGISTRY.register(GPUS)
 
 
 def held() -> float:

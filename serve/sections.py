@@ -112,6 +112,22 @@ class ServiceSettings(Section):
         return self
 
 
+class TracingSettings(Section):
+    """Owner: tracing. OpenTelemetry, see docs/observability.md."""
+
+    endpoint: str | None = Field(None, pattern=r"^https?://")
+    """Where spans go, by OTLP: http://HOST:4317 for grpc, http://HOST:4318 for http/protobuf.
+    Unset: no tracing.
+    """
+    protocol: Literal["grpc", "http/protobuf"] = "grpc"
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    """Sent with them; keys of hosted collectors go here."""
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+    """How many of the calls are traced whose caller does not say (with `traceparent`)."""
+    service_name: str = "packhorse"
+    """What the spans are filed under."""
+
+
 class AuthSettings(Section):
     """Owner: auth. Without either, everybody may do everything."""
 

@@ -10,7 +10,6 @@ same for every protocol.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 import uuid
@@ -24,19 +23,12 @@ from serve.cache.base import Results
 from serve.cache.key import Key, Unkeyable
 from serve.engines.base import Engine
 from serve.errors import ErrorKind, Forbidden, Invalid, ServeError, Unavailable, UnknownModel
-from serve.messages import (
-    ANONYMOUS,
-    Caller,
-    GenerateRequest,
-    Message,
-    Route,
-    RouteStage,
-)
+from serve.logs import RequestLog
+from serve.messages import ANONYMOUS, Caller, GenerateRequest, Message, Route, RouteStage
 from serve.routing.base import AUTO, Decision, Routing
 from serve.sources import Generation, Shared, Stored
 from serve.stream import Stream
-
-logger = logging.getLogger("packhorse.request")
+from serve.timeline import Timeline
 
 # Who has read nothing of a shared generation that ends like this may try again, so often: for the
 # first two the reasons were its leader's own; the last may have been the request's doing.
@@ -71,6 +63,7 @@ class Service:
         adapters: Adapters | None = None,
         routing: Routing | None = None,
         cache: Results | None = None,
+        log: RequestLog | None = None,
         request_timeout_s: float = 600.0,
         max_request_timeout_s: float = 3600.0,
     ) -> None:
@@ -80,6 +73,7 @@ class Service:
         self._adapters = adapters
         self._routing = routing
         self._cache = cache
+        self._log = log or RequestLog()
         self._request_timeout_s = request_timeout_s
         self.max_request_timeout_s = max_request_timeout_s
         self.created_s = int(time.time())
@@ -150,6 +144,7 @@ class Service:
 
     def _new_stream(self, request: GenerateRequest) -> Stream:
         """A new stream, counted as in flight until its end. Raises ServeError."""
+        timeline = Timeline()
         try:
             self._check_open()
             engine, timeout_s = self.engine, self._timeout_s(request)
@@ -158,12 +153,15 @@ class Service:
             partition = self._cache.partition(request) if self._cache else None
             route = Route(self.model, adapter, stage, partition)
             metrics.ROUTES.labels(route.adapter.name if route.adapter else "", stage).inc()
+            timeline.routed_s = time.monotonic()
             stream = Stream(
                 engine,
                 request,
                 route,
                 lease=lease,
+                timeline=timeline,
                 timeout_s=timeout_s,
+                log=self._log,
                 on_end=self._ended,
                 again=self._find_again,
             )
@@ -193,9 +191,12 @@ class Service:
             await stream.render()
             return
         stream.prompt = known.prompt
+        timeline = stream.timeline
+        timeline.lookup_s = time.monotonic()
         key = cache.key(request, stream.route, known)
         if key is not None:
             await self._find(stream, key, cache)
+        timeline.looked_up_s = time.monotonic()
         if stream.source is None and not is_rendered:
             await stream.render()
 
@@ -249,6 +250,9 @@ class Service:
         """Let rendered streams of one call go to the engine, those that have no source yet. Raises
         Overloaded, which ends them.
         """
+        now_s = time.monotonic()
+        for stream in streams:
+            stream.timeline.prepared_s = now_s
         open_ones = [stream for stream in streams if stream.source is None]
         demands = [
             Demand(
@@ -270,7 +274,7 @@ class Service:
             if flight is not None and lease is not None:
                 lease = lease.again()  # the generation may outlast the stream
             generation = Generation(
-                self.engine, stream.prompt, request, stream.route, ticket, lease
+                self.engine, stream.prompt, request, stream.route, ticket, lease, stream.timeline
             )
             stream.source = generation
             if flight is not None:
@@ -362,10 +366,7 @@ class Service:
     def refused(self, request_id: str, error: ServeError, caller: Caller = ANONYMOUS) -> None:
         """Count and log a request that never became a stream; the edges call it for bad bodies."""
         metrics.REQUESTS.labels(error.kind).inc()
-        logger.info(
-            "request_id=%s key=%s tenant=%s outcome=%s",
-            request_id, caller.name, caller.tenant, error.kind,
-        )  # fmt: skip
+        self._log.line(request_id, caller, error.kind)
 
     def _ended(self) -> None:
         """One request less."""

@@ -33,6 +33,7 @@ from serve.sections import (
     Section,
     ServiceSettings,
     SupervisorSettings,
+    TracingSettings,
 )
 
 ENV_PREFIX = "PACKHORSE_"
@@ -47,6 +48,10 @@ class Settings(BaseSettings):
 
     model: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    """Of all lines but those of requests, which are JSON always."""
+    log_prompts: bool = False
+    """Write requests' texts into the log, for debugging."""
     http: HttpSettings = HttpSettings()
     rpc: RpcSettings = RpcSettings()
     service: ServiceSettings = ServiceSettings()
@@ -56,6 +61,7 @@ class Settings(BaseSettings):
     adapters: AdapterSettings = AdapterSettings()
     routing: RoutingSettings = RoutingSettings()
     cache: CacheSettings = CacheSettings()
+    tracing: TracingSettings = TracingSettings()
     engine: EngineSettings = EngineSettings()
 
 
@@ -96,7 +102,9 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
 
 def _shown(fault: ErrorDetails) -> str:
     """The value at fault, unless it is a secret, or a whole section."""
-    if {"api_key", "store", "secret"} & set(fault["loc"]) or isinstance(fault["input"], dict):
+    if {"api_key", "store", "secret", "headers"} & set(fault["loc"]) or isinstance(
+        fault["input"], dict
+    ):
         return ""
     return f" = {fault['input']!r}"
 

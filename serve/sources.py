@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from serve.cache.singleflight import Reader
 from serve.engines.base import Engine
 from serve.errors import ErrorKind
 from serve.messages import Chunk, GenerateRequest, Prompt, Route
+from serve.timeline import Timeline
 
 # Ends that are no doing of the caller's.
 SERVERS_FAULT = {ErrorKind.UNAVAILABLE, ErrorKind.INTERNAL, ErrorKind.OVERLOADED}
@@ -51,6 +53,7 @@ class Generation:
         route: Route,
         ticket: Ticket,
         lease: Lease | None,
+        timeline: Timeline,
     ) -> None:
         self._engine = engine
         self._prompt = prompt
@@ -58,30 +61,33 @@ class Generation:
         self._route = route
         self._ticket = ticket
         self._lease = lease
+        self._timeline = timeline
         self._is_over = False
 
     async def ready(self) -> None:
         if self._lease is not None:
             await self._lease.ready(len(self._prompt.token_ids), self._prompt.max_tokens)
+        timeline = self._timeline
+        timeline.launched_s = time.monotonic()
+        metrics.BEFORE_ENGINE_SECONDS.observe(timeline.launched_s - timeline.arrived_s)
 
     def chunks(self) -> AsyncGenerator[Chunk, None]:
         return self._engine.generate(self._prompt, self._request, self._route)
 
     def begun(self) -> None:
         self._ticket.begun()
+        metrics.TOKENS.labels("prompt").inc(len(self._prompt.token_ids))
 
     def ended(self, completion_tokens: int, outcome: str) -> None:
         if self._is_over:
             return
         self._is_over = True
-        prompt_tokens = len(self._prompt.token_ids)
-        used_tokens = prompt_tokens + completion_tokens
+        used_tokens = len(self._prompt.token_ids) + completion_tokens
         # What came to nothing through no doing of its caller's costs it nothing.
         free = not completion_tokens and outcome in SERVERS_FAULT
         self._ticket.ended(0 if free else used_tokens)
         if self._lease is not None:
             self._lease.release(used_tokens)
-        metrics.TOKENS.labels("prompt").inc(prompt_tokens)
         metrics.TOKENS.labels("completion").inc(completion_tokens)
 
 

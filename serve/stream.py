@@ -18,8 +18,10 @@ from serve.cache.singleflight import Flight
 from serve.deadline import Deadline
 from serve.engines.base import Engine
 from serve.errors import Cancelled, ErrorKind, Internal, ServeError
+from serve.logs import RequestLog
 from serve.messages import CacheMark, Chunk, GenerateRequest, Prompt, Route, Usage
 from serve.sources import Source
+from serve.timeline import Timeline
 
 logger = logging.getLogger("packhorse.request")
 
@@ -38,7 +40,9 @@ class Stream:
         route: Route,
         *,
         lease: Lease | None,
+        timeline: Timeline,
         timeout_s: float,
+        log: RequestLog,
         on_end: Callable[[], None],
         again: Callable[[Stream, ServeError], Awaitable[bool]],
     ) -> None:
@@ -55,12 +59,12 @@ class Stream:
         """What others wait for and this stream has not launched yet."""
         self.mark: CacheMark = "bypass"
         self.tries = 0
-        self._arrived_s = time.monotonic()
+        self.timeline = timeline
         self._deadline = Deadline(timeout_s)
+        self._log = log
         self._on_end = on_end
         self._again = again
         self._engine = engine
-        self._first_s = 0.0
         self._chunks: AsyncGenerator[Chunk, None] | None = None
         self._first: Chunk | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -72,14 +76,17 @@ class Stream:
 
     async def render(self) -> None:
         """Make the prompt. Raises ServeError."""
+        self.timeline.render_s = time.monotonic()
         self.prompt = await self.guarded(lambda: self._engine.render(self.request, self.route))
+        self.timeline.rendered_s = time.monotonic()
 
     async def open(self) -> None:
         """Wait for the first chunk. Raises ServeError."""
         await self.guarded(self._begin)
-        self._first_s = time.monotonic() - self._arrived_s
+        timeline = self.timeline
+        timeline.first_s = time.monotonic()
         if self.request.stream:  # otherwise the first chunk is also the last
-            metrics.FIRST_TOKEN_SECONDS.observe(self._first_s)
+            metrics.FIRST_TOKEN_SECONDS.observe(timeline.first_s - timeline.arrived_s)
 
     async def _begin(self) -> None:
         while True:
@@ -186,6 +193,7 @@ class Stream:
         if chunk.finish_reason is not None:
             self._unfinished -= 1
             self._reasoning_tokens += chunk.reasoning_tokens
+            self.timeline.engine = chunk.times
 
     async def close(self) -> None:
         """Abort what is still running. Safe to call twice, and after the end."""
@@ -205,9 +213,8 @@ class Stream:
             return
         self._outcome = str(outcome)
         self._deadline.stop()
-        total_s = time.monotonic() - self._arrived_s
         metrics.REQUESTS.labels(self._outcome).inc()
-        metrics.REQUEST_SECONDS.observe(total_s)
+        metrics.REQUEST_SECONDS.observe(time.monotonic() - self.timeline.arrived_s)
         usage = self.usage
         if self.leading is not None:
             self.leading.fail(Cancelled("The request that this one waited for has ended."))
@@ -216,16 +223,20 @@ class Stream:
         if self.lease is not None:
             self.lease.release()
         self._on_end()
-        logger.info(
-            "request_id=%s model=%s adapter=%s key=%s tenant=%s outcome=%s cache=%s "
-            "prompt_tokens=%d completion_tokens=%d cached_tokens=%d first_token_s=%.3f "
-            "total_s=%.3f",
-            self.request.request_id, self.route.model,
-            self.route.adapter.engine_name if self.route.adapter else "-",
-            self.request.caller.name, self.request.caller.tenant, self._outcome,
-            self.mark, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens,
-            self._first_s, total_s,
-        )  # fmt: skip
+        request, route = self.request, self.route
+        self.timeline.tell(request, route, self.mark, usage, self._outcome)
+        self._log.ended(
+            request,
+            self._outcome,
+            model=route.model,
+            adapter=route.adapter.engine_name if route.adapter else None,
+            route=route.stage,
+            cache=self.mark,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            **self.timeline.fields(),
+        )
 
 
 async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Chunk], None]:

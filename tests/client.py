@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from tests.conftest import Server
 
@@ -22,6 +23,14 @@ def metric(http: httpx.Client, name: str) -> float:
     """The value of a series; one that has not been counted yet is 0."""
     lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name + " ")]
     return float(lines[0].rpartition(" ")[2]) if lines else 0.0
+
+
+def request_lines(log: str | pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The lines that requests have left, read: in a server's log, or in what was captured."""
+    if isinstance(log, str):
+        lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        return [line for line in lines if "request_id" in line]
+    return [record.request for record in log.records if hasattr(record, "request")]
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -37,8 +37,12 @@ _decoder = msgspec.msgpack.Decoder(Result)
 
 
 def encode(result: Result) -> bytes:
-    """The content alone, as the memory tier has it."""
-    return _encoder.encode(result)
+    """The content alone, as the memory tier has it. When it was made is nobody else's time."""
+    chunks = tuple(
+        chunk if chunk.times is None else msgspec.structs.replace(chunk, times=None)
+        for chunk in result.chunks
+    )
+    return _encoder.encode(Result(chunks, result.created_s))
 
 
 def decode(content: bytes) -> Result:
@@ -99,6 +103,7 @@ def _joined(chunks: list[Chunk]) -> Chunk:
         next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs), None),
         max(chunk.cached_tokens for chunk in chunks),
         last.reasoning_tokens,
+        last.times,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Response
 from starlette.exceptions import HTTPException
@@ -20,18 +22,23 @@ from serve.rest.access import Access
 from serve.sections import HttpSettings
 from serve.service import Service, request_id_from
 
+if TYPE_CHECKING:
+    from serve.tracing import CallSpan, Tracing
+
 logger = logging.getLogger("packhorse.http")
 
 
 class RequestIds:
     """Gives every request an id, the client's own when it sent a harmless one; returns it in
-    `x-request-id`. Logs what nobody caught, with that id.
+    `x-request-id`. Logs what nobody caught, with that id. When there is tracing, gives calls to
+    /v1 a span, and returns it in `traceparent`.
 
     Pure ASGI: Starlette's BaseHTTPMiddleware would hide a client's disconnect.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
         self._app = app
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,17 +48,46 @@ class RequestIds:
         request_id = request_id_from(sent.decode("latin-1"))
         # A stream takes the server's own `send`, which the framework wraps several times.
         scope.setdefault("state", {}).update(request_id=request_id, send=send)
-        header = (b"x-request-id", request_id.encode())
+        headers = [(b"x-request-id", request_id.encode())]
+        status = 499  # a client that left before there was an answer
+        span = None
+        if self._tracing is not None and scope["path"].startswith("/v1/"):
+            span = scope["state"]["trace"] = self._begin(self._tracing, scope, request_id)
+            headers.append((b"traceparent", span.traceparent.encode()))
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), header]
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:  # the edge: the framework has answered 500 and passes it on to be logged
             logger.exception("request_id=%s failed unexpectedly", request_id)
+        finally:
+            if span is not None:
+                # Paths that nobody knows are anybody's invention, and no name for a span.
+                route = getattr(scope.get("route"), "path", None)
+                span.end(
+                    f"{scope['method']} {route}" if route else scope["method"],
+                    failed=status >= 500,
+                    **{"http.route": route, "http.response.status_code": status},
+                )
+
+    def _begin(self, tracing: Tracing, scope: Scope, request_id: str) -> CallSpan:
+        carrier = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name in (b"traceparent", b"tracestate")
+        }
+        attributes = {
+            "http.request.method": scope["method"],
+            "url.path": scope["path"][:256],
+            "packhorse.request_id": request_id,
+        }
+        return tracing.begin(scope["method"], carrier, **attributes)
 
 
 def build_app(
@@ -59,6 +95,7 @@ def build_app(
     settings: HttpSettings,
     keys: Keys | None = None,
     admin: Admin | None = None,
+    tracing: Tracing | None = None,
 ) -> ASGIApp:
     """The HTTP surface over one service; without /metrics and /admin when these have a port of
     their own. `keys` None: everybody may do everything.
@@ -69,7 +106,7 @@ def build_app(
     documents.add_schemas(app, None if service.has_adapters else service.model)
     if settings.admin_port is None:
         _add_operators_routes(app, service, settings, admin)
-    return _wrapped(app, service, settings, keys)
+    return _wrapped(app, service, settings, keys, tracing)
 
 
 def build_admin_app(
@@ -121,11 +158,18 @@ def _add_operators_routes(
             metrics.READY.set(1)
         except ServeError:
             metrics.READY.set(0)
-        body, content_type = metrics.exposition()
+        # Written in a thread: it takes milliseconds, which streams need not wait for in one piece.
+        body, content_type = await asyncio.to_thread(metrics.exposition)
         return Response(body, media_type=content_type)
 
 
-def _wrapped(app: ASGIApp, service: Service, settings: HttpSettings, keys: Keys | None) -> ASGIApp:
+def _wrapped(
+    app: ASGIApp,
+    service: Service,
+    settings: HttpSettings,
+    keys: Keys | None,
+    tracing: Tracing | None = None,
+) -> ASGIApp:
     """From the inside out: access; CORS, whose preflights carry no key; request ids, so that even a
     500 has one.
     """
@@ -136,6 +180,6 @@ def _wrapped(app: ASGIApp, service: Service, settings: HttpSettings, keys: Keys 
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", "traceparent"),
         )
-    return RequestIds(app)
+    return RequestIds(app, tracing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -91,6 +91,9 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         except ServeError as error:
             service.refused(request_id, error, caller)
             raise
+        trace = getattr(request.state, "trace", None)
+        if trace is not None:
+            asked = [replace(one, trace=trace) for one in asked]
         if body.stream:
             streams = await unless_disconnected(request.receive, service.start_all(asked))
             return EventStream(

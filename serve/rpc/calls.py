@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -18,14 +18,23 @@ from google.protobuf.message import DecodeError, Message
 from serve import metrics
 from serve.auth import Keys, check_scope
 from serve.errors import Cancelled, Invalid, ServeError, TooLarge
-from serve.messages import ANONYMOUS, Caller, Scope
+from serve.messages import ANONYMOUS, Caller, Scope, Trace
 from serve.rpc.errors import DETAILS, code_of, details_of, message_of, unexpected
 from serve.sections import RpcSettings
 from serve.service import Service, request_id_from
 
+if TYPE_CHECKING:
+    from serve.tracing import Tracing
+
 logger = logging.getLogger("packhorse.rpc")
 
 LAST_WORD_S = 1.0
+# Ends that are the server's fault; the same errors have a status of 500 and above over HTTP.
+FAULTS = {
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
 _STALLED = Cancelled("The client did not read its stream.")
 
 Request = TypeVar("Request", bound=Message)
@@ -43,6 +52,7 @@ class Call(Generic[Request]):
     timeout_s: float | None
     marks: dict[str, str] = field(default_factory=dict)
     """What goes out with the trailers."""
+    trace: Trace | None = None
     sends: int = 0
     """Goes up before and after each message that is sent, so it is odd while one is on its way."""
     has_stalled: bool = False
@@ -60,19 +70,35 @@ Handler = Callable[[Call[Any]], Awaitable[Message | None]]
 class Calls:
     """Makes method handlers of handlers."""
 
-    def __init__(self, service: Service, keys: Keys | None, settings: RpcSettings) -> None:
+    def __init__(
+        self,
+        service: Service,
+        keys: Keys | None,
+        settings: RpcSettings,
+        tracing: Tracing | None = None,
+    ) -> None:
         """`keys` None: everybody may do everything."""
+        self._tracing = tracing
         self._service = service
         self._keys = keys
         self._settings = settings
 
     def method(
-        self, handler: Handler, request: type[Message], *, scope: Scope, streams: bool, counts: bool
+        self,
+        name: str,
+        handler: Handler,
+        request: type[Message],
+        *,
+        scope: Scope,
+        streams: bool,
+        counts: bool,
     ) -> grpc.RpcMethodHandler:
-        """`counts`: whether the call takes one of the places that admission has."""
+        """`name` is its full one; `counts`: whether the call takes one of the places that admission
+        has.
+        """
 
         async def run(raw: bytes, context: Context) -> Message | None:
-            return await self._run(handler, request, raw, context, scope, counts=counts)
+            return await self._run(name, handler, request, raw, context, scope, counts=counts)
 
         made = (
             grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
@@ -82,6 +108,7 @@ class Calls:
 
     async def _run(
         self,
+        name: str,
         handler: Handler,
         kind: type[Message],
         raw: bytes,
@@ -93,6 +120,15 @@ class Calls:
         metadata = dict(context.invocation_metadata() or ())
         request_id = request_id_from(metadata.get("x-request-id"))
         marks = {"x-request-id": request_id}
+        span = None
+        if self._tracing is not None and scope == "inference":
+            span = self._tracing.begin(
+                name,
+                {key: metadata[key] for key in ("traceparent", "tracestate") if key in metadata},
+                **{"rpc.system": "grpc", "rpc.method": name, "packhorse.request_id": request_id},
+            )
+            marks["traceparent"] = span.traceparent
+        code = grpc.StatusCode.OK
         caller, place = ANONYMOUS, None
         watch: asyncio.Task[None] | None = None
         call: Call[Any] | None = None
@@ -106,7 +142,7 @@ class Calls:
                     place = self._service.enter(caller)
                 call = Call(
                     self._parsed(kind, raw), request_id, caller, context,
-                    context.time_remaining(), marks,
+                    context.time_remaining(), marks, span,
                 )  # fmt: skip
             except ServeError as error:
                 self._service.refused(request_id, error, caller)
@@ -116,6 +152,7 @@ class Calls:
             context.set_trailing_metadata(tuple(marks.items()))
             return answer
         except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
             if call is not None and call.has_stalled:
                 # gRPC has no way to hang up on one call; this is the last it hears of us.
                 with contextlib.suppress(Exception):
@@ -123,8 +160,10 @@ class Calls:
                         await self._fail(context, _STALLED, request_id, marks)
             raise
         except ServeError as error:
+            code = code_of(error)
             await self._fail(context, error, request_id, marks)
         except Exception:
+            code = grpc.StatusCode.INTERNAL
             if context.done():  # what is sent to a client that has left fails
                 return None
             logger.exception("request_id=%s failed unexpectedly", request_id)
@@ -134,6 +173,8 @@ class Calls:
                 watch.cancel()
             if place is not None:
                 place.leave()
+            if span is not None:
+                span.end(name, failed=code in FAULTS, **{"rpc.grpc.status_code": code.value[0]})
         return None
 
     def _parsed(self, kind: type[Message], raw: bytes) -> Any:

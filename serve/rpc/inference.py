@@ -80,7 +80,8 @@ class Inference:
             left_s = min(max(call.timeout_s, 0.001), self._service.max_request_timeout_s)
             timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
         policy = body.cache.policy() if body.cache else AUTO_CACHE
-        return body.to_requests(call.request_id, call.caller, timeout_s, policy)
+        asked = body.to_requests(call.request_id, call.caller, timeout_s, policy)
+        return [replace(one, trace=call.trace) for one in asked] if call.trace else asked
 
     async def _whole(
         self, call: Asked, asked: Sequence[GenerateRequest], prefix: str

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -28,6 +28,9 @@ from serve.rpc.pb import admin_pb2, inference_pb2
 from serve.sections import RpcSettings
 from serve.service import Service
 
+if TYPE_CHECKING:
+    from serve.tracing import Tracing
+
 logger = logging.getLogger("packhorse.rpc")
 
 LOOK_EVERY_S = 0.25
@@ -41,7 +44,12 @@ class RpcServer:
     """One port, taken when this is made; make it in the event loop that it is to serve in."""
 
     def __init__(
-        self, service: Service, admin: Admin | None, keys: Keys | None, settings: RpcSettings
+        self,
+        service: Service,
+        admin: Admin | None,
+        keys: Keys | None,
+        settings: RpcSettings,
+        tracing: Tracing | None = None,
     ) -> None:
         """`admin` None: operators' calls are not here. Raises StartupError when the port or the
         certificate is not to be had.
@@ -51,7 +59,7 @@ class RpcServer:
         self._server = grpc.aio.server(
             options=_options(settings), maximum_concurrent_rpcs=settings.max_calls
         )
-        calls = Calls(service, keys, settings)
+        calls = Calls(service, keys, settings, tracing)
         methods = {
             INFERENCE: _methods(calls, INFERENCE, Inference(service).handlers(), "inference")
         }
@@ -127,6 +135,7 @@ def _methods(
         raise RuntimeError(f"{service.full_name}: {known ^ set(handlers)} only on one side")
     return {
         method.name: calls.method(
+            f"{service.full_name}/{method.name}",
             handlers[method.name],
             GetMessageClass(method.input_type),
             scope=scope,

@@ -70,7 +70,8 @@ async def twins(
     admin = Admin(cache=results, model="echo")
     async with serving(keys=keys, admin=admin, cache=results, **options) as served:
         settings = RpcSettings(**{"port": 0, **(rpc or {})})
-        server = RpcServer(served.service, admin, Keys(keys) if keys else None, settings)
+        known, tracing = Keys(keys) if keys else None, options.get("tracing")
+        server = RpcServer(served.service, admin, known, settings, tracing)
         await server.start()
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:

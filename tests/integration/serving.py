@@ -23,6 +23,7 @@ from serve.rest.app import build_admin_app, build_app
 from serve.rest.listen import Listeners
 from serve.sections import AdmissionSettings, AuthSettings, EngineSettings, HttpSettings
 from serve.service import Service
+from serve.tracing import Tracing
 
 
 @dataclass
@@ -51,6 +52,7 @@ async def serving(
     verify: Any = True,
     clock: Callable[[], float] | None = None,
     admin: Admin | None = None,
+    tracing: Tracing | None = None,
     **service_options: Any,
 ) -> AsyncIterator[Served]:
     """`limits` are admission's settings, `http` those of that section; `clock` is for keys and
@@ -64,7 +66,7 @@ async def serving(
     engine = engine or EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s))
     listeners = Listeners(
         settings,
-        build_app(service, settings, known, admin),
+        build_app(service, settings, known, admin, tracing),
         build_admin_app(service, settings, known, admin),
     )
     listeners.start()

@@ -10,13 +10,17 @@ import pytest
 from tests.conftest import ROOT
 
 FILES = sorted([*(ROOT / "serve").rglob("*.py"), *(ROOT / "quantize").rglob("*.py")])
-LEAVES = {"serve.messages", "serve.errors", "serve.metrics"}
+LEAVES = {"serve.messages", "serve.errors", "serve.metrics", "serve.logs"}
 
 # package (or module) -> what of ours it may import, besides itself and what lies below it
 ALLOWED: dict[str, set[str]] = {
     "serve.messages": LEAVES,
     "serve.errors": LEAVES,
-    "serve.metrics": LEAVES,
+    "serve.metrics": LEAVES | {"serve.machine"},
+    "serve.logs": LEAVES,
+    "serve.machine": set(),
+    "serve.timeline": LEAVES,
+    "serve.tracing": LEAVES | {"serve.sections"},
     "serve.sections": LEAVES,
     "serve.settings": LEAVES | {"serve.sections"},
     "serve.engines": LEAVES | {"serve.sections"},
@@ -31,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "serve.admission",
         "serve.cache.singleflight",
         "serve.engines.base",
+        "serve.timeline",
     },
     "serve.stream": LEAVES
     | {
@@ -39,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "serve.deadline",
         "serve.engines.base",
         "serve.sources",
+        "serve.timeline",
     },
     "serve.service": LEAVES
     | {
@@ -50,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "serve.routing.base",
         "serve.sources",
         "serve.stream",
+        "serve.timeline",
     },
     "serve.adapters": LEAVES,
     "serve.admin": LEAVES
@@ -67,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         "serve.sections",
         "serve.service",
         "serve.stream",
+        "serve.tracing",
     },
     "serve.rest": LEAVES
     | {
@@ -78,6 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "serve.sections",
         "serve.service",
         "serve.stream",
+        "serve.tracing",
     },
     "serve.cli": LEAVES | {"serve.auth", "serve.settings", "serve.main"},
     "quantize.errors": set(),
@@ -123,7 +132,9 @@ ONLY_IN = {
     "google": ("serve.rpc",),
     "vllm": ("serve.engines.vllm", "quantize.verify"),
     "matplotlib": ("quantize.plots",),
-    "prometheus_client": ("serve.metrics", "serve.engines.vllm"),
+    "prometheus_client": ("serve.metrics", "serve.machine", "serve.engines.vllm"),
+    "opentelemetry": ("serve.tracing",),
+    "pynvml": ("serve.machine",),
     "uvicorn": ("serve.rest.listen",),
     "yaml": ("serve.auth", "serve.routing"),
     "sklearn": ("serve.routing",),

@@ -32,6 +32,8 @@ SHARED = (
 LORA = ("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank")
 # MODEL and its name are the command line's; without a tokenizer nothing here works.
 TAKEN = {"model", "served_model_name", "skip_tokenizer_init"}
+# It would set the process's tracer provider.
+TRACERS = {"otlp_traces_endpoint", "collect_detailed_traces"}
 
 
 def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngineArgs:
@@ -79,6 +81,11 @@ def _fits_in_core(free: dict[str, Any]) -> bool:
 def _refuse_unknown(names: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)} - TAKEN
     for name in names:
+        if name in TRACERS:
+            raise StartupError(
+                f"engine.{name}: vLLM's own tracer is not used here; set tracing.endpoint, whose "
+                "spans have the engine's too."
+            )
         if name in TAKEN:
             raise StartupError(
                 f"engine.{name} is not for the engine section; see docs/settings.md."

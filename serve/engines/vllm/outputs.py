@@ -16,7 +16,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from serve.errors import Invalid, Unavailable
-from serve.messages import Chunk, TokenLogprob
+from serve.messages import Chunk, EngineTimes, TokenLogprob
 
 REASONS = ("stop", "length")
 LOWEST = -9999.0  # JSON has no minus infinity; vLLM's server writes this
@@ -67,6 +67,7 @@ def joined(first: Chunk, second: Chunk) -> Chunk:
         second.finish_reason,
         stop_reason=second.stop_reason,
         cached_tokens=first.cached_tokens,
+        times=second.times,
     )
 
 
@@ -97,6 +98,7 @@ class PlainRequestState(RequestState):
             None if finish_reason is None else str(finish_reason),  # type: ignore[arg-type]
             stop_reason=stop_reason,
             cached_tokens=self.num_cached_tokens,
+            times=None if finish_reason is None else times_of(self.stats),
         )
 
 
@@ -140,6 +142,15 @@ class ChunkProcessor(OutputProcessor):
         self._update_admission_stats()
 
 
+def times_of(stats: Any) -> EngineTimes | None:
+    """Of vLLM's RequestStateStats, which are none when its statistics are off."""
+    if stats is None:
+        return None
+    return EngineTimes(
+        stats.queued_ts, stats.scheduled_ts, stats.first_token_ts, stats.last_token_ts
+    )
+
+
 def refuse_failure(reason: str | None, *, constrained: bool) -> None:
     """Raises Invalid or Unavailable for an end that nobody asked for: vLLM's "abort" or "error".
 
@@ -177,6 +188,7 @@ def chunks_of(output: RequestOutput, tokenizer: Any) -> Iterable[Chunk]:
             else token_logprobs(token_ids, completion.logprobs, tokenizer),
             prompt_logprobs=prompt_logprobs,
             cached_tokens=output.num_cached_tokens or 0,
+            times=None if completion.finish_reason is None else times_of(output.metrics),
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from prometheus_client import REGISTRY, Gauge
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
@@ -32,6 +32,7 @@ class LastingStats(PrometheusStatLogger):
             super().__init__(vllm_config, engine_indexes)
             for gauge in self.gauge_scheduler_waiting.values():
                 _add_what_is_held(gauge)
+            REGISTRY.register(_OldNames(self))
             self.adapters: _AdapterInfo | None = None
             theirs: Any = vars(self)["gauge_lora_info"]
             self.gauge_lora_info = None
@@ -87,6 +88,35 @@ class _AdapterInfo(Collector):
         labels = [str(self._max_loras), _public(waiting), _public(resident)]
         found.add_metric(labels, time.time())
         yield found
+
+
+class _OldNames(Collector):
+    """Series under the names that vLLM had for them up to 0.10, which production-stack reads."""
+
+    def __init__(self, stats: PrometheusStatLogger) -> None:
+        self._kv_cache = stats.gauge_kv_cache_usage
+        self._counters = {
+            "vllm:gpu_prefix_cache_queries": stats.counter_prefix_cache_queries,
+            "vllm:gpu_prefix_cache_hits": stats.counter_prefix_cache_hits,
+        }
+
+    def collect(self) -> Iterator[Metric]:
+        usage = GaugeMetricFamily(
+            "vllm:gpu_cache_usage_perc",
+            "Old name of vllm:kv_cache_usage_perc.",
+            labels=("model_name", "engine"),
+        )
+        for gauge in self._kv_cache.values():
+            usage.add_metric(gauge._labelvalues, gauge._value.get())
+        yield usage
+        for name, counters in self._counters.items():
+            new = name.replace("gpu_", "")
+            family = CounterMetricFamily(
+                name, f"Old name of {new}.", labels=("model_name", "engine")
+            )
+            for counter in counters.values():
+                family.add_metric(counter._labelvalues, counter._value.get())
+            yield family
 
 
 def show_adapters(llm: AsyncLLM, loaded: Mapping[int, LoRARequest]) -> None:

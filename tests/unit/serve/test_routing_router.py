@@ -92,11 +92,11 @@ async def test_a_training_that_fails_leaves_the_rules(
 ) -> None:
     tried = []
 
-    async def build(routes: object, *rest: object, number: int) -> object:
+    async def build(routes: object, *rest: object, **named: object) -> object:
         tried.append(routes)
         if len(tried) == 1:
             raise Internal("the child was killed")
-        return await real(routes, *rest, number=number)
+        return await real(routes, *rest, **named)
 
     real = module.build
     monkeypatch.setattr(module, "build", build)

@@ -26,6 +26,7 @@ from serve.messages import Caller, GenerateRequest, Sampling
 from serve.sections import AdmissionSettings, EngineSettings
 from serve.service import Service
 from serve.stream import merged
+from tests.client import request_lines
 
 
 def ask(text: str, *, model: str = "echo", max_tokens: int | None = None) -> GenerateRequest:
@@ -345,4 +346,5 @@ async def test_the_log_line_names_the_key_and_its_tenant(caplog: pytest.LogCaptu
     caplog.set_level("INFO")
     service, _ = make_service()
     await text_of(service, replace(ask("a", max_tokens=1), caller=LIMITED))
-    assert "key=batch tenant=acme outcome=ok" in caplog.text
+    (line,) = request_lines(caplog)
+    assert (line["key"], line["tenant"], line["outcome"]) == ("batch", "acme", "ok")

@@ -40,6 +40,7 @@ def test_any_vllm_field_goes_through(tiny_checkpoint: Path) -> None:
         ({"max_num_batched_token": 1}, "did you mean max_num_batched_tokens"),
         ({"xyzzy": 1}, "neither Packhorse nor vLLM has such an engine setting"),
         ({"model": "x"}, "engine.model is not for the engine section"),
+        ({"otlp_traces_endpoint": "http://x"}, "set tracing.endpoint"),
     ],
 )
 def test_an_unknown_engine_setting_names_near_misses(

@@ -17,6 +17,7 @@ from serve.cache.results import ResultCache
 from serve.cache.values import Result, encode, seal
 from serve.errors import EngineDied, Invalid, Overloaded, ServeError
 from serve.messages import Chunk
+from tests.client import request_lines
 from tests.unit.serve.cache.caching_service import Clock, answer, make, read
 from tests.unit.serve.cache.making import ask, caller
 
@@ -289,10 +290,13 @@ async def test_the_log_says_it_and_no_prompt(caplog: pytest.LogCaptureFixture) -
         for _ in range(2):
             await answer(service, ask("secret words"))
         await asyncio.gather(*(answer(service, ask("other words")) for _ in range(2)))
-    lines = [line for line in caplog.messages if "outcome=ok" in line]
-    assert [line.split("cache=")[1].split()[0] for line in lines] == [
-        "miss",
-        "hit",
-        *sorted(("coalesced", "miss"), reverse=True),
+    lines = request_lines(caplog)
+    assert [(line["outcome"], line["cache"]) for line in lines] == [
+        ("ok", "miss"),
+        ("ok", "hit"),
+        ("ok", "miss"),
+        ("ok", "coalesced"),
     ]
-    assert "words" not in caplog.text
+    # Who joins has no time in the engine's queue; that is its leader's.
+    assert [("before_engine_s" in line) for line in lines] == [True, False, True, False]
+    assert "words" not in str(lines) + caplog.text

