@@ -10,7 +10,7 @@ Called by `training`, in the child; `heldout` says which examples test what.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -42,6 +42,9 @@ class Job(msgspec.Struct, frozen=True):
 class Trained(msgspec.Struct, frozen=True):
     table: TableData
     self_test: SelfTest
+
+
+Train = Callable[[Job], Awaitable[Trained]]
 
 
 class Vectorizer:

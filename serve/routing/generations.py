@@ -1,21 +1,22 @@
 """Changing routing safely: build the next generation whole, test it, then swap or refuse it.
 
 The server keeps one Generations. A request takes `current` once and decides with it, so it never
-sees half a change. What is built here lives in memory only: a restart builds again.
+sees half a change. What is built here lives in memory only: a restart builds again, from a table
+that `kept` may have.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from serve.errors import Conflict, Invalid
 from serve.routing.cascade import Cascade
 from serve.routing.config import Routes
 from serve.routing.examples import duplicates
-from serve.routing.fitting import Job, Trained
+from serve.routing.fitting import Job, Train
 from serve.routing.heldout import NONE, SelfTest
 from serve.routing.learned import Table
 from serve.routing.rules import Rules
@@ -26,8 +27,6 @@ MAX_EXAMPLES = 50_000
 HISTORY = 5
 # As many go into a report.
 SHOWN = 20
-
-Train = Callable[[Job], Awaitable[Trained]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,9 @@ from serve.errors import Conflict, Invalid, ServeError, Unavailable
 from serve.routing.base import Decision
 from serve.routing.config import Routes, read_routes
 from serve.routing.examples import read_examples
+from serve.routing.fitting import Train
 from serve.routing.generations import MIN_EXAMPLES, Generation, Generations, build
+from serve.routing.training import train
 
 logger = logging.getLogger("packhorse.routing")
 
@@ -39,12 +41,14 @@ class Router:
         *,
         known: Callable[[], Iterable[str]] = tuple,
         takes_base_name: bool = False,
+        train: Train = train,
     ) -> None:
         """`file` holds the routes; without one, the learned stage has its defaults. `adapters` are
         the names that can be asked for now, with the folders of their versions, and `resident` the
         same names, asked at every request; `known` are those that routes may name besides, though
-        nothing goes there now.
+        nothing goes there now. `train` makes the learned table.
         """
+        self._train = train
         self.takes_base_name = takes_base_name
         self._file = file
         self._adapters = adapters
@@ -116,7 +120,7 @@ class Router:
         if not learned:
             off = routes.learned.model_copy(update={"enabled": False})
             routes = routes.model_copy(update={"learned": off})
-        return await build(routes, examples, none, number=number)
+        return await build(routes, examples, none, number=number, train=self._train)
 
     def _read(
         self, known: Iterable[str], adapters: Mapping[str, Path]
