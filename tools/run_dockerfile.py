@@ -85,6 +85,7 @@ class Box:
             script.append(f"mount -o remount,bind,ro {root}")
         script += [
             f"mount -t proc proc {root}/proc",
+            f"mount -t sysfs -o ro sysfs {root}/sys",
             f"mount --rbind /dev {root}/dev",
             f"mount -t tmpfs -o mode=1777,exec tmpfs {root}/tmp",
         ]
@@ -104,9 +105,13 @@ class Box:
 class Builder:
     """Runs stages, each in a root of its own below `work`."""
 
-    def __init__(self, work: Path, context: Path, arguments: dict[str, str], binds: list[Path]):
+    def __init__(
+        self, work: Path, arguments: dict[str, str], binds: list[Path], *, reuse: bool
+    ) -> None:
+        """`reuse`: what an earlier run has built is taken as it is."""
         self._work = work
-        self._context = context
+        self._context = work / "context"
+        self._reuse = reuse
         self._arguments = arguments
         self._binds = [(path.resolve(), str(path.resolve())) for path in binds]
         self._roots: dict[str, Path] = {}
@@ -119,8 +124,12 @@ class Builder:
         source = self._roots.get(stage.base, self._work / "base")
         root = self._work / "stages" / stage.name
         root.parent.mkdir(exist_ok=True)
-        run(["cp", "-a", "--reflink=auto", str(source), str(root)])
-        shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+        built = root.with_name(f"{stage.name}.built")
+        reused = self._reuse and built.exists()
+        if not reused:
+            shutil.rmtree(root, ignore_errors=True)
+            run(["cp", "-a", "--reflink=auto", str(source), str(root)])
+            shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
         environment = dict(self.environments.get(stage.base, {"PATH": PATH}))
         arguments: dict[str, str] = {}
         workdir = "/"
@@ -134,6 +143,8 @@ class Builder:
             elif each.name == "WORKDIR":
                 workdir = value
                 (root / workdir.strip("/")).mkdir(parents=True, exist_ok=True)
+            elif reused:
+                continue
             elif each.name == "COPY":
                 self._copy(root, workdir, each.words, each.flags)
             elif each.name == "RUN":
@@ -142,6 +153,7 @@ class Builder:
                 passed = {n: v for n, v in os.environ.items() if n.startswith(PASSED)}
                 words = ["/bin/sh", "-c", each.value]
                 run(box.command(words, {**passed, **known, "HOME": "/root"}, workdir))
+        built.touch()
         self._roots[stage.name] = root
         self.environments[stage.name] = environment
         self.seconds[stage.name] = round(time.monotonic() - started_s, 1)
@@ -291,6 +303,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder with 12 GB free")
     parser.add_argument("--model", type=Path, help="serve this folder with the real engine, too")
     parser.add_argument("--bind", type=Path, action="append", default=[], help="for pip, read-only")
+    parser.add_argument("--reuse", action="store_true", help="run what was built before")
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -300,8 +313,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     stages = parse(options.dockerfile.read_text())
     context = work / "context"
-    for folder in (context, work / "stages"):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(context, ignore_errors=True)
+    if not options.reuse:
+        shutil.rmtree(work / "stages", ignore_errors=True)
     files = context_files(ROOT, (ROOT / ".dockerignore").read_text())
     for name in files:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +324,7 @@ def main() -> None:
     say(f"context: {len(files)} files, {context_bytes / 1e6:.2f} MB")
     make_base(work)
     arguments = dict(text.split("=", 1) for text in options.build_arg)
-    builder = Builder(work, context, arguments, options.bind)
+    builder = Builder(work, arguments, options.bind, reuse=options.reuse)
     for stage in stages:
         root = builder.build(stage)
     prove(whole(stages), root, builder.environments[stages[-1].name], options.model)
