@@ -297,8 +297,8 @@ def write(checked: CheckedAdapter, folder_to: Path) -> Written:
 def _disk_full(folder_to: Path, size: int) -> Unavailable:
     free = shutil.disk_usage(folder_to).free
     return Unavailable(
-        f"The disk of the adapter store ({folder_to}) is full: {free} bytes are free, and the "
-        f"adapter takes {size}; free some, for instance by removing adapters, and try again.",
+        f"The disk of the adapter store ({folder_to.parent}) is full: {free} bytes are free, and "
+        f"the adapter takes {size}; free some, for instance by removing adapters, and try again.",
         retry_after_s=60.0,
     )
 
