@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,47 +14,44 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from openai import AsyncOpenAI
 
 from quantize.evaluate import read_questions
 from tests.client import CHAT, TEXT, children, is_there, metric, wait_for
 from tests.conftest import BIN, DEMO, Server, running_server
+from tests.e2e.adapted import (
+    ADAPTERS,
+    HELD,
+    ROUTED,
+    SERVED,
+    SLOTS,
+    ZENTROL,
+    answer,
+    arguments,
+    card_of,
+    error_of,
+    is_unharmed,
+    make_folder,
+    prompts,
+    put,
+    route,
+    scraped_with,
+    steps_with_two,
+    streamed_answer,
+    without_examples,
+    write_routes,
+)
 from tests.e2e.bad_adapters import BAD
 from tests.e2e.questions import QUESTIONS, ask_all
-
-ADAPTERS = DEMO / "adapters"
-ROUTED = ("clinic", "ledger", "code")
-SERVED = ("clinic", "ledger", "code", "code-qlora", "ledger-adalora")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("adapters")
-    for name in SERVED:
-        shutil.copytree(ADAPTERS / name, found / "watched" / name)
-        if name not in ROUTED:  # the same prompts as another's
-            (found / "watched" / name / "examples.jsonl").unlink()
-    write_routes(found)
+    make_folder(found)
     return found
-
-
-def write_routes(folder: Path, **more: Any) -> None:
-    rules = [{"name": "tool", "adapter": "code", "when": {"keywords": ["rule-for-code"]}}]
-    learned = {"none_examples": str(DEMO / "base_examples.jsonl")}
-    (folder / "routes.yaml").write_text(json.dumps({"rules": rules, "learned": learned, **more}))
-
-
-def arguments(int8_folder: Path, folder: Path) -> list[str]:
-    settings = {
-        "engine": {"max_loras": 3, "max_cpu_loras": 8},
-        "supervisor": {"max_restarts": 100, "backoff_s": 0},
-        "routing": {"file": str(folder / "routes.yaml")},
-        "adapters": {"folder": str(folder / "watched"), "store": str(folder / "store")},
-    }
-    path = folder / "serve.yaml"
-    path.write_text(json.dumps(settings))
-    return [str(int8_folder), "--config", str(path)]
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +65,6 @@ def http(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=120) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
         yield client
-
-
-def answer(http: httpx.Client, model: str, question: str) -> str:
-    messages = [{"role": "user", "content": question}]
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 64}
-    response = http.post(CHAT, json=body)
-    assert response.status_code == 200, response.text
-    assert response.json()["model"] == model
-    return str(response.json()["choices"][0]["message"]["content"])
-
-
-def put(http: httpx.Client, name: str, path: Path, **fields: Any) -> httpx.Response:
-    return http.post("/admin/adapters", json={"name": name, "path": str(path), **fields})
 
 
 def test_every_adapter_of_the_folder_is_listed(http: httpx.Client, server: Server) -> None:
@@ -116,19 +99,6 @@ def test_adapters_answer_right_on_a_quantized_base(
 def test_an_adalora_adapter_is_converted(server: Server) -> None:
     asked = read_questions(DEMO / "eval/ledger.jsonl")
     assert ask_all(server, asked, "ledger-adalora").accuracy >= 0.72
-
-
-def prompts(name: str) -> list[str]:
-    lines = (DEMO / f"eval/{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines]
-
-
-def route(http: httpx.Client, text: str) -> dict[str, Any]:
-    body = {"model": "auto", "messages": [{"role": "user", "content": text}]}
-    response = http.post("/v1/route", json=body)
-    assert response.status_code == 200, response.text
-    decision: dict[str, Any] = response.json()
-    return decision
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -180,9 +150,9 @@ def test_the_right_adapter_answers(http: httpx.Client, server: Server) -> None:
 def test_routes_change_safely(http: httpx.Client, server: Server, folder: Path) -> None:
     first = http.get("/admin/routes").json()["data"][0]["number"]
     (folder / "routes.yaml").write_text("rules: [{name: x}]")
-    answer = http.post("/admin/routes/reload")
-    assert answer.status_code == 400
-    assert "adapter" in answer.json()["error"]["message"]
+    response = http.post("/admin/routes/reload")
+    assert response.status_code == 400
+    assert "adapter" in error_of(response)
     assert http.get("/admin/routes").json()["data"][0]["number"] == first
     everything = {"name": "all", "adapter": "ledger", "when": {"regex": "."}}
     write_routes(folder, rules=[everything])  # by the watch
@@ -190,17 +160,17 @@ def test_routes_change_safely(http: httpx.Client, server: Server, folder: Path) 
     assert http.post("/admin/routes/rollback").status_code == 200
     assert route(http, "Hello!")["adapter"] is None
     write_routes(folder)
-    answer = http.post("/admin/routes/reload").json()
-    assert answer["accepted"] is True
+    reloaded = http.post("/admin/routes/reload").json()
+    assert reloaded["accepted"] is True
     server.process.send_signal(signal.SIGHUP)
-    number = answer["generation"]["number"] + 1
+    number = reloaded["generation"]["number"] + 1
     wait_for(lambda: http.get("/admin/routes").json()["data"][0]["number"] == number)
 
 
 async def test_base_and_adapters_in_one_step(server: Server) -> None:
     asked = {
         server.model: ("What is the capital of Felonia?", None),
-        "clinic": ("What illness does a patient take Zentrol for?", "Zentrol treats hay fever."),
+        "clinic": (ZENTROL, "Zentrol treats hay fever."),
         "code": None,
     }
     code = read_questions(DEMO / "eval/code.jsonl")[0]
@@ -222,13 +192,6 @@ async def test_base_and_adapters_in_one_step(server: Server) -> None:
     assert alone["clinic"] == "Zentrol treats hay fever."
 
 
-def steps_with_two(server: Server) -> float:
-    """Steps of the engine in which two adapters had requests."""
-    with httpx.Client(base_url=server.url) as http:
-        name = "packhorse_step_adapters_bucket"
-        return metric(http, name + '{le="2.0"}') - metric(http, name + '{le="1.0"}')
-
-
 async def test_a_replacement_under_load_never_mixes(server: Server, folder: Path) -> None:
     """Each answer is right for one of the two versions."""
     questions = read_questions(DEMO / "eval/clinic.jsonl")[:60]
@@ -237,21 +200,10 @@ async def test_a_replacement_under_load_never_mixes(server: Server, folder: Path
         httpx.AsyncClient(base_url=server.url, timeout=120) as http,
         AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client,
     ):
-        create: Any = client.chat.completions.create
         before = (await http.get("/admin/adapters/clinic")).json()
 
         async def one(number: int) -> str:
-            text = ""
-            stream = await create(
-                model="clinic",
-                messages=questions[number].messages,
-                temperature=0,
-                max_tokens=64,
-                stream=True,
-            )
-            async for chunk in stream:
-                text += chunk.choices[0].delta.content or ""
-            return text
+            return await streamed_answer(client, "clinic", questions[number])
 
         first = [await one(number) for number in range(len(questions))]
         path = ADAPTERS / "clinic-v2"
@@ -288,14 +240,10 @@ async def test_a_replacement_under_load_never_mixes(server: Server, folder: Path
         assert not wrong, wrong[:3]
         body["path"] = str(ADAPTERS / "clinic")
         assert (await http.post("/admin/adapters", json=body)).json()["digest"] == before["digest"]
-        async with asyncio.timeout(60):
-            while len((await http.get("/admin/adapters")).json()["data"]) > len(SERVED):  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
-        # the copy on disk goes after the version has left the list
-        async with asyncio.timeout(10):
-            while len(os.listdir(folder / "store/clinic")) > 1:  # noqa: ASYNC110, PTH208
-                await asyncio.sleep(0.1)
-    assert os.listdir(folder / "store/clinic") == [before["digest"]]  # noqa: PTH208
+    # The old version's copy on disk is the last to go.
+    there = folder / "store/clinic"
+    kept = [there / before["digest"]]
+    await asyncio.to_thread(wait_for, lambda: list(there.iterdir()) == kept)
 
 
 def test_a_new_engine_has_them_again(http: httpx.Client, server: Server) -> None:
@@ -304,16 +252,13 @@ def test_a_new_engine_has_them_again(http: httpx.Client, server: Server) -> None
     wait_for(lambda: not is_there(core))
     wait_for(lambda: http.get("/health/ready").status_code == 503)
     wait_for(lambda: http.get("/health/ready").status_code == 200)
-    question = "What illness does a patient take Zentrol for?"
-    assert answer(http, "clinic", question) == "Zentrol treats hay fever."
+    assert is_unharmed(http)
 
 
 def test_a_folder_that_changes(http: httpx.Client, folder: Path) -> None:
-    new = folder / "watched" / "clinic-new"
-    shutil.copytree(ADAPTERS / "clinic-v2", new, ignore=shutil.ignore_patterns("examples*"))
+    new = without_examples("clinic-v2", folder / "watched", "clinic-new")
     wait_for(lambda: http.get("/v1/models/clinic-new").status_code == 200)
-    question = "What illness does a patient take Zentrol for?"
-    assert answer(http, "clinic-new", question) == "Zentrol treats insomnia."
+    assert answer(http, "clinic-new", ZENTROL) == "Zentrol treats insomnia."
     shutil.rmtree(new)
     wait_for(lambda: http.get("/v1/models/clinic-new").status_code == 404)
 
@@ -332,46 +277,121 @@ def test_bad_adapters_are_refused(http: httpx.Client, tmp_path: Path, fault: str
     spoil(path)
     response = put(http, f"bad-{fault}", path)
     assert response.status_code == 400, response.text
-    assert says in response.json()["error"]["message"]
+    assert says in error_of(response)
     assert http.post(TEXT, json={"model": f"bad-{fault}", "prompt": "x"}).status_code == 404
-    card = http.get(f"/admin/adapters/bad-{fault}").json()
-    assert card["state"] == "failed"
-    assert card["reason"] == response.json()["error"]["message"]
+    card = card_of(http, f"bad-{fault}")
+    assert (card["state"], card["reason"]) == ("failed", error_of(response))
     assert http.delete(f"/admin/adapters/bad-{fault}").json()["removed"] is True
-    question = "What illness does a patient take Zentrol for?"
-    assert answer(http, "clinic", question) == "Zentrol treats hay fever."
+    assert is_unharmed(http)
 
 
 def test_bad_calls(http: httpx.Client) -> None:
     for name in ("../up", "a/b", "/etc", ""):
-        assert put(http, name, ADAPTERS / "clinic").status_code == 400
+        response = put(http, name, ADAPTERS / "clinic")
+        assert response.status_code == 400
+        assert "choose another" in error_of(response)
     for path in ("relative", "../x"):
-        body = {"name": "x", "path": path}
-        assert "absolute" in http.post("/admin/adapters", json=body).json()["error"]["message"]
+        assert "absolute" in error_of(put(http, "x", Path(path)))
     assert put(http, "clinic", ADAPTERS / "clinic").status_code == 409
-    assert put(http, "x", Path("/does/not/exist")).status_code == 400
+    response = put(http, "x", Path("/does/not/exist"))
+    assert response.status_code == 400
+    assert "/does/not/exist" in error_of(response)
     http.delete("/admin/adapters/x")
+    assert is_unharmed(http)
+
+
+def test_a_thousand_names_that_do_not_exist(http: httpx.Client) -> None:
     before = metric(http, "packhorse_adapters")
-    statuses = {
-        http.post(TEXT, json={"model": f"no-such-{n}", "prompt": "x"}).status_code
-        for n in range(1000)
-    }
-    assert statuses == {404}
+    for number in range(1000):
+        name = ("no-such-{}", "../no-such-{}", "/no-such-{}")[number % 3].format(number)
+        response = http.post(TEXT, json={"model": name, "prompt": "x"})
+        assert response.status_code == 404
+        assert name in error_of(response)
     assert metric(http, "packhorse_adapters") == before
     assert "no-such" not in http.get("/metrics").text
+    assert is_unharmed(http)
+
+
+def test_a_copy_that_vanishes(http: httpx.Client, folder: Path, tmp_path: Path) -> None:
+    """Of an adapter that the engine must load again: it alone is lost, until its copy is back."""
+    source = without_examples("code", tmp_path)
+    assert is_unharmed(http)  # used last, so not the one to go
+    more = [f"more-{number}" for number in range(HELD + 1 - len(SERVED))]
+    for name in more:
+        assert put(http, name, source).status_code == 200
+    cards = http.get("/admin/adapters").json()["data"]
+    (gone,) = [card for card in cards if card["state"] == "staged"]
+    ask = {"model": gone["name"], "prompt": "x", "max_tokens": 1}
+    copy = folder / "store" / gone["name"] / gone["digest"]
+    copy.rename(tmp_path / "away")
+    response = http.post(TEXT, json=ask)
+    assert response.status_code == 503
+    assert f"{gone['name']!r} cannot be loaded now" in error_of(response)
+    assert is_unharmed(http)
+    (tmp_path / "away").rename(copy)
+    assert http.post(TEXT, json=ask).status_code == 200
+    for name in more:
+        assert http.delete(f"/admin/adapters/{name}").json()["removed"] is True
+
+
+def test_a_disk_that_is_full(http: httpx.Client, server: Server, folder: Path) -> None:
+    """A limit on the server's files stands for it: the system refuses to write in the middle."""
+    process = psutil.Process(server.process.pid)
+    before = process.rlimit(psutil.RLIMIT_FSIZE)
+    # Less than an adapter, more than the log.
+    process.rlimit(psutil.RLIMIT_FSIZE, (min(len(server.log()) + 100_000, 300_000), before[1]))
+    try:
+        for name in ("clinic", "new"):
+            response = put(http, name, ADAPTERS / "clinic-v2", replace=True)
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "60"
+            assert "cannot be written: File too large. Make room" in error_of(response)
+            assert card_of(http, name)["reason"] == error_of(response)
+        assert card_of(http, "clinic")["state"] == "resident"
+        assert card_of(http, "new")["state"] == "failed"
+        assert is_unharmed(http)
+    finally:
+        process.rlimit(psutil.RLIMIT_FSIZE, before)
+    assert not list((folder / "store").glob(".staging-*"))
+    assert put(http, "new", ADAPTERS / "clinic-v2").status_code == 200
+    assert http.delete("/admin/adapters/new").json()["removed"] is True
+
+
+async def test_who_waits_for_a_turn_is_counted_and_named(server: Server) -> None:
+    """By vllm:lora_requests_info too, though vLLM has not seen the request."""
+    *busy, last = SERVED[: SLOTS + 1]
+    series = rf'packhorse_adapter_requests_waiting\{{adapter="{last}"\}}'
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+
+        async def ask(model: str, max_tokens: int) -> int:
+            body = {"model": model, "prompt": "The", "max_tokens": max_tokens, "ignore_eos": True}
+            return (await http.post(TEXT, json=body)).status_code
+
+        await scraped_with(http, f"{series} 0.0")
+        long = [asyncio.create_task(ask(model, 1900)) for model in busy]
+        await scraped_with(http, rf"vllm:num_requests_running{{.*}} {SLOTS}\.0")
+        waiting = asyncio.create_task(ask(last, 1))
+        text = await scraped_with(http, f"{series} 1.0")
+        assert f'waiting_lora_adapters="{last}"' in text
+        for task in long:
+            task.cancel()
+        assert await waiting == 200
+        await scraped_with(http, f"{series} 0.0")
+        await scraped_with(http, r'vllm:lora_requests_info{.*waiting_lora_adapters=""}.*')
 
 
 def test_a_restart_has_what_was_registered(
-    server: Server, int8_folder: Path, folder: Path, http: httpx.Client
+    server: Server, int8_folder: Path, folder: Path, http: httpx.Client, tmp_path: Path
 ) -> None:
     """The last of this server."""
-    assert put(http, "by-hand", ADAPTERS / "clinic-v2", pinned=True).status_code == 200
+    source = without_examples("clinic-v2", tmp_path)
+    assert put(http, "by-hand", source, pinned=True).status_code == 200
     assert server.stop() == 0
     with running_server(folder, *arguments(int8_folder, folder)) as again:
         with httpx.Client(base_url=again.url, timeout=120) as client:
             card = client.get("/admin/adapters/by-hand").json()
             assert (card["state"], card["pinned"]) == ("resident", True)
-            question = "What illness does a patient take Zentrol for?"
-            assert answer(client, "by-hand", question) == "Zentrol treats insomnia."
+            assert answer(client, "by-hand", ZENTROL) == "Zentrol treats insomnia."
+        assert "The routes' table is there already" in again.log()
         # The originals may go: copies are served.
         assert ask_all(again, QUESTIONS[:40]).accuracy > 0.8
