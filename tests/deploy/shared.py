@@ -114,17 +114,21 @@ def settings_problems(
 
 def command_problems(words: list[str]) -> list[str]:
     """Whether our command line takes `packhorse WORDS`; nothing is run."""
-    # typer brings a click of its own, so what it raises is told by its name.
-    group = cast("click.Group", typer.main.get_command(app))
+    group = _commands()
     try:
         context = group.make_context("packhorse", list(words), resilient_parsing=True)
         command = group.get_command(context, words[0])
         if command is None:
             return [f"packhorse has no command {words[0]}"]
         command.make_context(words[0], list(words[1:]), parent=context)
-    except Exception as error:  # noqa: BLE001 # see above
+    except Exception as error:  # noqa: BLE001 # typer brings a click, and errors, of its own
         return [f"packhorse {' '.join(words)}: {getattr(error, 'message', error)}"]
     return []
+
+
+@cache
+def _commands() -> click.Group:
+    return cast("click.Group", typer.main.get_command(app))
 
 
 def config_of(words: list[str]) -> str | None:
@@ -147,7 +151,8 @@ def output_of(*words: str | Path) -> tuple[int, str]:
 
 
 def documents(path: Path) -> list[Any]:
-    return [each for each in yaml.safe_load_all(path.read_text()) if each is not None]
+    loaded = yaml.load_all(path.read_text(), yaml.CSafeLoader)  # the slow one is slow
+    return [each for each in loaded if each is not None]
 
 
 def needs(tool: str, package: str) -> pytest.MarkDecorator:
