@@ -17,11 +17,16 @@ setup: ## install everything into the virtual environment (quick the second time
 demo: setup ## quantize the demo model, serve it, talk to it; KEEP=1 leaves the server up
 	@"$(PY)" demo/run.py $(if $(KEEP),--keep)
 
+# Fast tests run one to a core, each with one thread; engines want the machine for themselves.
+FAST := tests/unit tests/integration tests/rules tests/deploy
+SPREAD := OMP_NUM_THREADS=1 "$(PY)" -m pytest $(FAST) -n auto --dist worksteal
+
 test: setup check ## every test, with the real engine (minutes)
-	@"$(PY)" -m pytest
+	@$(SPREAD)
+	@"$(PY)" -m pytest tests/e2e
 
 test-fast: setup ## unit, integration and rule tests, without an engine (seconds)
-	@"$(PY)" -m pytest tests/unit tests/integration tests/deploy tests/rules
+	@$(SPREAD)
 
 check: setup ## lint, formatting and types
 	@"$(VENV)/bin/ruff" check .
@@ -43,6 +48,7 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/faults.py --soak-minutes 20
 	@"$(PY)" bench/routing.py
 	@"$(PY)" bench/adapters.py
+	@"$(PY)" -m bench.observe
 	@"$(PY)" bench/cache_load.py
 	@"$(PY)" bench/serve_load.py --layers
 	@"$(PY)" bench/serve_load.py --grpc

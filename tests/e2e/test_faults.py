@@ -38,7 +38,7 @@ from tests.conftest import DEMO, ROOT, Server, running_server
 from tests.e2e.faulty_worker import POISON, SLOW, SLOW_S
 
 TOKENS = 150
-READY_S = 60
+READY_S = 180  # a bound for busy machines; how fast it is stands in bench/results
 KEYS = {
     "test": {"scopes": ["inference", "admin", "metrics"]},
     "scraper": {"scopes": ["metrics"]},
