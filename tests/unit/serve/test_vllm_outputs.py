@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from serve.engines.vllm.outputs import ChunkCollector, refuse_failure, token_logprobs
+from vllm.v1.metrics.stats import RequestStateStats
+
+from serve.engines.vllm.outputs import ChunkCollector, refuse_failure, times_of, token_logprobs
 from serve.errors import Invalid, Unavailable
-from serve.messages import Chunk, TokenLogprob
+from serve.messages import Chunk, EngineTimes, TokenLogprob
 
 
 @dataclass
@@ -30,9 +32,10 @@ async def test_chunks_that_wait_are_merged_and_none_is_lost() -> None:
     collector = ChunkCollector("id")
     collector.put(Chunk("a", [1], cached_tokens=3))
     collector.put(Chunk("b", [2, 3]))
-    collector.put(Chunk("c", [4], "stop", stop_reason="c"))
+    times = EngineTimes(1.0, 2.0, 3.0, 4.0)
+    collector.put(Chunk("c", [4], "stop", stop_reason="c", times=times))
     assert await collector.get() == Chunk(
-        "abc", [1, 2, 3, 4], "stop", stop_reason="c", cached_tokens=3
+        "abc", [1, 2, 3, 4], "stop", stop_reason="c", cached_tokens=3, times=times
     )
 
 
@@ -61,6 +64,12 @@ async def test_a_reader_that_left_does_not_stop_the_writer() -> None:
     reading.cancel()
     collector.put(Chunk("a", [1]))
     assert (await collector.get()).text == "a"
+
+
+def test_the_engines_times_are_vllms() -> None:
+    stats = RequestStateStats(queued_ts=1, scheduled_ts=2, first_token_ts=3, last_token_ts=4)
+    assert times_of(stats) == EngineTimes(1, 2, 3, 4)
+    assert times_of(None) is None  # its statistics are off
 
 
 def test_log_probabilities_come_best_first_with_the_tokens_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from serve.cache.values import (
     seal,
     unseal,
 )
-from serve.messages import Chunk, TokenLogprob, ToolCall
+from serve.messages import Chunk, EngineTimes, TokenLogprob, ToolCall
 
 SECRET = b"s" * 32
 LOGPROB = TokenLogprob("a", 1, -0.5, 1, (TokenLogprob("b", 2, -1.5),))
@@ -28,6 +29,12 @@ FULL = Chunk(
 def test_a_result_comes_back() -> None:
     result = Result((Chunk("a", [1], "length"), FULL), 12.5)
     assert decode(encode(result)) == result
+
+
+def test_when_it_was_made_is_not_stored() -> None:
+    """Who gets it from the cache has spent no time in the engine."""
+    timed = msgspec.structs.replace(FULL, times=EngineTimes(1.0, 2.0, 3.0, 4.0))
+    assert decode(encode(Result((timed,), 12.5))).chunks == (FULL,)
 
 
 @pytest.mark.parametrize("size", [0, 10, COMPRESS_ABOVE_BYTES + 1, 10**6])
