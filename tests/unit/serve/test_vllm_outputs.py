@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass
 
 import pytest
-
 from vllm.v1.metrics.stats import RequestStateStats
 
 from serve.engines.vllm.outputs import ChunkCollector, refuse_failure, times_of, token_logprobs
