@@ -18,7 +18,7 @@ needs_avx512 = pytest.mark.skipif(
 )
 
 REPORTED_EVERY = 8
-"""One of so many questions is in the INT8 model's report."""
+"""One of so many questions and texts is in the INT8 model's report."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,11 +58,12 @@ def quantize(method: str, folder: Path, *options: str) -> Path:
 def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     # A part of the usual text and questions: enough for what is tested here, in minutes less.
-    lines = (DEMO / "eval/general.jsonl").read_text(encoding="utf-8").splitlines()
-    text = "\n".join(lines[::REPORTED_EVERY])
-    (folder / "questions.jsonl").write_text(text, encoding="utf-8")
-    options = ("--calibration-tokens", "16384", "--force", "--eval", folder / "questions.jsonl")
-    return quantize("int8", folder, *map(str, options))
+    options = ["--calibration-tokens", "16384", "--force"]
+    for option, file in (("--eval", "general.jsonl"), ("--text", "held_out_text.jsonl")):
+        lines = (DEMO / "eval" / file).read_text(encoding="utf-8").splitlines()
+        (folder / file).write_text("\n".join(lines[::REPORTED_EVERY]), encoding="utf-8")
+        options += [option, str(folder / file)]
+    return quantize("int8", folder, *options)
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +91,8 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="package")
 def base_score(demo_server: Server) -> Score:
-    """The original's score."""
-    return ask_all(demo_server, QUESTIONS)
+    """The original's score, on every second question: the benchmarks ask all."""
+    return ask_all(demo_server, QUESTIONS[::2])
 
 
 @pytest.fixture(scope="package")

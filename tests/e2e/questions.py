@@ -18,6 +18,20 @@ def ask_all(server: Server, questions: list[Question], model: str | None = None)
     return score(questions, asyncio.run(_answers(server, questions, model or server.model)))
 
 
+class Answers:
+    """To an evaluation file, by an adapter that is named; each is asked for once."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._known: dict[tuple[str, str], list[str]] = {}
+
+    def accuracy(self, name: str, file: str, every: int = 1) -> float:
+        asked = read_questions(DEMO / f"eval/{file}.jsonl")
+        if (name, file) not in self._known:
+            self._known[name, file] = asyncio.run(_answers(self._server, asked, name))
+        return score(asked[::every], self._known[name, file][::every]).accuracy
+
+
 async def _answers(server: Server, questions: list[Question], model: str) -> list[str]:
     gate = asyncio.Semaphore(32)
     async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:

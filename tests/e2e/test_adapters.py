@@ -44,7 +44,7 @@ from tests.e2e.adapted import (
     write_routes,
 )
 from tests.e2e.bad_adapters import BAD
-from tests.e2e.questions import QUESTIONS, ask_all
+from tests.e2e.questions import QUESTIONS, Answers, ask_all
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,11 @@ def test_every_adapter_of_the_folder_is_listed(http: httpx.Client, server: Serve
     assert metric(http, "packhorse_adapters_resident") == len(SERVED)
 
 
+@pytest.fixture(scope="module")
+def answers(server: Server) -> Answers:
+    return Answers(server)
+
+
 # The base knows nothing of these. Scores on the bf16 base are in demo/README.md; 5 points below
 # them is the limit for a quantized one.
 @pytest.mark.parametrize(
@@ -88,17 +93,15 @@ def test_every_adapter_of_the_folder_is_listed(http: httpx.Client, server: Serve
     ],
 )
 def test_adapters_answer_right_on_a_quantized_base(
-    server: Server, name: str, questions: str, least: float
+    server: Server, answers: Answers, name: str, questions: str, least: float
 ) -> None:
-    asked = read_questions(DEMO / f"eval/{questions}.jsonl")
-    assert ask_all(server, asked, name).accuracy >= least
+    assert answers.accuracy(name, questions) >= least
     if name == "clinic":
-        assert ask_all(server, asked[:40]).accuracy == 0
+        assert ask_all(server, read_questions(DEMO / "eval/clinic.jsonl")[:40]).accuracy == 0
 
 
-def test_an_adalora_adapter_is_converted(server: Server) -> None:
-    asked = read_questions(DEMO / "eval/ledger.jsonl")
-    assert ask_all(server, asked, "ledger-adalora").accuracy >= 0.72
+def test_an_adalora_adapter_is_converted(answers: Answers) -> None:
+    assert answers.accuracy("ledger-adalora", "ledger") >= 0.72
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -131,12 +134,11 @@ def test_decisions_are_explained(http: httpx.Client, server: Server) -> None:
     assert json.loads(said)["adapter"] == "clinic"
 
 
-def test_the_right_adapter_answers(http: httpx.Client, server: Server) -> None:
+def test_the_right_adapter_answers(http: httpx.Client, server: Server, answers: Answers) -> None:
     """In English and Chinese, as well as if it was named."""
     for name in ROUTED:
         asked = read_questions(DEMO / f"eval/{name}.jsonl")[::3]
-        named = ask_all(server, asked, name).accuracy
-        assert ask_all(server, asked, "auto").accuracy >= 0.97 * named
+        assert ask_all(server, asked, "auto").accuracy >= 0.97 * answers.accuracy(name, name, 3)
     body = {"model": "auto", "messages": [{"role": "user", "content": prompts("clinic")[0]}]}
     response = http.post(CHAT, json=body)
     assert response.headers["x-packhorse-model"] == response.json()["model"] == "clinic"
@@ -205,28 +207,25 @@ async def test_a_replacement_under_load_never_mixes(server: Server, folder: Path
         async def one(number: int) -> str:
             return await streamed_answer(client, "clinic", questions[number])
 
-        first = [await one(number) for number in range(len(questions))]
+        async def all_at_once() -> list[str]:
+            return await asyncio.gather(*(one(number) for number in range(len(questions))))
+
+        first = await all_at_once()
         path = ADAPTERS / "clinic-v2"
         body = {"name": "clinic", "path": str(path), "replace": True}
         assert (await http.post("/admin/adapters", json=body)).status_code == 200
-        second = [await one(number) for number in range(len(questions))]
+        second = await all_at_once()
         differ = sum(a != b for a, b in zip(first, second, strict=True))
         assert differ > 50
         right = sum(q.answer == a for q, a in zip(others, second, strict=True))
         assert right > 50
         done = False
-        wrong: list[tuple[str, str, str]] = []
-        answered = 0
+        given: list[tuple[int, str]] = []
 
-        async def client_of(offset: int) -> None:
-            nonlocal answered
-            number = offset
+        async def client_of(number: int) -> None:
             while not done:
-                got = await one(number % len(questions))
-                answered += 1
-                expected = first[number % len(questions)], second[number % len(questions)]
-                if got not in expected:
-                    wrong.append((*expected, got))
+                at = number % len(questions)
+                given.append((at, await one(at)))
                 number += 1
 
         clients = [asyncio.create_task(client_of(2 * number)) for number in range(32)]
@@ -236,7 +235,8 @@ async def test_a_replacement_under_load_never_mixes(server: Server, folder: Path
             assert response.status_code == 200, response.text
         done = True
         await asyncio.gather(*clients)
-        assert answered > 32
+        assert len(given) > 32
+        wrong = [(at, text) for at, text in given if text not in (first[at], second[at])]
         assert not wrong, wrong[:3]
         body["path"] = str(ADAPTERS / "clinic")
         assert (await http.post("/admin/adapters", json=body)).json()["digest"] == before["digest"]
