@@ -1,5 +1,5 @@
-"""A real Prometheus on the configuration that we ship, for tests: another target, another port, a
-scrape each second.
+"""A real Prometheus on the configuration that we ship, for tests: another target, another port,
+more scrapes.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def written_config(folder: Path, target: str, key: str) -> Path:
+def written_config(folder: Path, target: str, key: str, every: str) -> Path:
     """Our prometheus.yml for `target` (HOST:PORT), with the files that it names beside it."""
     config = yaml.safe_load((SHIPPED / "prometheus.yml").read_text())
     config["global"] = {
-        "scrape_interval": "1s",
-        "scrape_timeout": "1s",
-        "evaluation_interval": "1s",
+        "scrape_interval": every,
+        "scrape_timeout": every,
+        "evaluation_interval": every,
     }
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [target]}]
@@ -95,9 +95,11 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) 
 
 
 @contextmanager
-def running_prometheus(folder: Path, target: str, *, key: str = "none") -> Iterator[Prometheus]:
+def running_prometheus(
+    folder: Path, target: str, *, key: str = "none", every: str = "1s"
+) -> Iterator[Prometheus]:
     """Prometheus with our configuration and rules, scraping `target`, its data in `folder`."""
-    config = written_config(folder, target, key)
+    config = written_config(folder, target, key, every)
     log_path = folder / "prometheus.log"
     with socket.socket() as probe:  # it cannot choose a port itself and tell which
         probe.bind(("127.0.0.1", 0))

@@ -43,7 +43,7 @@ def anchors(page: Path) -> set[str]:
 
 @needs_prometheus
 def test_prometheus_takes_the_configuration_and_the_rules(tmp_path: Path) -> None:
-    checked = promtool("check", "config", written_config(tmp_path, "packhorse:8000", KEY))
+    checked = promtool("check", "config", written_config(tmp_path, "packhorse:8000", KEY, "1s"))
     assert checked.returncode == 0, checked.stdout
     assert f"{len(NAMES)} rules found" in checked.stdout
 
@@ -122,7 +122,7 @@ def test_a_broken_expression_is_found(expression: str, problem: str) -> None:
     ],
 )
 def test_promtool_finds_a_broken_file(tmp_path: Path, file: str, old: str, new: str) -> None:
-    config = written_config(tmp_path, "packhorse:8000", KEY)
+    config = written_config(tmp_path, "packhorse:8000", KEY, "1s")
     path = tmp_path / file
     text = (SHIPPED / file).read_text()
     assert old in text
