@@ -7,10 +7,11 @@ says so. Called by `main` (set-up), `service` and `stream` (a line a request).
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import UTC, datetime
 from typing import Any, Literal
+
+import msgspec
 
 from serve.messages import Caller, GenerateRequest
 
@@ -49,11 +50,11 @@ class Lines(logging.Formatter):
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         head = {"time": at, "level": record.levelname.lower(), "logger": record.name}
         if request is not None:
-            return json.dumps({**head, **request}, ensure_ascii=False)
+            return _json({**head, **request})
         line = {**head, "message": record.getMessage()}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return _json(line)
 
 
 class RequestLog:
@@ -80,3 +81,10 @@ class RequestLog:
             **fields,
         }
         logger.info("request_id=%s outcome=%s", request_id, outcome, extra={"request": line})
+
+
+_encoder = msgspec.json.Encoder(enc_hook=repr)
+
+
+def _json(line: dict[str, Any]) -> str:
+    return _encoder.encode(line).decode()
