@@ -70,6 +70,19 @@ async def test_cancelling_kills_the_child(tmp_path: Path) -> None:
     assert is_gone(pid)
 
 
+async def test_a_child_gives_way_from_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    training = asyncio.create_task(train(job(20), command=staying(path)))
+    pid = await pid_in(path)
+    wanted = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+    async with asyncio.timeout(10):  # the child may be quicker than we are
+        while os.getpriority(os.PRIO_PROCESS, pid) != wanted:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    training.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await training
+
+
 async def test_a_child_that_is_killed_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     training = asyncio.create_task(train(job(20), command=staying(path)))
