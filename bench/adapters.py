@@ -1,6 +1,6 @@
 """Adapters under load, on the real engine and the demo model. Ends in one line of JSON.
 
-    python bench/adapters.py                # about 12 minutes
+    python bench/adapters.py                # about 15 minutes
     python bench/adapters.py --only replace
 
 Parts:
@@ -11,10 +11,12 @@ Parts:
   percentile of waiting by adapter; then with one more adapter that brings 80% of all requests.
 - load: time to the first token of an adapter that is in the engine, and of one that is not; how
   long other streams' gaps between tokens are while adapters are loaded and while none is.
+- train: the same gaps while the routes are trained, which takes a core for seconds, and while they
+  are not, in turn.
 - mixed: tokens per second of the base alone and of 8 adapters in turn, ours and plain vLLM's, twice
   each, in turn.
 
-The client of the first three runs in this process and shares the CPUs with the server.
+The client of all but the last runs in this process and shares the CPUs with the server.
 """
 
 from __future__ import annotations
@@ -26,87 +28,31 @@ import json
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
+from adapters_server import (
+    ADAPTERS,
+    CHAT,
+    CLIENTS,
+    DEMO,
+    TEXT,
+    copies,
+    percentile,
+    put,
+    resident,
+    rss_mb,
+    say,
+    server,
+    streams,
+)
 from load import Load, run_cell
-from safetensors.torch import load_file, save_file
-from servers import ENGINE, MODEL, Server, packhorse_with, plain_vllm
+from servers import ENGINE, Server, packhorse_with, plain_vllm
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
-ADAPTERS = DEMO / "adapters"
-PARTS = ("replace", "fair", "load", "mixed")
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-CLIENTS = 32
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4)
-
-
-def copies(folder: Path, count: int) -> list[str]:
-    """So many adapters that differ a little from `code`; their names."""
-    names = [f"a{number:02}" for number in range(count)]
-    for number, name in enumerate(names):
-        shutil.copytree(ADAPTERS / "code", folder / name)
-        path = folder / name / "adapter_model.safetensors"
-        tensors = load_file(path)
-        first = min(tensors)
-        tensors[first] = tensors[first] * (1 + number / 50)
-        save_file(tensors, path)
-    return names
-
-
-@contextlib.asynccontextmanager
-async def server(
-    work_folder: Path, adapters: Path | None, **engine: Any
-) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
-    """A client of it, and its process id."""
-    store = Path(tempfile.mkdtemp(dir=work_folder))
-    settings = {
-        "engine": {"max_num_seqs": CLIENTS, "max_cpu_loras": 64, **engine},
-        "adapters": {"store": str(store), **({"folder": str(adapters)} if adapters else {})},
-        "admission": {"max_running": 4096, "max_queued_tokens": 10**9},
-    }
-    with packhorse_with(DEMO / "model", work_folder, settings) as running:
-        assert running.api_pid is not None
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(
-            base_url=running.target.url, timeout=600, limits=limits
-        ) as http:
-            yield http, running.api_pid
-
-
-def rss_mb(pid: int) -> float:
-    """Of the server and everything below it."""
-    server = psutil.Process(pid)
-    total = 0.0
-    for process in [server, *server.children(recursive=True)]:
-        total += process.memory_info().rss
-    return round(total / 2**20, 1)
-
-
-async def put(http: httpx.AsyncClient, name: str, path: Path) -> None:
-    body = {"name": name, "path": str(path), "replace": True}
-    (await http.post("/admin/adapters", json=body)).raise_for_status()
-
-
-async def resident(http: httpx.AsyncClient) -> int:
-    lines = (await http.get("/metrics")).text.splitlines()
-    (line,) = (line for line in lines if line.startswith("packhorse_adapters_resident "))
-    return int(float(line.split()[1]))
+PARTS = ("replace", "fair", "load", "train", "mixed")
 
 
 async def replace(work_folder: Path, times: int) -> dict[str, Any]:
@@ -263,21 +209,6 @@ async def loading(work_folder: Path) -> dict[str, Any]:
 
         gaps: list[float] = []
 
-        async def stream() -> None:
-            body = {
-                "model": MODEL, "prompt": "The", "max_tokens": 1900, "ignore_eos": True,
-                "stream": True,
-            }  # fmt: skip
-            while True:
-                async with http.stream("POST", TEXT, json=body) as response:
-                    last_s = None
-                    async for line in response.aiter_lines():
-                        if line:
-                            now_s = time.perf_counter()
-                            if last_s is not None:
-                                gaps.append(now_s - last_s)
-                            last_s = now_s
-
         async def measured(models: list[str]) -> tuple[list[float], list[float]]:
             gaps.clear()
             found = []
@@ -286,14 +217,10 @@ async def loading(work_folder: Path) -> dict[str, Any]:
                 await asyncio.sleep(0.1)
             return found, list(gaps)
 
-        streams = [asyncio.create_task(stream()) for _ in range(4)]
-        await asyncio.sleep(3)
-        await first_token_s(names[0])
-        warm, calm_gaps = await measured([names[0]] * 48)
-        cold, busy_gaps = await measured(names[1:] * 2 + names[:2])
-        for task in streams:
-            task.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
+        async with streams(http, gaps):
+            await first_token_s(names[0])
+            warm, calm_gaps = await measured([names[0]] * 48)
+            cold, busy_gaps = await measured(names[1:] * 2 + names[:2])
     return {
         "first_token_s_warm": [percentile(warm, 0.5), percentile(warm, 0.99)],
         "first_token_s_cold": [percentile(cold, 0.5), percentile(cold, 0.99)],
@@ -301,6 +228,40 @@ async def loading(work_folder: Path) -> dict[str, Any]:
         "others_gap_s_p99_while_loading": percentile(busy_gaps, 0.99),
         "ratio": round(percentile(busy_gaps, 0.99) / percentile(calm_gaps, 0.99), 2),
     }
+
+
+async def training(work_folder: Path, rounds: int = 8) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(dir=work_folder))
+    for name in ("clinic", "ledger", "code"):
+        shutil.copytree(ADAPTERS / name, folder / name)
+    none, routes = work_folder / "none.jsonl", work_folder / "routes.yaml"
+    shutil.copyfile(DEMO / "base_examples.jsonl", none)
+    routes.write_text(json.dumps({"learned": {"none_examples": str(none)}}))
+    gaps: list[float] = []
+    calm: list[float] = []
+    busy: list[float] = []
+    took_s: list[float] = []
+    async with server(work_folder, folder, routes=routes) as (http, _), streams(http, gaps):
+        for number in range(rounds):
+            gaps.clear()
+            with none.open("a") as file:  # what was trained before is not trained again
+                file.write(json.dumps({"prompt": f"What is {number} and {number}?"}) + "\n")
+            started_s = time.perf_counter()
+            answer = await http.post("/admin/routes/reload")
+            answer.raise_for_status()
+            took_s.append(time.perf_counter() - started_s)
+            busy += gaps
+            gaps.clear()
+            await asyncio.sleep(took_s[-1])
+            calm += gaps
+    found = {
+        "trainings": rounds,
+        "train_s": round(statistics.median(took_s), 2),
+        "gaps": [len(calm), len(busy)],
+        "others_gap_s_calm": [percentile(calm, share) for share in (0.5, 0.99)],
+        "others_gap_s_while_training": [percentile(busy, share) for share in (0.5, 0.99)],
+    }
+    return {**found, "ratio_p99": round(percentile(busy, 0.99) / percentile(calm, 0.99), 2)}
 
 
 def mixed(work_folder: Path) -> dict[str, Any]:
@@ -365,6 +326,8 @@ def main() -> None:
                     found = asyncio.run(fair(folder, given.fair_seconds))
                 case "load":
                     found = asyncio.run(loading(folder))
+                case "train":
+                    found = asyncio.run(training(folder))
                 case _:
                     found = mixed(folder)
             result[part] = found
