@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import statistics
 import sys
@@ -100,7 +99,7 @@ def main() -> None:
                 address = mixed.rpc_address_of(server)
                 phase_s = options.minutes * 20
                 found = asyncio.run(mixed.run(server, address, prometheus, phase_s))
-    print(json.dumps({"scrape": scrapes, **dataclasses.asdict(found)}))
+    print(json.dumps({"scrape": scrapes, **vars(found)}))
 
 
 if __name__ == "__main__":
