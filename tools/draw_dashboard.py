@@ -49,7 +49,9 @@ class Source:
     def rate_interval_s(self) -> float:
         """Grafana's $__rate_interval, made of the slowest target's scrape interval."""
         targets = self.ask("targets", state="active")["activeTargets"]
-        scrape_s = max((seconds(target["scrapeInterval"]) for target in targets), default=15.0)
+        if not targets:
+            sys.exit(f"{self.url} scrapes nothing yet; it takes some seconds after its start.")
+        scrape_s = max(seconds(target["scrapeInterval"]) for target in targets)
         return max(self.step_s + scrape_s, 4 * scrape_s)
 
     def range(self, expression: str) -> list[tuple[dict[str, str], list[float], list[float]]]:

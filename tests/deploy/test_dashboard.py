@@ -234,6 +234,22 @@ def test_the_picture_has_the_dashboards_shape_and_leaves_the_gpus_out(
     assert (width, height > width) == (1824, True)
 
 
+def test_a_folded_row_is_drawn_where_it_has_data(
+    prometheus_of: Callable[..., str], tmp_path: Path
+) -> None:
+    """As the GPU's on a machine that has one: panels without data are then told."""
+    small = {**DASHBOARD, "panels": DASHBOARD["panels"][-1:]}
+    (tmp_path / "small.json").write_text(json.dumps(small))
+
+    def all_but_power(expression: str) -> list[dict[str, Any]]:
+        wanted = "packhorse_gpu_power_watts" not in expression
+        return [{"metric": {"gpu": "0"}, "values": [[800, "0.5"], [900, "0.7"]]}] * wanted
+
+    options = ("--dashboard", str(tmp_path / "small.json"))
+    done = drawn(prometheus_of(all_but_power), tmp_path / "d.png", *options)
+    assert (done.returncode, done.stderr) == (1, "no data: Power\n")
+
+
 def test_an_empty_panel_is_told(prometheus_of: Callable[..., str], tmp_path: Path) -> None:
     small = {**DASHBOARD, "panels": panels()[:2]}
     (tmp_path / "small.json").write_text(json.dumps(small))
