@@ -148,6 +148,7 @@ class Keys:
     ) -> None:
         """Raises StartupError. Without keys, warns that everybody may do everything."""
         self._path = settings.keys_file
+        self.open_metrics = settings.open_metrics
         self._clock = clock
         self._looked_s = clock()
         self._known: list[tuple[bytes, Caller]] = []

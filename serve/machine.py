@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -18,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 LOOK_EVERY_S = 0.25
+LAG_WINDOW_S = 60.0
 # Who is below us is read from the list of all processes of the machine, which may be thousands.
 SEARCH_EVERY_S = 30.0
 
@@ -178,10 +180,14 @@ class Gpus(Collector):
 
 
 class LoopLag:
-    """How much later than asked the event loop does what it is to do: what every stream waits."""
+    """How much later than asked the event loop does what it is to do: what every stream waits.
+
+    Several may scrape, some of them every 50 ms: reading takes nothing away.
+    """
 
     def __init__(self) -> None:
-        self._worst_s = 0.0
+        self._seen: deque[tuple[float, float]] = deque()
+        """(when, how late), each later than all after it."""
 
     async def watch(self) -> None:
         """Look for ever."""
@@ -189,12 +195,22 @@ class LoopLag:
         while True:
             due_s = loop.time() + LOOK_EVERY_S
             await asyncio.sleep(LOOK_EVERY_S)
-            self._worst_s = max(self._worst_s, loop.time() - due_s)
+            self.note(loop.time(), loop.time() - due_s)
 
-    def take(self) -> float:
-        """The worst in seconds since this was last asked."""
-        worst_s, self._worst_s = self._worst_s, 0.0
-        return worst_s
+    def note(self, now_s: float, late_s: float) -> None:
+        """Keep what may yet be the worst."""
+        while self._seen and self._seen[-1][1] <= late_s:
+            self._seen.pop()
+        self._seen.append((now_s, late_s))
+        while self._seen[0][0] < now_s - LAG_WINDOW_S:
+            self._seen.popleft()
+
+    def worst(self) -> float:
+        """In seconds, of the last minute."""
+        try:
+            return self._seen[0][1]
+        except IndexError:  # nothing yet
+            return 0.0
 
 
 def _version(*names: str) -> str:

@@ -78,7 +78,7 @@ async def serve(settings: Settings) -> int:
         loop.add_signal_handler(number, on_signal)
     metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
     lag = LoopLag()
-    metrics.LOOP_LAG.set_function(lag.take)
+    metrics.LOOP_LAG.set_function(lag.worst)
     started_s = time.monotonic()
     name = settings.service.served_model_name or default_name(settings)
     registry = build_registry(settings, name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import prometheus_client
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+from serve.errors import ErrorKind
 from serve.machine import Gpus, Machine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -68,7 +69,7 @@ READY = Gauge("packhorse_ready", "1 while new requests are taken, 0 while starti
 
 LOOP_LAG = Gauge(
     "packhorse_event_loop_lag_seconds",
-    "The longest that the event loop was late since the last scrape.",
+    "The longest that the event loop was late within the last minute.",
 )
 TASKS = Gauge(
     "packhorse_event_loop_tasks", "Tasks of the server's event loop: requests, and some of its own."
@@ -161,6 +162,20 @@ CACHE_STORE_FAILURES = Counter(
     ["reason"],
 )
 
+
+# A rate of what happens for the first time is seen only where there was a 0 before it.
+for _outcome in ("ok", *ErrorKind):
+    REQUESTS.labels(str(_outcome))
+for _direction in ("prompt", "completion"):
+    TOKENS.labels(_direction)
+for _reason in ("died", "hung", "not_built"):
+    ENGINE_FAILURES.labels(_reason)
+for _reason in ("missing", "malformed", "unknown", "scope"):
+    AUTH_FAILURES.labels(_reason)
+for _reason in (
+    "in_flight", "running", "queued_tokens", "key_concurrency", "key_tokens", "key_requests",
+):  # fmt: skip
+    ADMISSION_REFUSALS.labels(_reason)
 
 MACHINE, GPUS = Machine(), Gpus()
 REGISTRY.register(MACHINE)

@@ -135,6 +135,8 @@ class AuthSettings(Section):
     """YAML or JSON list of keys, see docs/access.md; read again when it changes."""
     api_key: SecretStr | None = None
     """One key that may do everything, for a server without a keys file."""
+    open_metrics: bool = False
+    """GET /metrics needs no key: routers of several servers send none."""
 
 
 class AdmissionSettings(Section):

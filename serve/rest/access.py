@@ -17,7 +17,9 @@ from serve.service import Service
 
 
 class Access:
-    """Puts the caller into the request's state, or answers 401, 403 or 429. /health is open."""
+    """Puts the caller into the request's state, or answers 401, 403 or 429. /health is open, and
+    /metrics if the settings say so.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, keys: Keys | None) -> None:
         """`keys` None: everybody may do everything."""
@@ -27,7 +29,10 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope.get("path", "")
-        if scope["type"] != "http" or path.startswith("/health/"):
+        is_open = path == "/health" or path.startswith("/health/")
+        if path == "/metrics" and self._keys is not None and self._keys.open_metrics:
+            is_open = True
+        if scope["type"] != "http" or is_open:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})

@@ -137,9 +137,12 @@ def _bare_app(service: Service) -> FastAPI:
         """200 while the process can answer at all."""
         return {"status": "live"}
 
+    @app.get("/health", responses=documents.answers("Status"), include_in_schema=False)
     @app.get("/health/ready", responses=documents.answers("Status"))
     async def ready() -> dict[str, str]:
-        """200 while new requests are taken; 503 with the reason otherwise."""
+        """200 while new requests are taken; 503 with the reason otherwise. /health is vLLM's name
+        for it, which gateways' manifests have.
+        """
         await service.check_ready()
         return {"status": "ready"}
 

@@ -60,6 +60,7 @@ ROUTES = [
     ("GET", "/admin/anything", "operator", 404),
     ("GET", "/health/live", None, 200),
     ("GET", "/health/ready", None, 200),
+    ("GET", "/health", None, 200),
     ("GET", "/health/../metrics", None, 401),
     ("GET", "/healthy", None, 401),
     ("OPTIONS", CHAT, None, 401),

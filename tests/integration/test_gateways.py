@@ -178,7 +178,12 @@ async def test_metrics_are_quick_enough_for_a_picker_that_polls() -> None:
         assert min(took_s) < 0.5
 
 
-async def test_routers_read_metrics_of_a_server_without_keys_only(tmp_path: Path) -> None:
-    """They send none. The page says so; if this changes, it has to."""
-    async with serving(keys=write_keys(tmp_path / "keys.yaml", only={})) as served:
+async def test_routers_read_metrics_of_a_server_with_keys_if_it_lets_them(tmp_path: Path) -> None:
+    """They send none."""
+    keys = write_keys(tmp_path / "keys.yaml", only={})
+    async with serving(keys=keys) as served:
         assert (await served.http.get("/metrics")).status_code == 401
+    async with serving(keys=keys.model_copy(update={"open_metrics": True})) as served:
+        assert (await served.http.get("/metrics")).status_code == 200
+        assert (await served.http.get("/v1/models")).status_code == 401
+        assert (await served.http.get("/admin/adapters")).status_code == 401
