@@ -137,7 +137,7 @@ def _bare_app(service: Service) -> FastAPI:
         """200 while the process can answer at all."""
         return {"status": "live"}
 
-    @app.get("/health", responses=documents.answers("Status"), include_in_schema=False)
+    @app.get("/health", include_in_schema=False)
     @app.get("/health/ready", responses=documents.answers("Status"))
     async def ready() -> dict[str, str]:
         """200 while new requests are taken; 503 with the reason otherwise. /health is vLLM's name

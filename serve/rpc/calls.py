@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("packhorse.rpc")
 
 LAST_WORD_S = 1.0
-# Ends that are the server's fault; the same errors have a status of 500 and above over HTTP.
-FAULTS = {
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 _STALLED = Cancelled("The client did not read its stream.")
 
 Request = TypeVar("Request", bound=Message)
@@ -128,7 +122,7 @@ class Calls:
                 **{"rpc.system": "grpc", "rpc.method": name, "packhorse.request_id": request_id},
             )
             marks["traceparent"] = span.traceparent
-        code = grpc.StatusCode.OK
+        code, is_fault = grpc.StatusCode.OK, False
         caller, place = ANONYMOUS, None
         watch: asyncio.Task[None] | None = None
         call: Call[Any] | None = None
@@ -160,12 +154,13 @@ class Calls:
                         await self._fail(context, _STALLED, request_id, marks)
             raise
         except ServeError as error:
-            code = code_of(error)
+            code, is_fault = code_of(error), error.wire.http >= 500
             await self._fail(context, error, request_id, marks)
         except Exception:
-            code = grpc.StatusCode.INTERNAL
             if context.done():  # what is sent to a client that has left fails
+                code = grpc.StatusCode.CANCELLED
                 return None
+            code, is_fault = grpc.StatusCode.INTERNAL, True
             logger.exception("request_id=%s failed unexpectedly", request_id)
             await self._fail(context, unexpected(), request_id, marks)
         finally:
@@ -174,7 +169,7 @@ class Calls:
             if place is not None:
                 place.leave()
             if span is not None:
-                span.end(name, failed=code in FAULTS, **{"rpc.grpc.status_code": code.value[0]})
+                span.end(name, failed=is_fault, **{"rpc.grpc.status_code": code.value[0]})
         return None
 
     def _parsed(self, kind: type[Message], raw: bytes) -> Any:

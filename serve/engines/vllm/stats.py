@@ -91,7 +91,7 @@ class _AdapterInfo(Collector):
 
 
 class _OldNames(Collector):
-    """Series under the names that vLLM had for them up to 0.10, which production-stack reads."""
+    """Series under names that vLLM has given up, and that production-stack still reads."""
 
     def __init__(self, stats: PrometheusStatLogger) -> None:
         self._kv_cache = stats.gauge_kv_cache_usage
