@@ -77,6 +77,8 @@ def kernel(target: str, scheme: Scheme, dtype: str, host: Host) -> str:
         return "W8A8 float8, torch's product"
     if scheme.activation_bits == 8:
         return f"W8A8 int8 ({'AMX' if host.amx else 'oneDNN'})"
+    if _unpacks(host):
+        return "W4A16, unpacked on load on this host (no AVX-512)"
     if not host.amx:
         return "W4A16; on CPUs with AMX W4A8 unless VLLM_CPU_INT4_W4A8=0"
     if dtype == "F16":
@@ -107,9 +109,14 @@ def unprovable(scheme: Scheme, host: Host, *, kv: bool, experts: bool = False) -
         return "this host has no GPU, and vLLM's CPU build no 8-bit weight-only kernel"
     if experts and host.machine == "x86_64" and not host.amx:
         return "this host has no AMX, without which vLLM has no kernel for quantized experts"
-    if host.machine == "x86_64" and not host.avx512 and (scheme.activation_bits == 16 or kv):
-        return "this host has no AVX-512"
+    if _unpacks(host) and kv:
+        return "this host has no AVX-512, without which vLLM has no 8-bit KV cache"
     return None
+
+
+def _unpacks(host: Host) -> bool:
+    """Whether 4-bit weights are served by our own kernel, see serve/engines/vllm/unpacked.py."""
+    return host.machine == "x86_64" and not host.avx512
 
 
 def serving_notes(
@@ -120,11 +127,11 @@ def serving_notes(
     if experts and "cpu" in targets:
         notes.append("on x86 CPUs vLLM runs quantized experts with AMX only (Xeon, 2023 and later)")
     weight_only = scheme.activation_bits == 16
-    if "cpu" in targets and host.machine == "x86_64" and not host.avx512:
-        if weight_only:
+    if "cpu" in targets and _unpacks(host):
+        if weight_only and scheme.grid.bits == 4:
             notes.append(
-                "this host has no AVX-512: vLLM's build for it has no 4-bit kernel and cannot "
-                "serve the result here"
+                "this host has no AVX-512, and vLLM's build for it no 4-bit kernel: served here, "
+                "the result is unpacked on load, and takes the memory and time of the original"
             )
         if kv:
             notes.append("this host has no AVX-512: vLLM has no 8-bit KV cache on it")

@@ -94,7 +94,7 @@ ADAPTERS = Gauge("packhorse_adapters", "Adapters that are registered.")
 ADAPTERS_RESIDENT = Gauge("packhorse_adapters_resident", "Adapters that the engine holds.")
 STEP_ADAPTERS = Histogram(
     "packhorse_step_adapters",
-    "Adapters with running requests, of each step of the engine.",
+    "Adapters with running requests, of each step of the engine; some of them may stand still.",
     buckets=(0, 1, 2, 3, 4, 8, 16, 32),
 )
 ADAPTER_WAITING = Gauge(

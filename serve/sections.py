@@ -256,6 +256,10 @@ class EngineSettings(Section):
     """Serve adapters too; the adapters section switches it on."""
     max_loras: int = Field(4, ge=1)
     """Adapters in one batch; requests for others wait."""
+    loras_per_slot: int | None = Field(None, ge=1)
+    """Adapters at work for each place in a batch: beyond one they take turns of a few steps.
+    Default: 2 on a CPU, 1 on a GPU, where it has not been run yet.
+    """
     max_cpu_loras: int = Field(32, ge=1)
     """Adapters that the engine holds in memory; others are loaded when a request comes."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16

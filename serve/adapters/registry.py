@@ -84,8 +84,8 @@ class Registry:
         self, loader: Loader, limits: AdapterLimits, *, slots: int, max_waiting: int | None = None
     ) -> None:
         """Have what was registered before a restart; what cannot be loaded is listed as failed.
-        `slots` is how many adapters one batch can have, `max_waiting` how many requests of one
-        adapter may wait for a slot.
+        `slots` is how many adapters may have requests in the engine, `max_waiting` how many
+        requests of one adapter may wait for that.
 
         Raises StartupError.
         """

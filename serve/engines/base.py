@@ -20,6 +20,8 @@ class Capacity:
     kv_cache_tokens: int
     max_loras: int = 0
     """Adapters in one batch; 0: it takes none."""
+    loras_at_work: int = 0
+    """Adapters that may have requests in it, not all in every batch."""
     max_cpu_loras: int = 0
     """Adapters that are loaded."""
     max_lora_rank: int = 0

@@ -55,6 +55,7 @@ class EchoEngine:
         max_num_seqs=256,
         kv_cache_tokens=256 * 2048,
         max_loras=2,
+        loras_at_work=2,
         max_cpu_loras=4,
         max_lora_rank=16,
     )

@@ -19,7 +19,8 @@ from tests.conftest import DEMO, Server
 ADAPTERS = DEMO / "adapters"
 ROUTED = ("clinic", "ledger", "code")
 SERVED = ("clinic", "ledger", "code", "code-qlora", "ledger-adalora")
-SLOTS, HELD = 3, 8
+SLOTS, HELD = 2, 8
+AT_WORK = 2 * SLOTS  # they take turns in the slots
 ZENTROL = "What illness does a patient take Zentrol for?"
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import BIN, DEMO, Server, running_server
 from tests.e2e.questions import QUESTIONS, Score, ask_all
 
-# Without it vLLM's CPU build has neither a kernel for 4-bit weights nor an 8-bit KV cache.
+# Without it vLLM's CPU build has no 8-bit KV cache, and for 4-bit weights no kernel but ours.
 AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
 needs_avx512 = pytest.mark.skipif(
     not AVX512, reason="NOT TESTED HERE: this CPU has no AVX-512, and vLLM no kernel without it"
@@ -67,12 +67,10 @@ def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def packed_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 bits; the INT8 model where vLLM has no kernel for them."""
-    if not AVX512:
-        folder: Path = request.getfixturevalue("int8_folder")
-        return folder
-    return quantize("rtn", tmp_path_factory.mktemp("rtn"), "--no-quality")
+def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 bits, in the GPTQ layout."""
+    folder = tmp_path_factory.mktemp("rtn")
+    return quantize("rtn", folder, "--no-quality", "--format", "gptq")
 
 
 @pytest.fixture(scope="package")

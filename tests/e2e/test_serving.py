@@ -15,7 +15,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from quantize.evaluate import Score
+from quantize.evaluate import Score, read_questions
 from tests.client import (
     CHAT,
     TEXT,
@@ -29,6 +29,7 @@ from tests.client import (
     wait_for,
 )
 from tests.conftest import DEMO, Server, running_server
+from tests.e2e.adapted import without_examples
 from tests.e2e.conftest import AVX512, REPORTED_EVERY
 from tests.e2e.questions import QUESTIONS, ask_all
 
@@ -166,13 +167,18 @@ def running_in_vllm(http: httpx.Client) -> float:
 def test_four_bits_serve_and_sigterm_to_all_drains_and_leaves_no_process(
     packed_folder: Path, tmp_path: Path
 ) -> None:
-    """The 4-bit checkpoint, under a name and limits from a YAML file, with an fp8 KV cache. The
-    signal goes to the engine's processes too, as a terminal and a service manager send it.
+    """The 4-bit checkpoint, under a name and limits from a YAML file, with an fp8 KV cache and with
+    adapters, one of them trained on a 4-bit base (QLoRA). The signal goes to the engine's processes
+    too, as a terminal and a service manager send it.
     """
+    adapted = {"clinic": "clinic", "code-qlora": "code"}  # and the questions it answers
+    for name in adapted:
+        without_examples(name, tmp_path / "adapters", name)
     config = tmp_path / "serve.yaml"
     config.write_text(
         "service: {served_model_name: packed}\n"
         f"engine: {{max_model_len: 512, kv_cache_dtype: {'fp8' if AVX512 else 'auto'}}}\n"
+        f"adapters: {{folder: {tmp_path / 'adapters'}}}\n"
     )
     # What lies in the user's folder is not taken for a module.
     for name in ("serve", "vllm", "torch"):
@@ -182,6 +188,9 @@ def test_four_bits_serve_and_sigterm_to_all_drains_and_leaves_no_process(
         processes = children(server.process.pid)
         assert len(processes) >= 2
         assert ask_all(server, QUESTIONS[:100]).accuracy >= 0.85
+        for name, domain in adapted.items():
+            questions = read_questions(DEMO / f"eval/{domain}.jsonl")[:60]
+            assert ask_all(server, questions, name).accuracy >= 0.87
         with httpx.Client(base_url=server.url, timeout=60) as http:
             assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
             body = {"model": "packed", "prompt": "The", "max_tokens": 450, "ignore_eos": True}

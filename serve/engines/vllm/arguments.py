@@ -9,12 +9,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import vllm.envs
 from vllm import AsyncEngineArgs
-from vllm.platforms import CpuArchEnum, current_platform
+from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
+from serve.engines.vllm.unpacked import PLUGIN, without_avx512
 from serve.errors import StartupError
 from serve.sections import EngineSettings
 
@@ -24,6 +24,7 @@ GIB = 1024**3
 # By name: they are imported in vllm's child.
 WORKER = "serve.engines.vllm.worker.MendedWorker"
 IN_CORE = "serve.engines.vllm.worker.InCore"
+SCHEDULER = "serve.engines.vllm.slices.scheduler"
 # Ours under vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
 SHARED = (
     "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
@@ -52,6 +53,8 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
     given = {field: value for field, value in given.items() if value is not None}
     if settings.enable_lora:
         given |= {field: getattr(settings, field) for field in LORA}
+        if loras_at_work(settings) > settings.max_loras:
+            given["scheduler_cls"] = SCHEDULER
     if settings.reasoning_parser:
         given["reasoning_parser"] = settings.reasoning_parser
     free = settings.model_extra or {}
@@ -62,6 +65,24 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         )
     except (TypeError, ValueError) as error:
         raise StartupError(f"vLLM does not take these engine settings: {error}") from error
+
+
+def loras_at_work(settings: EngineSettings) -> int:
+    """How many adapters may have requests in the engine: those in a batch, and as many more as
+    take turns with them. Raises StartupError for turns under somebody else's scheduler.
+    """
+    per_slot = settings.loras_per_slot
+    if "scheduler_cls" in (settings.model_extra or {}):
+        if per_slot not in (None, 1):
+            raise StartupError(
+                f"engine.loras_per_slot is {per_slot}, which needs Packhorse's own scheduler, and "
+                "engine.scheduler_cls names another; remove one of the two."
+            )
+        per_slot = 1
+    if per_slot is None:
+        per_slot = 2 if current_platform.is_cpu() else 1
+    # A new version needs a place beside those at work; see EngineSettings.
+    return min(settings.max_loras * per_slot, settings.max_cpu_loras - 1)
 
 
 def _fits_in_core(free: dict[str, Any]) -> bool:
@@ -101,8 +122,8 @@ def _refuse_unknown(names: dict[str, Any]) -> None:
 
 def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
     """Raises StartupError for what vLLM's CPU build finds out too late: float16 under W8A8 aborts
-    the whole process; without AVX-512 4-bit weights have no kernel, at their first use, and
-    neither has an 8-bit KV cache.
+    the whole process; without AVX-512 4-bit weights have no kernel but ours, at their first use,
+    and an 8-bit KV cache has none.
     """
     if not current_platform.is_cpu():
         return
@@ -119,7 +140,7 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
             f"{folder} has 8-bit weights and activations, which vLLM's CPU kernel runs in bfloat16 "
             f"only, not in {dtype}; pass --dtype bfloat16."
         )
-    if not _without_avx512():
+    if not without_avx512():
         return
     if rounds_inputs:
         logger.warning(
@@ -130,9 +151,16 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
     if quantization.get("quant_method") in ("gptq", "awq") or any(
         (group.get("weights") or {}).get("num_bits") == 4 for group in groups
     ):
-        raise StartupError(
-            f"{folder} has 4-bit weights, and this CPU has no AVX-512, without which vLLM has no "
-            "kernel for them; serve it on another machine, or quantize with --method int8."
+        if vllm.envs.VLLM_PLUGINS is not None and PLUGIN not in vllm.envs.VLLM_PLUGINS:
+            raise StartupError(
+                f"{folder} has 4-bit weights, for which vLLM has no kernel on a CPU without "
+                "AVX-512; Packhorse's is a plugin, and VLLM_PLUGINS is "
+                f"{','.join(vllm.envs.VLLM_PLUGINS)!r}: add {PLUGIN} to it, or unset it."
+            )
+        logger.warning(
+            "This CPU has no AVX-512, and vLLM no kernel for 4-bit weights on it: those of %s are "
+            "unpacked on load, and take the memory and the time of the original",
+            folder.name,
         )
     kv = "this CPU has no AVX-512, without which vLLM has no 8-bit KV cache"
     if settings.kv_cache_dtype.startswith("fp8"):
@@ -145,11 +173,6 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
             f"{folder} has scales for an 8-bit KV cache, which vLLM takes for them by itself, and "
             f"{kv}; serve it on another machine, or quantize without --kv."
         )
-
-
-def _without_avx512() -> bool:
-    x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
-    return x86 and not torch.cpu._is_avx512_supported()
 
 
 def warn_of_missing_scales(folder: Path, settings: EngineSettings) -> None:

@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from serve.engines.base import Capacity, answer_budget
 from serve.engines.vllm.arguments import (
     engine_args,
+    loras_at_work,
     refuse_what_would_crash,
     warn_of_missing_scales,
 )
@@ -109,6 +110,7 @@ class VllmEngine:
             scheduler.max_num_seqs,
             (cache.num_gpu_blocks or 0) * cache.block_size,
             lora.max_loras if lora else 0,
+            loras_at_work(settings) if lora else 0,
             lora.max_cpu_loras if lora else 0,
             lora.max_lora_rank if lora else 0,
         )

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, mended in two places, and at home in the core's own process. Runs in vLLM's
+"""vLLM's CPU worker, mended in three places, and at home in the core's own process. Runs in vLLM's
 own children, see arguments.py.
 """
 
@@ -7,12 +7,16 @@ from __future__ import annotations
 import torch
 import vllm.envs
 from vllm.lora.layers import base_linear
+from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 from vllm.utils.torch_utils import available_cpu_count
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from serve.engines.vllm.lora_math import MaskedLora
 from serve.engines.vllm.nursery import chosen_threads, die_with_parent
+
+LORA_MATH = f"{MaskedLora.__module__}.{MaskedLora.__qualname__}"  # vLLM imports it by name
 
 
 class MendedWorker(CPUWorker):
@@ -22,11 +26,14 @@ class MendedWorker(CPUWorker):
 
     Without AMX, W8A8 layers keep their weight in oneDNN only, and vLLM 0.32's LoRA layers, which
     ask it for its device, do not start on them.
+
+    What adapters add is worked out by lora_math.py.
     """
 
     def init_device(self) -> None:
         torch.cpu._init_amx()  # does nothing where there is no AMX
         base_linear._get_lora_device = lambda layer: torch.device("cpu")
+        type(current_platform).get_punica_wrapper = classmethod(lambda _: LORA_MATH)
         # Where the worker is a process of its own: the core, its parent, ends with the server. It
         # notices by itself, but not while it is stopped.
         die_with_parent()

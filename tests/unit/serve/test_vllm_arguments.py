@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from serve.engines.vllm import arguments
 from serve.engines.vllm.arguments import (
+    SCHEDULER,
     engine_args,
+    loras_at_work,
     refuse_what_would_crash,
     warn_of_missing_scales,
 )
@@ -31,6 +34,30 @@ def test_any_vllm_field_goes_through(tiny_checkpoint: Path) -> None:
     )
     assert (args.max_num_batched_tokens, args.max_num_seqs, args.block_size) == (64, 3, 32)
     assert args.served_model_name == "m"
+
+
+@pytest.mark.parametrize(
+    ("fields", "at_work"),
+    [
+        ({}, 8),
+        ({"loras_per_slot": 1}, 4),
+        ({"loras_per_slot": 3}, 12),
+        ({"loras_per_slot": 3, "max_cpu_loras": 6}, 5),
+        ({"scheduler_cls": "somebody.Elses"}, 4),
+    ],
+)
+def test_adapters_at_work_beyond_the_slots_need_our_scheduler(
+    fields: dict[str, Any], at_work: int, tiny_checkpoint: Path
+) -> None:
+    asked = settings(enable_lora=True, **fields)
+    assert loras_at_work(asked) == at_work
+    ours = SCHEDULER if at_work > 4 else fields.get("scheduler_cls")
+    assert engine_args(tiny_checkpoint, "m", asked).scheduler_cls == ours
+
+
+def test_turns_under_somebody_elses_scheduler_are_refused() -> None:
+    with pytest.raises(StartupError, match=r"loras_per_slot is 2, .*engine\.scheduler_cls names"):
+        loras_at_work(settings(loras_per_slot=2, scheduler_cls="somebody.Elses"))
 
 
 @pytest.mark.parametrize(
@@ -85,9 +112,6 @@ def checkpoint(folder: Path, quantization: dict[str, Any] | None, dtype: str = "
 @pytest.mark.parametrize(
     ("quantization", "fields", "message"),
     [
-        ({"quant_method": "gptq"}, {}, r"4-bit weights.*no AVX-512.*--method int8\."),
-        ({"quant_method": "awq"}, {}, r"4-bit weights.*no AVX-512"),
-        (PACKED, {}, r"4-bit weights.*no AVX-512"),
         (None, {"kv_cache_dtype": "fp8"}, r"is fp8, and .*no AVX-512.*--kv-cache-dtype auto\."),
         (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, {}, r"has scales.*quantize without --kv\."),
     ],
@@ -100,11 +124,30 @@ def test_what_a_cpu_without_avx512_cannot_run_is_refused_there_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = checkpoint(tmp_path, quantization)
-    monkeypatch.setattr(arguments.torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     with pytest.raises(StartupError, match=message):
         refuse_what_would_crash(folder, settings(**fields))
-    monkeypatch.setattr(arguments.torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     refuse_what_would_crash(folder, settings(**fields))
+
+
+@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "gptq"}, {"quant_method": "awq"}, PACKED]
+)
+def test_4_bit_weights_are_unpacked_without_avx512_and_the_start_says_so(
+    avx512: bool,
+    quantization: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    refuse_what_would_crash(checkpoint(tmp_path, quantization), settings())
+    assert ("unpacked on load" in caplog.text) is not avx512
+    monkeypatch.setenv("VLLM_PLUGINS", "somebody_elses")
+    with nullcontext() if avx512 else pytest.raises(StartupError, match=r"add packhorse to it"):
+        refuse_what_would_crash(checkpoint(tmp_path, quantization), settings())
 
 
 @pytest.mark.parametrize("avx512", [True, False])
@@ -114,7 +157,7 @@ def test_int8_is_less_exact_without_avx512_and_the_start_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(arguments.torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     refuse_what_would_crash(checkpoint(tmp_path, INT8), settings())
     assert ("may overflow" in caplog.text) is not avx512
 

@@ -1,0 +1,92 @@
+"""4-bit weights on x86 CPUs without AVX-512, where vLLM's build has no kernel for them.
+
+A plugin that vLLM loads in each of its processes (pyproject.toml, `vllm.general_plugins`), those
+that `quantize verify` starts too. See docs/decisions/0008-4-bit-without-avx512.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    unpack_quantized_values_into_int32,
+)
+from vllm.platforms import CpuArchEnum, PlatformEnum, current_platform
+from vllm.scalar_type import scalar_types
+
+PLUGIN = "packhorse"  # its name in pyproject.toml, by which VLLM_PLUGINS says what to load
+_ZERO = {scalar_types.uint4: 0, scalar_types.uint4b8: 8}
+
+
+def without_avx512() -> bool:
+    """Whether this is an x86 CPU on which vLLM takes its build for AVX2."""
+    x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    return current_platform.is_cpu() and x86 and not torch.cpu._is_avx512_supported()
+
+
+def register() -> None:
+    """Puts the kernel before vLLM's, which says yes and then has no code. Twice is as once."""
+    kernels = _POSSIBLE_KERNELS[PlatformEnum.CPU]
+    if without_avx512() and UnpackedLinearKernel not in kernels:
+        kernels.insert(0, UnpackedLinearKernel)
+
+
+class UnpackedLinearKernel(MPLinearKernel):
+    """Unpacks 4-bit codes once, on load; from there on the layer is one that was never quantized.
+
+    So it answers as the codes say, as fast as the original and in as much memory as the original.
+    """
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        if c.weight_type not in _ZERO:
+            return False, f"weights of {c.weight_type}, not of 4 bits"
+        return without_avx512(), "the CPU has AVX-512"
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replaces packed codes, scales and zero points by `layer.weight`, [out, in]."""
+        codes = self._outputs_first(self._codes(layer, self.w_q_name), layer, self.w_q_name)
+        scales = self._outputs_first(getattr(layer, self.w_s_name).data, layer, self.w_s_name)
+        zeros = torch.tensor(_ZERO[self.config.weight_type])
+        if self.config.zero_points:
+            assert self.w_zp_name
+            zeros = self._outputs_first(
+                self._codes(layer, self.w_zp_name), layer, self.w_zp_name
+            ).unsqueeze(-1)
+        grouped = codes.reshape(*scales.shape, -1)
+        weight = (grouped - zeros) * scales.float().unsqueeze(-1)
+        for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
+            if name and hasattr(layer, name):
+                delattr(layer, name)
+        layer.weight = torch.nn.Parameter(
+            weight.flatten(1).to(self.config.act_type), requires_grad=False
+        )
+        self._plain = UnquantizedLinearMethod()
+        self._plain.process_weights_after_loading(layer)
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        output: torch.Tensor = self._plain.apply(layer, x, bias)
+        return output
+
+    def _codes(self, layer: torch.nn.Module, name: str) -> torch.Tensor:
+        packed = getattr(layer, name)
+        codes: torch.Tensor = unpack_quantized_values_into_int32(
+            packed.data, self.config.weight_type, packed.packed_dim
+        )
+        return codes
+
+    @staticmethod
+    def _outputs_first(values: torch.Tensor, layer: torch.nn.Module, name: str) -> torch.Tensor:
+        """[out, in or groups], whichever way the checkpoint has it."""
+        return values if getattr(layer, name).output_dim == 0 else values.t()
