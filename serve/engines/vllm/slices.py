@@ -21,7 +21,7 @@ from vllm.v1.request import Request
 
 # Changing the adapter in a slot is a copy of its weights: seldom enough not to be felt, often
 # enough that a reader of a stream does not feel the pauses.
-STEPS = 16
+STEPS = 8
 
 
 class Slices:
