@@ -258,7 +258,8 @@ class EngineSettings(Section):
     """Adapters in one batch; requests for others wait."""
     loras_per_slot: int | None = Field(None, ge=1)
     """Adapters at work for each place in a batch: beyond one they take turns of a few steps.
-    Default: 2 on a CPU, 1 on a GPU, where it has not been run yet.
+    Default: 2 on a CPU, but no more than half of max_cpu_loras; 1 on a GPU, where it has not been
+    run yet.
     """
     max_cpu_loras: int = Field(32, ge=1)
     """Adapters that the engine holds in memory; others are loaded when a request comes."""

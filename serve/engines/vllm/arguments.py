@@ -72,6 +72,7 @@ def loras_at_work(settings: EngineSettings) -> int:
     take turns with them. Raises StartupError for turns under somebody else's scheduler.
     """
     per_slot = settings.loras_per_slot
+    most = settings.max_cpu_loras - 1  # a new version needs a place beside those at work
     if "scheduler_cls" in (settings.model_extra or {}):
         if per_slot not in (None, 1):
             raise StartupError(
@@ -81,8 +82,8 @@ def loras_at_work(settings: EngineSettings) -> int:
         per_slot = 1
     if per_slot is None:
         per_slot = 2 if current_platform.is_cpu() else 1
-    # A new version needs a place beside those at work; see EngineSettings.
-    return min(settings.max_loras * per_slot, settings.max_cpu_loras - 1)
+        most = max(settings.max_loras, settings.max_cpu_loras // 2)  # room for pinned ones is left
+    return min(settings.max_loras * per_slot, most)
 
 
 def _fits_in_core(free: dict[str, Any]) -> bool:

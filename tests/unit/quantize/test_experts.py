@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from quantize import run as run_module
 from quantize import simulate
+from quantize.blocks import Block, LiveBlock, Runner
 from quantize.checkpoint import REPORT, Checkpoint
-from quantize.errors import BadInput, QuantizeError, Unsupported
+from quantize.errors import BadInput, OutOfMemory, QuantizeError, Unsupported
 from quantize.experts import Experts, take_apart
 from quantize.families import FAMILIES
 from quantize.host import Host
@@ -184,3 +186,39 @@ def test_experts_load_on_cpus_with_amx_only(model: Path, amx: bool) -> None:
     assert (planned.unprovable is None) == amx
     assert amx or "no AMX" in str(planned.unprovable)
     assert any("with AMX only" in note for note in planned.notes)
+
+
+def test_the_largest_block_is_tried_first_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Qwen3's two blocks the second has the experts: memory that is too small is too small in
+    the first minute.
+    """
+    model = made("qwen3_moe", tmp_path / "model")
+    entered: list[int] = []
+    enter = Runner.enter
+    full = False
+
+    def watched(self: Runner, block: Block) -> LiveBlock:
+        entered.append(block.index)
+        if full and block.index == 1:
+            raise MemoryError
+        return enter(self, block)
+
+    monkeypatch.setattr(Runner, "enter", watched)
+    quantized(model, tmp_path / "tried", "gptq")
+    assert entered == [1, 0, 1]
+    full = True
+    entered.clear()
+    with pytest.raises(OutOfMemory, match="the plan was for"):
+        quantized(model, tmp_path / "full", "gptq")
+    assert entered == [1]
+    full = False
+    monkeypatch.setattr(run_module, "largest_block", lambda *_: 0)
+    entered.clear()
+    quantized(model, tmp_path / "untried", "gptq")
+    assert entered == [0, 1]
+    tried, untried = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("tried", "untried")
+    )
+    assert tried == untried

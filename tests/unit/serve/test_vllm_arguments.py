@@ -41,6 +41,8 @@ def test_any_vllm_field_goes_through(tiny_checkpoint: Path) -> None:
     [
         ({}, 8),
         ({"loras_per_slot": 1}, 4),
+        ({"max_cpu_loras": 13}, 6),
+        ({"max_cpu_loras": 5}, 4),
         ({"loras_per_slot": 3}, 12),
         ({"loras_per_slot": 3, "max_cpu_loras": 6}, 5),
         ({"scheduler_cls": "somebody.Elses"}, 4),
