@@ -190,6 +190,12 @@ async def fair(work_folder: Path, seconds: float) -> dict[str, Any]:
         "others_p95_s_beside_hot": round(statistics.median(b for _, b in pairs.values()), 3),
         "beside_over_without_median": round(statistics.median(b / a for a, b in pairs.values()), 2),
         "beside_over_without_worst": round(max(b / a for a, b in pairs.values()), 2),
+        "others_within_2": [sum(b <= 2 * a for a, b in pairs.values()), len(pairs)],
+        "beside_over_without_pooled": round(
+            percentile([s for name in pairs for s in beside[name]], 0.95)
+            / percentile([s for name in pairs for s in alone[name]], 0.95),
+            2,
+        ),
         "hot_p95_s": percentile(beside[names[0]], 0.95),
     }
 
