@@ -191,10 +191,7 @@ def _budget(settings: Settings) -> tuple[float | None, Settings]:
 def _choices(settings: Settings, scheme: Scheme, layers: estimates.Shapes) -> tuple[Scheme, ...]:
     """Coarser and more exact schemes that all targets take beside the usual one."""
     grid = scheme.grid
-    fitting = [
-        size for size in GROUP_SIZES if not any(inputs % size for _, inputs in layers.values())
-    ]
-    found = [Scheme(replace(grid, group_size=size)) for size in (None, *fitting)]
+    found = [Scheme(replace(grid, group_size=size)) for size in (None, *_fitting(layers))]
     found.append(Scheme(Grid(8), 8))
     if "cpu" not in settings.targets:
         found.append(Scheme(Grid(8, grid.group_size)))
@@ -293,9 +290,7 @@ def _fit_groups(layers: estimates.Shapes, wanted: int | None, notes: list[str]) 
     """
     if wanted == CHANNEL:
         return CHANNEL
-    fitting = [
-        size for size in GROUP_SIZES if not any(inputs % size for _, inputs in layers.values())
-    ]
+    fitting = _fitting(layers)
     if wanted is None:
         if fitting[0] != GROUP_SIZES[0]:
             notes.append(
@@ -311,6 +306,11 @@ def _fit_groups(layers: estimates.Shapes, wanted: int | None, notes: list[str]) 
             f"{', '.join(map(str, fitting))} and -1 (one scale per output) fit all layers."
         )
     return wanted
+
+
+def _fitting(layers: estimates.Shapes) -> list[int]:
+    """The group sizes that divide all inputs, largest first."""
+    return [size for size in GROUP_SIZES if not any(inputs % size for _, inputs in layers.values())]
 
 
 def _dtypes(source: Checkpoint) -> tuple[str, str]:
