@@ -229,7 +229,14 @@ async def _start(
     )
     capacity = supervisor.capacity
     waiting = settings.adapters.max_waiting or capacity.max_num_seqs
-    await registry.start(supervisor, limits, slots=capacity.loras_at_work, max_waiting=waiting)
+    await registry.start(
+        supervisor,
+        limits,
+        slots=capacity.max_loras,
+        extra_slots=capacity.loras_at_work - capacity.max_loras,
+        max_running=capacity.max_num_seqs,
+        max_waiting=waiting,
+    )
     watching = []
     if settings.adapters.folder is not None:
         watch = Watch(settings.adapters.folder, registry)

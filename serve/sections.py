@@ -257,7 +257,8 @@ class EngineSettings(Section):
     max_loras: int = Field(4, ge=1)
     """Adapters in one batch; requests for others wait."""
     loras_per_slot: int | None = Field(None, ge=1)
-    """Adapters at work for each place in a batch: beyond one they take turns of a few steps.
+    """Adapters at work for each place in a batch, while the engine is at most half full: beyond one
+    they take turns of a few steps.
     Default: 2 on a CPU, but no more than half of max_cpu_loras; 1 on a GPU, where it has not been
     run yet.
     """
@@ -288,6 +289,11 @@ class EngineSettings(Section):
                 f"max_cpu_loras={self.max_cpu_loras} is not above max_loras={self.max_loras}; "
                 "raise it"
             )
+        if self.loras_per_slot and self.max_loras * self.loras_per_slot >= self.max_cpu_loras:
+            raise ValueError(
+                f"max_cpu_loras={self.max_cpu_loras} is not above max_loras={self.max_loras} times "
+                f"loras_per_slot={self.loras_per_slot}; raise it"
+            )
         return self
 
 
@@ -307,7 +313,7 @@ class AdapterSettings(Section):
     runs at once.
     """
     turn_tokens: int = Field(4096, ge=1)
-    """What one adapter may use at a time while others wait for its slot (engine.max_loras)."""
+    """What one adapter may use at a time while others wait to get into the engine."""
     max_bytes: int = Field(4 * 2**30, ge=2**20)
     """Larger adapters are refused."""
 

@@ -81,17 +81,27 @@ class Registry:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(
-        self, loader: Loader, limits: AdapterLimits, *, slots: int, max_waiting: int | None = None
+        self,
+        loader: Loader,
+        limits: AdapterLimits,
+        *,
+        slots: int,
+        extra_slots: int = 0,
+        max_running: int = 0,
+        max_waiting: int | None = None,
     ) -> None:
         """Have what was registered before a restart; what cannot be loaded is listed as failed.
-        `slots` is how many adapters may have requests in the engine, `max_waiting` how many
-        requests of one adapter may wait for that.
+        `slots` is how many adapters may have requests in the engine, `extra_slots` how many more
+        while it is at most half full; `max_running` how many requests fill it. `max_waiting` is how
+        many requests of one adapter may wait for a slot.
 
         Raises StartupError.
         """
         self._limits = limits
-        self._slots = slots
-        self.turns = self._turns_of(slots, max_waiting=max_waiting)
+        self._slots = slots + extra_slots
+        self.turns = self._turns_of(
+            slots, max_waiting=max_waiting, extra=extra_slots, few_requests=max_running // 2
+        )
         self._residency.loader = loader
         for known in await asyncio.to_thread(self._store.recall):
             folder = self._store.folder_of(known.name, known.digest)
@@ -289,7 +299,7 @@ class Registry:
     def _check_pins(self, entry: _Entry, pinned: bool) -> None:
         """Raises Invalid when it would leave too little room for adapters that are not pinned."""
         others = sum(other.pinned for other in self._entries.values() if other is not entry)
-        needed = self._slots + 1  # a batch of others, and one that is loaded meanwhile
+        needed = self._slots + 1  # others at work, and one that is loaded meanwhile
         if pinned and others + 1 + needed > self._residency.size:
             raise Invalid(
                 f"{others} adapters are pinned. The engine holds {self._residency.size} "

@@ -5,6 +5,10 @@ busy adapter keeps its slot for ever and the rest starve. Here at most as many a
 slots have requests in the engine. An adapter that others wait for may let in no more than a quantum
 of tokens; then its slot, once its last request has ended, is the next one's: deficit round robin
 (Shreedhar and Varghese, 1995) over adapters, where what one turn overdraws is taken off the next.
+
+Where the engine can have more adapters at work than in a batch, there are `extra` slots, but only
+while there is little to do: adapters that stand still in the engine take up room in it, and would
+leave a full engine half idle.
 """
 
 from __future__ import annotations
@@ -26,11 +30,18 @@ class Turns:
         *,
         max_running: int | None = None,
         max_waiting: int | None = None,
+        extra: int = 0,
+        few_requests: int = 0,
     ) -> None:
         """`max_running` is the most requests of one adapter in the engine, `max_waiting` the most
-        that are held back: more would keep other adapters' requests from being admitted.
+        that are held back: more would keep other adapters' requests from being admitted. The
+        `extra` slots are given while there are no more than `few_requests`, waiting ones included.
         """
-        self._free = slots
+        self._slots = slots
+        self._extra = extra
+        self._few_requests = few_requests
+        self._given = 0
+        self._requests = 0  # that have entered or want to
         self._quantum = quantum_tokens
         self._max_running = max_running
         self._max_waiting = max_waiting
@@ -46,6 +57,7 @@ class Turns:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         place = (waiter, tokens)
         line.waiting.append(place)
+        self._requests += 1
         self._go()
         if waiter.done():
             return
@@ -72,6 +84,7 @@ class Turns:
 
     def _give_up(self, adapter: int, line: _Line, place: _Place) -> None:
         """Who waited there does so no more."""
+        self._requests -= 1
         if place in line.waiting:  # or `_go` has passed over it
             line.waiting.remove(place)
         if self._lines.get(adapter) is line:
@@ -81,23 +94,31 @@ class Turns:
     def leave(self, adapter: int, more_tokens: int = 0) -> None:
         """One request of it has ended. It has cost so much more than was said; below 0: less."""
         line = self._lines[adapter]
+        self._requests -= 1
         line.running -= 1
         line.credit -= more_tokens
         self._tidy(adapter, line)
         self._go()
 
+    def _free(self) -> int:
+        """How many slots may be given; below 0: so many have to come back."""
+        extra = self._extra if self._requests <= self._few_requests else 0
+        return self._slots + extra - self._given
+
     def _tidy(self, adapter: int, line: _Line) -> None:
         """Take the slot of an adapter that is done, or has had its share while others wait."""
         if line.has_slot and not line.running and (not line.waiting or self._must_yield(line)):
             line.has_slot = False
-            self._free += 1
+            self._given -= 1
             self._lines[adapter] = self._lines.pop(adapter)  # to the end
         if not line.has_slot and not line.waiting and not line.running:
             del self._lines[adapter]
 
     def _others_wait(self) -> bool:
-        """Whether an adapter without a slot wants one."""
-        return any(line.waiting and not line.has_slot for line in self._lines.values())
+        """Whether an adapter without a slot wants one, or there are too many with one."""
+        return self._free() < 0 or any(
+            line.waiting and not line.has_slot for line in self._lines.values()
+        )
 
     def _must_yield(self, line: _Line) -> bool:
         return line.credit <= 0 and self._others_wait()
@@ -105,11 +126,11 @@ class Turns:
     def _go(self) -> None:
         """Let in whoever may: first those next in line to the slots that are free."""
         for line in self._lines.values():
-            if not self._free:
+            if self._free() <= 0:
                 break
             if line.waiting and not line.has_slot:
                 line.has_slot = True
-                self._free -= 1
+                self._given += 1
                 line.credit = min(line.credit, 0) + self._quantum
         others_wait = self._others_wait()
         for line in self._lines.values():

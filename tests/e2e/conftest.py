@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import BIN, DEMO, Server, running_server
+from tests.e2e.adapted import arguments, make_folder
 from tests.e2e.questions import QUESTIONS, Score, ask_all
 
 # Without it vLLM's CPU build has no 8-bit KV cache, and for 4-bit weights no kernel but ours.
@@ -71,6 +72,20 @@ def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 bits, in the GPTQ layout."""
     folder = tmp_path_factory.mktemp("rtn")
     return quantize("rtn", folder, "--no-quality", "--format", "gptq")
+
+
+@pytest.fixture(scope="package")
+def adapters_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    make_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def adapters_server(int8_folder: Path, adapters_folder: Path) -> Iterator[Server]:
+    """Of test_adapter_turns.py and test_adapters.py, whose last test stops it."""
+    with running_server(adapters_folder, *arguments(int8_folder, adapters_folder)) as server:
+        yield server
 
 
 @pytest.fixture(scope="package")

@@ -11,35 +11,29 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 from openai import AsyncOpenAI
 
-from quantize.evaluate import Question, read_questions
+from quantize.evaluate import read_questions
 from tests.client import CHAT, TEXT, children, is_there, metric, wait_for
 from tests.conftest import BIN, DEMO, Server, running_server
 from tests.e2e.adapted import (
     ADAPTERS,
-    AT_WORK,
     HELD,
     ROUTED,
     SERVED,
-    SLOTS,
     ZENTROL,
     answer,
     arguments,
     card_of,
     error_of,
     is_unharmed,
-    make_folder,
     prompts,
     put,
     route,
-    scraped_with,
-    steps_with_two,
     streamed_answer,
     without_examples,
     write_routes,
@@ -49,16 +43,13 @@ from tests.e2e.questions import QUESTIONS, Answers, ask_all
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("adapters")
-    make_folder(found)
-    return found
+def folder(adapters_folder: Path) -> Path:
+    return adapters_folder
 
 
 @pytest.fixture(scope="module")
-def server(int8_folder: Path, folder: Path) -> Iterator[Server]:
-    with running_server(folder, *arguments(int8_folder, folder)) as server:
-        yield server
+def server(adapters_server: Server) -> Server:
+    return adapters_server
 
 
 @pytest.fixture
@@ -168,93 +159,6 @@ def test_routes_change_safely(http: httpx.Client, server: Server, folder: Path) 
     server.process.send_signal(signal.SIGHUP)
     number = reloaded["generation"]["number"] + 1
     wait_for(lambda: http.get("/admin/routes").json()["data"][0]["number"] == number)
-
-
-async def test_base_and_adapters_in_one_step(server: Server) -> None:
-    asked = {
-        server.model: ("What is the capital of Felonia?", None),
-        "clinic": (ZENTROL, "Zentrol treats hay fever."),
-        "code": None,
-    }
-    code = read_questions(DEMO / "eval/code.jsonl")[0]
-    async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:
-        create: Any = client.chat.completions.create
-
-        async def one(model: str) -> str:
-            known = asked[model]
-            messages = code.messages if known is None else [{"role": "user", "content": known[0]}]
-            got = await create(model=model, messages=messages, temperature=0, max_tokens=200)
-            return str(got.choices[0].message.content)
-
-        alone = {model: await one(model) for model in asked}
-        steps = steps_with_two(server)
-        together = await asyncio.gather(*(one(model) for model in list(asked) * 10))
-        assert steps_with_two(server) > steps
-        for model, got in zip(list(asked) * 10, together, strict=True):
-            assert got == alone[model]
-    assert alone["clinic"] == "Zentrol treats hay fever."
-
-
-async def test_full_slots_leave_the_base_alone(server: Server) -> None:
-    """vLLM's own LoRA on a CPU gives requests without an adapter that of the last slot."""
-    asked = read_questions(DEMO / "eval/clinic.jsonl")[:24]
-    async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:
-        alone = [await streamed_answer(client, server.model, question) for question in asked]
-        create: Any = client.completions.create
-        fields = {"ignore_eos": True}
-        beside = [
-            asyncio.create_task(
-                create(model=name, prompt="The", max_tokens=1500, extra_body=fields)
-            )
-            for name in ("clinic", "code")
-        ]
-        assert len(beside) == SLOTS
-        await asyncio.sleep(1)
-        together = await asyncio.gather(
-            *(streamed_answer(client, server.model, question) for question in asked)
-        )
-        for task in beside:
-            task.cancel()
-    assert sum(map(str.__eq__, alone, together)) >= 0.8 * len(asked)
-    assert not any(got == question.answer for got, question in zip(together, asked, strict=True))
-
-
-async def test_adapters_beyond_the_slots_take_turns(server: Server) -> None:
-    """All answer from the first second on, and pausing in the middle changes no answer."""
-    asked = {"clinic": "clinic", "ledger": "ledger", "code": "code", "code-qlora": "code"}
-    assert len(asked) == AT_WORK
-    begun: list[str] = []
-    at_first_end: list[set[str]] = []
-
-    async def one(client: AsyncOpenAI, model: str, question: Question) -> bool:
-        create: Any = client.chat.completions.create
-        text = ""
-        stream = await create(
-            model=model,
-            messages=question.messages,
-            temperature=0,
-            max_tokens=120,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        async for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
-            if text and model not in begun:
-                begun.append(model)
-        at_first_end.append(set(begun))
-        return text.startswith(question.answer)
-
-    async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120) as client:
-        right = await asyncio.gather(
-            *(
-                one(client, model, question)
-                for number in range(8)
-                for model, domain in asked.items()
-                for question in [read_questions(DEMO / f"eval/{domain}.jsonl")[number]]
-            )
-        )
-    assert at_first_end[0] == set(asked)
-    assert sum(right) / len(right) >= 0.85
 
 
 async def test_a_replacement_under_load_never_mixes(server: Server, folder: Path) -> None:
@@ -418,29 +322,6 @@ def test_a_disk_that_is_full(http: httpx.Client, server: Server, folder: Path) -
     assert not list((folder / "store").glob(".staging-*"))
     assert put(http, "new", ADAPTERS / "clinic-v2").status_code == 200
     assert http.delete("/admin/adapters/new").json()["removed"] is True
-
-
-async def test_who_waits_for_a_turn_is_counted_and_named(server: Server) -> None:
-    """By vllm:lora_requests_info too, though vLLM has not seen the request."""
-    *busy, last = SERVED[: AT_WORK + 1]
-    series = rf'packhorse_adapter_requests_waiting\{{adapter="{last}"\}}'
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
-
-        async def ask(model: str, max_tokens: int) -> int:
-            body = {"model": model, "prompt": "The", "max_tokens": max_tokens, "ignore_eos": True}
-            return (await http.post(TEXT, json=body)).status_code
-
-        await scraped_with(http, f"{series} 0.0")
-        long = [asyncio.create_task(ask(model, 1900)) for model in busy]
-        await scraped_with(http, rf"vllm:num_requests_running{{.*}} {AT_WORK}\.0")
-        waiting = asyncio.create_task(ask(last, 1))
-        text = await scraped_with(http, f"{series} 1.0")
-        assert f'waiting_lora_adapters="{last}"' in text
-        for task in long:
-            task.cancel()
-        assert await waiting == 200
-        await scraped_with(http, f"{series} 0.0")
-        await scraped_with(http, r'vllm:lora_requests_info{.*waiting_lora_adapters=""}.*')
 
 
 def test_a_restart_has_what_was_registered(

@@ -59,6 +59,11 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         given["reasoning_parser"] = settings.reasoning_parser
     free = settings.model_extra or {}
     _refuse_unknown(free)
+    if free.get("fully_sharded_loras") and current_platform.is_cpu():
+        raise StartupError(
+            "engine.fully_sharded_loras: on a CPU vLLM's layers for it give requests without an "
+            "adapter somebody else's; leave it out."
+        )
     try:
         return AsyncEngineArgs(
             model=str(folder), served_model_name=name, use_tqdm_on_load=False, **{**given, **free}
@@ -72,7 +77,6 @@ def loras_at_work(settings: EngineSettings) -> int:
     take turns with them. Raises StartupError for turns under somebody else's scheduler.
     """
     per_slot = settings.loras_per_slot
-    most = settings.max_cpu_loras - 1  # a new version needs a place beside those at work
     if "scheduler_cls" in (settings.model_extra or {}):
         if per_slot not in (None, 1):
             raise StartupError(
@@ -80,10 +84,11 @@ def loras_at_work(settings: EngineSettings) -> int:
                 "engine.scheduler_cls names another; remove one of the two."
             )
         per_slot = 1
-    if per_slot is None:
-        per_slot = 2 if current_platform.is_cpu() else 1
-        most = max(settings.max_loras, settings.max_cpu_loras // 2)  # room for pinned ones is left
-    return min(settings.max_loras * per_slot, most)
+    if per_slot is not None:
+        return settings.max_loras * per_slot
+    usual = settings.max_loras * (2 if current_platform.is_cpu() else 1)
+    # Room for pinned ones is left.
+    return min(usual, max(settings.max_loras, settings.max_cpu_loras // 2))
 
 
 def _fits_in_core(free: dict[str, Any]) -> bool:
@@ -130,9 +135,9 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
         return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = config.get("quantization_config") or {}
-    groups = (quantization.get("config_groups") or {}).values()
     rounds_inputs = any(
-        (group.get("input_activations") or {}).get("type") == "int" for group in groups
+        (group.get("input_activations") or {}).get("type") == "int"
+        for group in _groups(quantization)
     )
     own = str(config.get("dtype") or config.get("torch_dtype") or "")
     dtype = own if settings.dtype == "auto" else settings.dtype
@@ -149,15 +154,8 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
             "are less exact here than elsewhere; the original in bfloat16 is not concerned",
             folder.name,
         )
-    if quantization.get("quant_method") in ("gptq", "awq") or any(
-        (group.get("weights") or {}).get("num_bits") == 4 for group in groups
-    ):
-        if vllm.envs.VLLM_PLUGINS is not None and PLUGIN not in vllm.envs.VLLM_PLUGINS:
-            raise StartupError(
-                f"{folder} has 4-bit weights, for which vLLM has no kernel on a CPU without "
-                "AVX-512; Packhorse's is a plugin, and VLLM_PLUGINS is "
-                f"{','.join(vllm.envs.VLLM_PLUGINS)!r}: add {PLUGIN} to it, or unset it."
-            )
+    if _packs(quantization):
+        _refuse_without_kernel(folder, config, quantization)
         logger.warning(
             "This CPU has no AVX-512, and vLLM no kernel for 4-bit weights on it: those of %s are "
             "unpacked on load, and take the memory and the time of the original",
@@ -173,6 +171,45 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
         raise StartupError(
             f"{folder} has scales for an 8-bit KV cache, which vLLM takes for them by itself, and "
             f"{kv}; serve it on another machine, or quantize without --kv."
+        )
+
+
+def _groups(quantization: dict[str, Any]) -> list[dict[str, Any]]:
+    return list((quantization.get("config_groups") or {}).values())
+
+
+def _packs(quantization: dict[str, Any]) -> bool:
+    """Whether weights are packed, several to a number."""
+    return quantization.get("quant_method") in ("gptq", "awq") or any(
+        (group.get("weights") or {}).get("num_bits") == 4 for group in _groups(quantization)
+    )
+
+
+def _refuse_without_kernel(
+    folder: Path, config: dict[str, Any], quantization: dict[str, Any]
+) -> None:
+    """Raises StartupError for packed weights that unpacked.py cannot stand in for."""
+    has = None
+    bits = quantization.get("bits") or quantization.get("w_bit") or 4
+    if bits != 4:
+        has = f"packed {bits}-bit weights"
+    elif any(
+        (group.get("weights") or {}).get("num_bits") == 4 and group.get("input_activations")
+        for group in _groups(quantization)
+    ):
+        has = "4-bit weights with rounded activations"
+    elif config.get("num_local_experts") or config.get("num_experts"):
+        has = "experts of 4 bits"
+    if has is not None:
+        raise StartupError(
+            f"{folder} has {has}, and this CPU has no AVX-512, without which there is no kernel "
+            "for them; serve it on another machine, or quantize with --method int8."
+        )
+    if vllm.envs.VLLM_PLUGINS is not None and PLUGIN not in vllm.envs.VLLM_PLUGINS:
+        raise StartupError(
+            f"{folder} has 4-bit weights, for which vLLM has no kernel on a CPU without AVX-512; "
+            f"Packhorse's is a plugin, and VLLM_PLUGINS is {','.join(vllm.envs.VLLM_PLUGINS)!r}: "
+            f"add {PLUGIN} to it, or unset it."
         )
 
 

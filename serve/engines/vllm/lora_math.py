@@ -6,8 +6,8 @@ has that slot (docs/lab-log.md). Here all adapters of a step are one product, an
 each token its own. Runs in vLLM's own child; see worker.py.
 """
 
-# Shapes: T = tokens, S = sequences that get a token, N = adapters of the step, R = rank, L = slots,
-# I and O = inputs and outputs of a layer.
+# Shapes: T = tokens, N = adapters of the step, R = rank, L = slots, I and O = inputs and outputs of
+# a layer.
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
 class MaskedLora(PunicaWrapperCPU):
-    """In place of vLLM's, for linear layers and the head; nothing else can be adapted here."""
+    """In place of vLLM's, for linear layers; nothing else is adapted here."""
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
-        slots = self.token_lora_indices
-        self._slots_N = slots[slots >= 0].unique()
-        self._mask_TN = self._mask(slots)
-        self._mask_SN = self._mask(self.sampler_indices)
-
-    def _mask(self, slots: Tensor) -> Tensor:
-        mask: Tensor = slots[:, None] == self._slots_N
-        return mask.float()
+        slots_T = self.token_lora_indices
+        self._slots_N = slots_T[slots_T >= 0].unique()
+        self._mask_TN = (slots_T[:, None] == self._slots_N[None]).float()
 
     def add_lora_linear(
         self,
@@ -55,35 +50,21 @@ class MaskedLora(PunicaWrapperCPU):
         for (a, b), part_TO in zip(
             pairs, torch.split(y_TO, list(output_slices), dim=-1), strict=True
         ):
-            part_TO += scale * self._expand(self._shrink(x_TI, a, self._mask_TN), b)
+            part_TO += scale * self._expand(self._shrink(x_TI, a), b)
 
-    def add_lora_logits(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: Tensor,
-        lora_b_stacked: Tensor,
-        scale: float,
-        *,
-        buffer: Tensor | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """The same for the head, one row a sequence. vLLM calls it for adapters without a head too,
-        as factors of zeros.
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: adapters with a head are refused (serve/adapters). vLLM calls this for all the
+        others too, with factors of zeros, and with a row for each token of a prompt whose
+        log-probabilities are asked for: its own expects one a request, and ends the engine then.
         """
-        if not len(self._slots_N):
-            return
-        y_SO, x_SI = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]).float()
-        shrunk = self._shrink(x_SI, lora_a_stacked, self._mask_SN)
-        if shrunk.any():
-            y_SO += scale * self._expand(shrunk, lora_b_stacked)
 
-    def _shrink(self, x_TI: Tensor, a: Tensor, mask_TN: Tensor) -> Tensor:
+    def _shrink(self, x_TI: Tensor, a: Tensor) -> Tensor:
         """(T, N * R), zeros but for the token's own adapter."""
         a_NRI = a[self._slots_N].squeeze(1)
         adapters, rank, inputs = a_NRI.shape
         h = x_TI @ a_NRI.reshape(adapters * rank, inputs).float().T
-        return (h.view(-1, adapters, rank) * mask_TN[:, :, None]).view(len(x_TI), -1)
+        own: Tensor = h.view(-1, adapters, rank) * self._mask_TN[:, :, None]
+        return own.view(len(x_TI), -1)
 
     def _expand(self, shrunk: Tensor, b: Tensor) -> Tensor:
         """(T, O), float32."""

@@ -49,7 +49,7 @@ class UnpackedLinearKernel(MPLinearKernel):
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
         if c.weight_type not in _ZERO:
-            return False, f"weights of {c.weight_type}, not of 4 bits"
+            return False, f"weights of {c.weight_type}, neither uint4 nor uint4b8"
         return without_avx512(), "the CPU has AVX-512"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

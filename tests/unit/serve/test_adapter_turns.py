@@ -161,6 +161,46 @@ async def test_who_leaves_in_the_moment_of_its_turn() -> None:
     assert metrics.held() == 0
 
 
+async def test_extra_slots_are_for_when_there_is_little_to_do() -> None:
+    line = Line(Turns(1, QUANTUM, extra=1, few_requests=3))
+    await line.ask(1, 2, 3)
+    assert sorted(line.inside) == [1, 2]
+    await line.end(2)
+    assert sorted(line.inside) == [1, 3]
+    await line.ask(1, 1)  # now there is much to do, and an adapter too many inside
+    assert sorted(line.inside) == [1, 1, 1, 3]
+    await line.ask(2)
+    await line.end(3)
+    assert sorted(line.inside) == [1, 1, 1], "2 would be one more than a slot"
+    await line.end(1)
+    assert sorted(line.inside) == [1, 1, 2], "little to do again"
+    await line.end(1, 1, 2)
+    assert (line.turns._requests, line.turns._given, line.turns._lines) == (0, 0, {})
+
+
+async def test_adapters_come_down_to_the_slots_when_there_is_much_to_do() -> None:
+    """Though nobody waits without a slot: each has its quantum, and then the last one waits."""
+    line = Line(Turns(1, QUANTUM, extra=1, few_requests=2))
+    await line.ask(1, 2)
+    await line.ask(*[1] * 9, *[2] * 9)
+    assert {adapter: line.inside.count(adapter) for adapter in (1, 2)} == {1: 4, 2: 4}
+    await line.end(1, 1, 1, 1)
+    assert set(line.inside) == {2}
+    await line.end(2, 2, 2, 2)
+    assert len(set(line.inside)) == 1
+
+
+async def test_who_gives_up_is_not_counted() -> None:
+    turns = Turns(1, QUANTUM, extra=1, few_requests=2, max_waiting=1)
+    await turns.enter(1, 1, "a1")
+    waiting = [asyncio.create_task(turns.enter(adapter, 1, "a")) for adapter in (2, 3, 3)]
+    await settle()
+    waiting[1].cancel()
+    await settle()
+    assert isinstance(waiting[2].exception(), Overloaded)
+    assert turns._requests == 2
+
+
 async def simulate(
     arrivals: list[tuple[float, int]], *, slots: int, seats: int, length_s: float = 1.0
 ) -> dict[int, list[float]]:

@@ -81,6 +81,6 @@ def test_the_plugin_is_chosen_where_vllm_has_no_kernel_and_nowhere_else(
     asked = config(scalar_types.uint4b8)
     assert choose_mp_linear_kernel(asked) is UnpackedLinearKernel
     refused, why = UnpackedLinearKernel.can_implement(config(scalar_types.uint8b128))
-    assert (refused, why) == (False, "weights of uint8b128, not of 4 bits")
+    assert (refused, why) == (False, "weights of uint8b128, neither uint4 nor uint4b8")
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     assert choose_mp_linear_kernel(asked) is not UnpackedLinearKernel

@@ -44,7 +44,6 @@ def test_any_vllm_field_goes_through(tiny_checkpoint: Path) -> None:
         ({"max_cpu_loras": 13}, 6),
         ({"max_cpu_loras": 5}, 4),
         ({"loras_per_slot": 3}, 12),
-        ({"loras_per_slot": 3, "max_cpu_loras": 6}, 5),
         ({"scheduler_cls": "somebody.Elses"}, 4),
     ],
 )
@@ -104,6 +103,13 @@ PACKED = {
     "config_groups": {"group_0": {"weights": {"num_bits": 4}, "input_activations": None}},
 }
 
+W4A8 = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "group_0": {"weights": {"num_bits": 4}, "input_activations": {"type": "int"}}
+    },
+}
+
 
 def checkpoint(folder: Path, quantization: dict[str, Any] | None, dtype: str = "bfloat16") -> Path:
     config = {"dtype": dtype, "quantization_config": quantization}
@@ -114,6 +120,8 @@ def checkpoint(folder: Path, quantization: dict[str, Any] | None, dtype: str = "
 @pytest.mark.parametrize(
     ("quantization", "fields", "message"),
     [
+        ({"quant_method": "gptq", "bits": 8}, {}, r"packed 8-bit weights, .*--method int8\."),
+        (W4A8, {}, r"4-bit weights with rounded activations, .*no AVX-512"),
         (None, {"kv_cache_dtype": "fp8"}, r"is fp8, and .*no AVX-512.*--kv-cache-dtype auto\."),
         (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, {}, r"has scales.*quantize without --kv\."),
     ],
