@@ -216,8 +216,10 @@ class Keys:
             self._known = read_keys(self._path)
         except StartupError as error:
             metrics.KEY_RELOAD_FAILURES.inc()
+            metrics.KEYS_STALE.set(1)
             logger.error("%s The keys stay as they were.", error)
         else:
+            metrics.KEYS_STALE.set(0)
             logger.info("%d API keys from %s, which has changed", len(self._known), self._path)
 
     def _stat(self) -> tuple[int, ...] | None:

@@ -135,7 +135,10 @@ class Gpus(Collector):
             return
         import pynvml
 
-        for number in range(pynvml.nvmlDeviceGetCount()):
+        count = 0
+        with contextlib.suppress(pynvml.NVMLError):  # a container may lose its devices
+            count = pynvml.nvmlDeviceGetCount()
+        for number in range(count):
             # One that has fallen off the bus must not take the others' figures with it; and some
             # models do not tell everything.
             gpu = str(number)

@@ -274,8 +274,12 @@ def build_cache(settings: CacheSettings) -> ResultCache | None:
         try:
             make = STORES[url.partition("://")[0]]
             store = make(url, settings.prefix, settings.timeout_s)
-        except ValueError as error:
-            raise StartupError(f"cache.store is not understood: {error}") from error
+        except ValueError:
+            # Not what the library says: it quotes parts of the URL, a password's among them.
+            raise StartupError(
+                "cache.store is not understood; give redis://USER:PASSWORD@HOST:PORT/DB or "
+                "memcached://HOST:PORT, and a password's /, ?, # and @ as %2F, %3F, %23 and %40."
+            ) from None
     secret = settings.secret.get_secret_value().encode() if settings.secret else None
     return ResultCache(
         secret or secrets.token_bytes(32),

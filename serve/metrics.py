@@ -62,6 +62,9 @@ KEY_RELOAD_FAILURES = Counter(
     "packhorse_key_reload_failures_total",
     "Changed keys files that could not be read; the old keys stay.",
 )
+KEYS_STALE = Gauge(
+    "packhorse_keys_stale", "1 while the keys file is not what is in use, since it cannot be read."
+)
 STALLED_CLIENTS = Counter(
     "packhorse_stalled_clients_total", "Clients cut off because they stopped reading their stream."
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -122,6 +123,27 @@ class TracingSettings(Section):
     protocol: Literal["grpc", "http/protobuf"] = "grpc"
     headers: dict[str, SecretStr] = Field(default_factory=dict)
     """Sent with them; keys of hosted collectors go here."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _has_no_secret(cls, endpoint: str | None) -> str | None:
+        """It is logged."""
+        parts = urlsplit(endpoint or "")
+        if parts.username is not None or parts.query:
+            raise ValueError("a user or a query in it would be logged; use tracing.headers")
+        return endpoint
+
+    @field_validator("headers")
+    @classmethod
+    def _can_be_sent(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        """gRPC drops spans, and HTTP's client logs the value, when one cannot."""
+        for name, value in headers.items():
+            if not re.fullmatch(r"[a-z0-9._-]+", name):
+                raise ValueError(f"the name {name!r} is not of a-z, 0-9, '.', '_' and '-'")
+            if not re.fullmatch(r"[ -~]+", value.get_secret_value()):
+                raise ValueError(f"the value of {name} is not of printable ASCII alone")
+        return headers
+
     sample_ratio: float = Field(1.0, ge=0, le=1)
     """How many of the calls are traced whose caller does not say (with `traceparent`)."""
     service_name: str = "packhorse"

@@ -112,8 +112,8 @@ class Service:
             await self._prepare(stream)
             self._admit([stream])
             await stream.open()
-        except BaseException:
-            await stream.close()  # nearly always over already
+        except BaseException as error:
+            await stream.abandon(error)  # nearly always over already
             raise
         return stream
 
@@ -136,9 +136,9 @@ class Service:
             done, _ = await asyncio.wait(openings, return_when=asyncio.FIRST_COMPLETED)
             for opening in done:
                 opening.result()
-        except BaseException:
+        except BaseException as error:
             for stream in streams:
-                await stream.close()
+                await stream.abandon(error)
             raise
         return streams
 

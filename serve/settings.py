@@ -91,20 +91,27 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
 
     _refuse_unknown_environment()
     try:
-        return Sources(**flags)
+        settings = Sources(**flags)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}{_shown(e)}: {e['msg']}" for e in error.errors()]
         raise StartupError("These settings are not valid:\n" + "\n".join(lines)) from error
     except Exception as error:
         where = f"--config {config}" if config else "The settings"
         raise StartupError(f"{where} cannot be read: {error}") from error
+    if settings.tracing.endpoint and os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        raise StartupError(
+            "tracing.endpoint is set, and OTEL_SDK_DISABLED=true in the environment: no span would "
+            "be made. Take out one of the two."
+        )
+    return settings
 
 
 def _shown(fault: ErrorDetails) -> str:
-    """The value at fault, unless it is a secret, or a whole section."""
-    if {"api_key", "store", "secret", "headers"} & set(fault["loc"]) or isinstance(
-        fault["input"], dict
-    ):
+    """The value at fault, unless it is a secret or may be one under a mistyped name, or a whole
+    section.
+    """
+    secretive = fault["type"] == "extra_forbidden" or {"auth", "cache", "tracing"} & {*fault["loc"]}
+    if secretive or isinstance(fault["input"], dict):
         return ""
     return f" = {fault['input']!r}"
 

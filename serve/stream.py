@@ -207,6 +207,12 @@ class Stream:
             await self._chunks.aclose()
         self.end(ErrorKind.CANCELLED)
 
+    async def abandon(self, error: BaseException) -> None:
+        """Abort it, because its call has failed with this."""
+        if isinstance(error, Exception) and not isinstance(error, ServeError):
+            self.end(ErrorKind.INTERNAL)
+        await self.close()
+
     def end(self, outcome: str) -> None:
         """Count and log the request, once."""
         if self._outcome is not None:

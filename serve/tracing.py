@@ -11,6 +11,7 @@ Called by `main` (set-up), `rest` and `rpc` (a span a call).
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from serve.sections import TracingSettings
 
 _CONTEXT = TraceContextTextMapPropagator()
+# It quotes what it does not understand of tracestate, which anybody may send.
+logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
 LAST_SPANS_S = 2.0
 
 
@@ -72,7 +75,7 @@ class CallSpan(Span):
         """W3C's header, for the answer."""
         carrier: dict[str, str] = {}
         _CONTEXT.inject(carrier, otel.set_span_in_context(self._span))
-        return carrier["traceparent"]
+        return carrier.get("traceparent", "")
 
     def end(self, name: str, *, failed: bool, **attributes: Any) -> None:
         """It is over. `failed`: by the server's fault."""

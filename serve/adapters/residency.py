@@ -36,6 +36,7 @@ class Residency:
         self._may_go = may_go
         self._held: dict[int, AdapterVersion] = {}  # least recently used first
         self._loading = asyncio.Lock()
+        metrics.ADAPTERS_RESIDENT.set_function(self._resident)
 
     def __contains__(self, adapter: AdapterVersion) -> bool:
         return adapter.int_id in self._held and self._loader().has_adapter(adapter)
@@ -62,7 +63,12 @@ class Residency:
             await loader.load_adapter(adapter)
             self._held[adapter.int_id] = adapter
             metrics.ADAPTER_LOAD_SECONDS.observe(time.monotonic() - started_s)
-            metrics.ADAPTERS_RESIDENT.set(len(self._held))
+
+    def _resident(self) -> int:
+        """How many the engine has now: one that died has none."""
+        loader = self.loader
+        held = list(self._held.values())  # asked from a scrape's thread
+        return sum(loader is not None and loader.has_adapter(adapter) for adapter in held)
 
     def _touch(self, adapter: AdapterVersion) -> bool:
         held = self._held.pop(adapter.int_id, None)
@@ -94,7 +100,6 @@ class Residency:
         """Unload it, if it is there. Raises ServeError."""
         async with self._loading:
             if self._held.pop(adapter.int_id, None) is not None:
-                metrics.ADAPTERS_RESIDENT.set(len(self._held))
                 await self._loader().unload_adapter(adapter)
 
 

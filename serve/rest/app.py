@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Response
@@ -77,11 +78,12 @@ class RequestIds:
                 )
 
     def _begin(self, tracing: Tracing, scope: Scope, request_id: str) -> CallSpan:
-        carrier = {
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name in (b"traceparent", b"tracestate")
+        sent = {
+            wanted: [value.decode("latin-1") for name, value in scope["headers"] if name == wanted]
+            for wanted in (b"traceparent", b"tracestate")
         }
+        # W3C: a list may come in several headers, and two parents are none.
+        carrier = {name.decode(): ",".join(values) for name, values in sent.items() if values}
         attributes = {
             "http.request.method": scope["method"],
             "url.path": scope["path"][:256],
@@ -154,6 +156,9 @@ def _add_operators_routes(
 ) -> None:
     app.include_router(operators.routes(admin or Admin(), settings))
 
+    # A thread of its own: a driver that hangs in a scrape must not hold up what loads engines.
+    scrapes = ThreadPoolExecutor(1, "scrape")
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         try:
@@ -162,7 +167,8 @@ def _add_operators_routes(
         except ServeError:
             metrics.READY.set(0)
         # Written in a thread: it takes milliseconds, which streams need not wait for in one piece.
-        body, content_type = await asyncio.to_thread(metrics.exposition)
+        loop = asyncio.get_running_loop()
+        body, content_type = await loop.run_in_executor(scrapes, metrics.exposition)
         return Response(body, media_type=content_type)
 
 

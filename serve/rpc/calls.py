@@ -195,16 +195,16 @@ class Calls:
 
     async def _watch(self, call: Call[Any], task: asyncio.Task[Any]) -> None:
         """Cut off a client that takes nothing of its stream."""
-        seen = -1
+        seen = (-1, -1)  # at the last two looks: one send has been on its way for two halves
         while True:
             await asyncio.sleep(self._settings.stalled_client_timeout_s / 2)
-            if call.sends % 2 and call.sends == seen:
+            if call.sends % 2 and seen == (call.sends, call.sends):
                 metrics.STALLED_CLIENTS.inc()
                 logger.info("request_id=%s its client reads nothing; cut off", call.request_id)
                 call.has_stalled = True
                 task.cancel()
                 return
-            seen = call.sends
+            seen = (seen[1], call.sends)
 
 
 def _task() -> asyncio.Task[Any]:

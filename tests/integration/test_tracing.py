@@ -149,6 +149,23 @@ async def test_a_damaged_context_begins_a_new_trace(damaged: str) -> None:
         assert collected.trace(trace_id, f"POST {CHAT}")[f"POST {CHAT}"].parent_id == ""
 
 
+async def test_what_is_sent_as_state_is_joined_and_never_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is anybody's, and comes before the key is looked at."""
+    with grpc_collector() as collected:
+        tracing = tracing_to(collected)
+        async with serving(tracing=tracing) as server:
+            for states in (["a=1", "b=2"], ["my secret prompt text"]):
+                headers = [("traceparent", SENT["traceparent"])]
+                headers += [("tracestate", state) for state in states]
+                answer = await server.http.post(CHAT, json=hello(), headers=headers)
+                assert answer.status_code == 200
+                assert PARENT in answer.headers["traceparent"]
+        await tracing.close()
+    assert "secret" not in caplog.text
+
+
 async def test_what_is_not_sampled_is_not_exported() -> None:
     """The caller's own decision counts, and is handed on; without one, the ratio decides."""
     with grpc_collector() as collected:

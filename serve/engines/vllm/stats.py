@@ -44,9 +44,15 @@ class LastingStats(PrometheusStatLogger):
         else:
             self.__dict__.update(first)
             # What the last engine was doing is over.
-            for gauges in (self.gauge_scheduler_running, self.gauge_scheduler_waiting):
+            for gauges in (
+                self.gauge_scheduler_running,
+                self.gauge_scheduler_waiting,
+                self.gauge_kv_cache_usage,
+            ):
                 for gauge in gauges.values():
                     gauge.set(0)
+            if self.adapters is not None:
+                self.adapters.forget()
         self._announced = first is not None
         self.steps = 0
 
@@ -71,6 +77,10 @@ class _AdapterInfo(Collector):
         self._waiting: dict[str, int] = {}
         self.loaded: Mapping[int, LoRARequest] = {}
 
+    def forget(self) -> None:
+        """The engine has gone, and with it what it had waiting."""
+        self._waiting = {}
+
     def step(self, stats: Any) -> None:
         """Look at vLLM's own figures of one step."""
         self._waiting = stats.waiting_lora_adapters
@@ -84,7 +94,7 @@ class _AdapterInfo(Collector):
             "Adapters that are loaded (running_lora_adapters), and those waited for.",
             labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
         )
-        resident = (lora.lora_name for lora in self.loaded.values())
+        resident = [lora.lora_name for lora in list(self.loaded.values())]  # of another thread
         labels = [str(self._max_loras), _public(waiting), _public(resident)]
         found.add_metric(labels, time.time())
         yield found

@@ -115,6 +115,17 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_a_driver_that_lost_its_devices_takes_nothing_else_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Lost(FakeNvml):
+        def nvmlDeviceGetCount(self) -> int:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+
+    monkeypatch.setitem(sys.modules, "pynvml", Lost())  # type: ignore[arg-type]
+    assert values(Gpus()) == {}
+
+
 def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

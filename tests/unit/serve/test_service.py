@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from serve import metrics
 from serve.admission import Admission
 from serve.engines.echo import EchoEngine
 from serve.errors import (
@@ -212,6 +213,20 @@ async def test_however_a_request_ends_it_is_counted_out(text: str) -> None:
             pass
     assert idle(service)
     assert await service.drain(0.1)
+
+
+async def test_a_fault_of_ours_is_counted_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, _ = make_service()
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(service, "_admit", broken)
+    before = metrics.REQUESTS.labels("internal")._value.get()
+    with pytest.raises(RuntimeError):
+        await service.start(ask("hello"))
+    assert metrics.REQUESTS.labels("internal")._value.get() == before + 1
+    assert idle(service)
 
 
 async def test_a_quota_is_charged_what_was_used_and_nothing_for_the_servers_faults() -> None:

@@ -42,6 +42,39 @@ def test_a_mistake_names_its_place(tmp_path: Path, text: str, message: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("auth: {apikey: SEKRET}", "auth.apikey"),
+        ("auth: SEKRET", "auth"),
+        ("auth: {api_key: [SEKRET]}", "auth.api_key"),
+        ("cache: {secrets: SEKRET}", "cache.secrets"),
+        ("tracing: {header: {authorization: SEKRET}}", "tracing.header"),
+        ('tracing: {headers: {authorization: "SEKRET\\n"}}', "value of authorization is not of"),
+        ("tracing: {headers: {Authorization: SEKRET}}", "the name 'Authorization' is not of"),
+        ('tracing: {endpoint: "http://me:SEKRET@host:4317"}', "would be logged"),
+    ],
+)
+def test_a_mistake_shows_no_secret(tmp_path: Path, text: str, place: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(StartupError) as caught:
+        load(path, {})
+    assert place in str(caught.value)
+    assert "SEKRET" not in str(caught.value)
+
+
+def test_a_tracer_that_the_environment_switches_off_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text('tracing: {endpoint: "http://127.0.0.1:4317"}')
+    load(path, {})
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    with pytest.raises(StartupError, match="OTEL_SDK_DISABLED=true"):
+        load(path, {})
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("PACKHORSE_HTTP__PROT", "did you mean PACKHORSE_HTTP__PORT"),

@@ -30,3 +30,5 @@ def test_adapters_that_wait_for_their_turn_are_waited_for(monkeypatch: pytest.Mo
     assert named() == ("clinic,ledger", "clinic,code")
     held.clear()
     assert named() == ("clinic", "clinic,code")
+    info.forget()
+    assert named() == ("", "clinic,code")

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.registry import Registry
@@ -50,6 +51,24 @@ async def test_the_least_recently_used_goes(
     lease = registry.lease("code")
     await lease.ready(10, 10)
     assert {name.split("@")[0] for name in engine.names} == {"code", "ledger"}
+
+
+async def test_what_the_engine_has_is_counted_whatever_happens_to_it(
+    store: Store, engine: Engine, limits: AdapterLimits
+) -> None:
+    def counted() -> float | None:
+        return REGISTRY.get_sample_value("packhorse_adapters_resident")
+
+    registry = await registry_of(store, engine, limits, resident=2)
+    await registry.put("clinic", CLINIC, replace=False)
+    await registry.put("code", CODE, replace=False)
+    assert counted() == 2
+    engine.refusing.add("ledger")  # for which another goes
+    with pytest.raises(Invalid):
+        await registry.put("ledger", ADAPTERS / "ledger", replace=False)
+    assert counted() == len(engine.loaded) == 1
+    engine.loaded.clear()  # the engine has died
+    assert counted() == 0
 
 
 async def test_what_is_used_or_pinned_stays(
