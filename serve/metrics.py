@@ -21,7 +21,8 @@ REQUESTS = Counter(
     ["outcome"],
 )
 IN_FLIGHT = Gauge(
-    "packhorse_requests_in_flight", "Requests between admission and the engine's last token."
+    "packhorse_requests_in_flight",
+    "Requests from their arrival to their last token, the cache's among them.",
 )
 TOKENS = Counter(
     "packhorse_tokens_total", "Tokens read (prompt) and written (completion).", ["direction"]
