@@ -167,19 +167,22 @@ CACHE_STORE_FAILURES = Counter(
 )
 
 
-# A rate of what happens for the first time is seen only where there was a 0 before it.
-for _outcome in ("ok", *ErrorKind):
-    REQUESTS.labels(str(_outcome))
-for _direction in ("prompt", "completion"):
-    TOKENS.labels(_direction)
-for _reason in ("died", "hung", "not_built"):
-    ENGINE_FAILURES.labels(_reason)
-for _reason in ("missing", "malformed", "unknown", "scope"):
-    AUTH_FAILURES.labels(_reason)
-for _reason in (
-    "in_flight", "running", "queued_tokens", "key_concurrency", "key_tokens", "key_requests",
-):  # fmt: skip
-    ADMISSION_REFUSALS.labels(_reason)
+# Every value that labels of a closed set can have. A rate of what happens for the first
+# time is seen only where there was a 0 before it.
+CLOSED: dict[Counter, tuple[str, ...]] = {
+    REQUESTS: ("ok", *map(str, ErrorKind)),
+    TOKENS: ("prompt", "completion"),
+    ENGINE_FAILURES: ("died", "hung", "not_built"),
+    AUTH_FAILURES: ("missing", "malformed", "unknown", "scope"),
+    ADMISSION_REFUSALS: (
+        "in_flight", "running", "queued_tokens", "key_concurrency", "key_tokens", "key_requests",
+    ),
+    CACHE_STORES: ("kept", "too_large", "failed"),
+    CACHE_STORE_FAILURES: ("timeout", "refused", "error"),
+}  # fmt: skip
+for _counter, _values in CLOSED.items():
+    for _value in _values:
+        _counter.labels(_value)
 
 MACHINE, GPUS = Machine(), Gpus()
 REGISTRY.register(MACHINE)

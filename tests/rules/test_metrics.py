@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
+from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 
 from serve import metrics
@@ -48,3 +50,20 @@ def test_names_say_what_they_are_and_their_unit() -> None:
             names = getattr(collector, "_labelnames", getattr(family, "_labelnames", ()))
             assert set(names) <= set(LABELS), family.name
     assert found > 50
+
+
+def test_what_the_code_emits_is_there_from_the_start() -> None:
+    """Literal values of labels that are a closed set; the others are kinds of error."""
+    closed = {name: set(metrics.CLOSED[found]) for name, found in vars(metrics).items()
+              if isinstance(found, Counter) and found in metrics.CLOSED}  # fmt: skip
+    seen = 0
+    for path in (ROOT / "serve").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Attribute(attr=name), attr="labels"),
+                    args=[ast.Constant(value=value)],
+                ) if name in closed:
+                    assert value in closed[name], f"{path}: {name} has no {value!r}"
+                    seen += 1
+    assert seen >= 6
