@@ -279,8 +279,8 @@ class EngineSettings(Section):
     max_loras: int = Field(4, ge=1)
     """Adapters in one batch; requests for others wait."""
     loras_per_slot: int | None = Field(None, ge=1)
-    """Adapters at work for each place in a batch, while the engine is at most half full: beyond one
-    they take turns of a few steps.
+    """Adapters at work for each place in a batch, while no more requests for adapters are there
+    than max_num_seqs: beyond one they take turns of a few steps.
     Default: 2 on a CPU, but no more than half of max_cpu_loras; 1 on a GPU, where it has not been
     run yet.
     """

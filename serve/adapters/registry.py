@@ -92,15 +92,15 @@ class Registry:
     ) -> None:
         """Have what was registered before a restart; what cannot be loaded is listed as failed.
         `slots` is how many adapters may have requests in the engine, `extra_slots` how many more
-        while it is at most half full; `max_running` how many requests fill it. `max_waiting` is how
-        many requests of one adapter may wait for a slot.
+        while all requests fit in it; `max_running` how many fit. `max_waiting` is how many requests
+        of one adapter may wait for a slot.
 
         Raises StartupError.
         """
         self._limits = limits
         self._slots = slots + extra_slots
         self.turns = self._turns_of(
-            slots, max_waiting=max_waiting, extra=extra_slots, few_requests=max_running // 2
+            slots, max_waiting=max_waiting, extra=extra_slots, few_requests=max_running
         )
         self._residency.loader = loader
         for known in await asyncio.to_thread(self._store.recall):
