@@ -234,7 +234,7 @@ async def _start(
         limits,
         slots=capacity.max_loras,
         extra_slots=capacity.loras_at_work - capacity.max_loras,
-        max_running=capacity.max_num_seqs,
+        few_requests=capacity.max_num_seqs,  # all fit in it
         max_waiting=waiting,
     )
     watching = []

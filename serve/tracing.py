@@ -75,7 +75,7 @@ class CallSpan(Span):
         """W3C's header, for the answer."""
         carrier: dict[str, str] = {}
         _CONTEXT.inject(carrier, otel.set_span_in_context(self._span))
-        return carrier.get("traceparent", "")
+        return carrier["traceparent"]
 
     def end(self, name: str, *, failed: bool, **attributes: Any) -> None:
         """It is over. `failed`: by the server's fault."""

@@ -87,20 +87,20 @@ class Registry:
         *,
         slots: int,
         extra_slots: int = 0,
-        max_running: int = 0,
+        few_requests: int = 0,
         max_waiting: int | None = None,
     ) -> None:
         """Have what was registered before a restart; what cannot be loaded is listed as failed.
         `slots` is how many adapters may have requests in the engine, `extra_slots` how many more
-        while all requests fit in it; `max_running` how many fit. `max_waiting` is how many requests
-        of one adapter may wait for a slot.
+        while there are at most `few_requests`, waiting ones included; `max_waiting` is how many
+        requests of one adapter may wait for a slot.
 
         Raises StartupError.
         """
         self._limits = limits
         self._slots = slots + extra_slots
         self.turns = self._turns_of(
-            slots, max_waiting=max_waiting, extra=extra_slots, few_requests=max_running
+            slots, max_waiting=max_waiting, extra=extra_slots, few_requests=few_requests
         )
         self._residency.loader = loader
         for known in await asyncio.to_thread(self._store.recall):
