@@ -32,10 +32,9 @@ from quantize.hooks import (
     run,
     watch_attention,
 )
-from quantize.inputs import Inputs
+from quantize.inputs import TOKENS_AT_ONCE, Inputs
 from quantize.shelf import Shelf
 
-TOKENS_AT_ONCE = 4096
 Kind = Literal["quantized", "original"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -121,7 +120,7 @@ class Runner:
         for name, module in list(decoder.named_children()):
             if name.startswith("rotary_emb"):
                 setattr(decoder, name, type(module)(config=config).to(device))
-        self._embed(decoder, embedding.float(), device)
+        self._embed(decoder, embedding, device)
         self._blocks = decoder.layers
         self._skeleton, self._source = skeleton, checkpoint
         self.batches = 0
@@ -132,8 +131,9 @@ class Runner:
     def _embed(decoder: nn.Module, weight: Tensor, device: torch.device) -> None:
         made = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.to(device))
         # Gemma's embedding layer scales what it looks up.
-        scale = getattr(decoder.embed_tokens, "scalar_embed_scale", None)
-        decoder.embed_tokens = nn.Sequential(made, Times(scale)) if scale is not None else made
+        scale = getattr(decoder.embed_tokens, "scalar_embed_scale", 1.0)
+        # What is looked up becomes float32, not the whole table.
+        decoder.embed_tokens = nn.Sequential(made, Times(scale))
 
     @torch.inference_mode()
     def _see_first_inputs(self, decoder: nn.Module, rows_RT: Tensor) -> None:
@@ -146,7 +146,7 @@ class Runner:
         decoder.norm = nn.Identity()
         for rows in torch.split(rows_RT, max(1, TOKENS_AT_ONCE // rows_RT.shape[1])):
             decoder(input_ids=rows.to(self.device), use_cache=False)
-        decoder.layers = blocks
+        decoder.layers, decoder.embed_tokens = blocks, nn.Identity()
         for number, (hidden, _) in enumerate(notes[0].calls):
             self.put("quantized", number, hidden)
             self.put("original", number, hidden)
@@ -177,19 +177,22 @@ class Runner:
 
     def enter(self, block: Block) -> LiveBlock:
         """The block with its weights, in float32 on the device."""
-        module = self._blocks[block.index].to_empty(device=self.device)
+        module = self._blocks[block.index]
         weights = {
-            self.family.in_module(name.removeprefix(block.prefix)): tensor.float()
+            self.family.in_module(name.removeprefix(block.prefix)): tensor.to(
+                self.device, torch.float32, copy=True
+            )
             for name, tensor in block.tensors.items()
         }
         try:
-            module.load_state_dict(weights)
+            module.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise BadInput(f"Block {block.index} is not as the config says: {error}") from error
         if next(module.buffers(), None) is not None:
             raise Unsupported(f"Block {block.index} has buffers, which are not in the checkpoint.")
         module.eval().requires_grad_(requires_grad=False)
-        return LiveBlock(self, block.index, module)
+        dtypes = {name: tensor.dtype for name, tensor in block.tensors.items()}
+        return LiveBlock(self, block.index, module, block.prefix, dtypes)
 
     @torch.inference_mode()
     def leave(self, live: LiveBlock) -> None:
@@ -234,6 +237,9 @@ class LiveBlock:
     runner: Runner
     index: int
     module: nn.Module
+    prefix: str
+    dtypes: dict[str, torch.dtype]
+    """Of the block's tensors on disk, by full name."""
     _seen: set[str] = field(default_factory=set)
     """The layers and norms for which the shelf has what the original's are given: ("seen", batch,
     name). Not experts: the two models may choose different ones for a token."""
@@ -241,7 +247,7 @@ class LiveBlock:
     """Sent to each expert by the original; empty where there are none."""
     _reached: set[str] = field(default_factory=set)
     """The last layers of parts of the block that have all before them quantized: the shelf has what
-    they are given, ("reached", layer, batch)."""
+    they are given, ("reached", layer, batch), as the engine has it: in bfloat16."""
 
     def tensor(self, name: str) -> Tensor:
         """A parameter of the quantized block, by its name within the block."""
@@ -262,18 +268,23 @@ class LiveBlock:
         }
         groups = [group for stage in family.stages(names) for group in stage]
         watched |= {group[0] for group in groups if not family.is_expert(group[0])}
-        keywords = self.runner.keywords(self.index)
         with self._watched_experts() as experts:
-            for number, more in enumerate(keywords):
-                with fast_products():
-                    hidden = self.runner.hidden("original", number)
-                    seen, output = run(self.module, watched, hidden, more)
-                for name, tensor in seen.items():
-                    # Half the memory; what is lost is noise against the differences of interest.
-                    self.runner.shelf.put(("seen", number, name), tensor.bfloat16())
-                self.runner.put("original", number, output)
+            for number in range(self.runner.batches):
+                self._note_original(watched, number)
         self._seen = watched
         self.expert_tokens = list(experts.tokens) if experts else []
+
+    def _note_original(self, watched: set[str], number: int) -> None:
+        hidden = self.runner.hidden("original", number)
+        with fast_products():
+            seen, output = run(self.module, watched, hidden, self._keywords(number))
+        for name, tensor in seen.items():
+            # Half the memory; what is lost is noise against the differences of interest.
+            self.runner.shelf.put(("seen", number, name), tensor.bfloat16())
+        self.runner.put("original", number, output)
+
+    def _keywords(self, number: int) -> dict[str, Any]:
+        return self.runner.keywords(self.index)[number]
 
     @property
     def names(self) -> set[str]:
@@ -296,31 +307,51 @@ class LiveBlock:
     def inputs(self, groups: Sequence[tuple[str, ...]]) -> dict[str, Inputs]:
         """What groups of layers are given by the block as it is now, by the first layer's name.
         Before keep_original with their magnitudes, for `prepare`; after it with how they differ
-        from what the original gives them.
+        from what the original gives them, which is forgotten as it is looked at: after it, once.
         """
-        shelf = self.runner.shelf
         found = {group[0]: Inputs(magnitudes=not self._seen) for group in groups}
-        residual_of = dict(self.runner.family.residuals) if self._seen else {}
-        watched = {*found, *(residual_of[name] for name in found if name in residual_of)}
         last = groups[-1][0]
         # Before keep_original, what is before a part's last layer may still change.
-        at_an_end = self._seen and len(groups) == 1
-        ends = {layer for _, layer in self.runner.family.parts} if at_an_end else set()
-        for number, keywords in enumerate(self.runner.keywords(self.index)):
-            hidden = self.runner.hidden("quantized", number)
-            with self._continued(number), self._watched_experts(), fast_products():
-                x, _ = run(self.module, watched, hidden, keywords, last=last)
-                for name, inputs in found.items():
-                    y = shelf.get(("seen", number, name)) if name in self._seen else None
-                    residual = None
-                    if norm := residual_of.get(name):
-                        residual = shelf.get(("seen", number, norm)) - x[norm]
-                    inputs.add(x[name], y, residual)
-            if last in ends:
-                shelf.put(("reached", last, number), x[last])
-        if last in ends:
+        at_an_end = bool(self._seen) and len(groups) == 1
+        keep = at_an_end and last in (layer for _, layer in self.runner.family.parts)
+        for number in range(self.runner.batches):
+            self._add(groups, found, number, keep=keep)
+        if keep:
             self._reached.add(last)
         return found
+
+    def _add(
+        self,
+        groups: Sequence[tuple[str, ...]],
+        found: dict[str, Inputs],
+        number: int,
+        *,
+        keep: bool,
+    ) -> None:
+        """One batch, to what is found so far. `keep`: also keep what the last group is given."""
+        residual_of = dict(self.runner.family.residuals) if self._seen else {}
+        watched = {*found, *(residual_of[name] for name in found if name in residual_of)}
+        hidden, last = self.runner.hidden("quantized", number), groups[-1][0]
+        with self._continued(number), self._watched_experts(), fast_products():
+            x, _ = run(self.module, watched, hidden, self._keywords(number), last=last)
+            for group in groups:
+                name, drift, missing = group[0], None, None
+                if name in self._seen:
+                    drift = self._drift(name, number, x)
+                if drift is not None and len(group) == 1:
+                    missing, drift = drift @ self.weight(name).T, None
+                    if norm := residual_of.get(name):
+                        missing += self._drift(norm, number, x)
+                found[name].add(x[name], drift, missing)
+        if keep:
+            self.runner.shelf.put(("reached", last, number), x[last].bfloat16())
+
+    def _drift(self, name: str, number: int, x: dict[str, Tensor]) -> Tensor:
+        """What the original's part is given, less what this one's is; the former is forgotten."""
+        key = ("seen", number, name)
+        y = self.runner.shelf.get(key)
+        self.runner.shelf.drop(*key)
+        return y - x[name]
 
     def free(self) -> None:
         """Let go of the weights and of all that was kept."""
@@ -330,9 +361,9 @@ class LiveBlock:
 
     def output(self, number: int) -> Tensor:
         """What the block as it is now puts out for a batch."""
-        keywords = self.runner.keywords(self.index)[number]
+        hidden = self.runner.hidden("quantized", number)
         with self._continued(number), fast_products():
-            return hidden_of(self.module(self.runner.hidden("quantized", number), **keywords))
+            return hidden_of(self.module(hidden, **self._keywords(number)))
 
     @contextmanager
     def _continued(self, number: int) -> Iterator[None]:
@@ -341,7 +372,7 @@ class LiveBlock:
         for part, layer in self.runner.family.parts:
             if layer in self._reached:
                 module, end = self.module.get_submodule(part), self.module.get_submodule(layer)
-                kept = self.runner.shelf.get(("reached", layer, number))
+                kept = self.runner.shelf.get(("reached", layer, number)).float()
                 module.forward = Continue(end, kept, tupled=part == "self_attn")
                 changed.append(module)
         try:
@@ -361,8 +392,8 @@ class LiveBlock:
         ]
         for part in attentions:
             setattr(part, RANGE, seen)
-        for number, keywords in enumerate(self.runner.keywords(self.index)):
-            self.module(self.runner.hidden("quantized", number), **keywords)
+        for number in range(self.runner.batches):
+            self.module(self.runner.hidden("quantized", number), **self._keywords(number))
         for part in attentions:
             delattr(part, RANGE)
         return seen.key, seen.value

@@ -113,6 +113,12 @@ class Checkpoint:
             raise BadInput(f"{self.folder}: tensor {name} cannot be read: {error}.") from error
         return tensor
 
+    def let_go(self) -> None:
+        """Unmap the files, whose pages count as this process's memory once they were read; they are
+        opened anew when something is asked for.
+        """
+        self._handles.clear()
+
     def shape_and_dtype(self, name: str) -> tuple[list[int], str]:
         """From the header alone, without reading the tensor."""
         try:

@@ -89,7 +89,7 @@ class Converter:
         prefix = name.removesuffix(".weight")
         if prefix == name or prefix not in set(self.planned.linears):
             return {name: self._stored(tensor)}
-        rounded = self.method.quantize(tensor, None, self._scale_dtype(prefix, tensor))
+        rounded = self.method.quantize(tensor, None, self._scale_dtype(prefix, tensor.dtype))
         step.layers.append(Layer.of(prefix, tensor, rounded))
         self.advance(1)
         return self.layout.tensors(prefix, rounded.codes)
@@ -117,14 +117,16 @@ class Converter:
     def _of_block(
         self, block: Block, runner: Runner, family: Family, step: Step
     ) -> Iterator[Tensors]:
-        for name, tensor in block.tensors.items():
-            finite(name, tensor)
+        for name in block.tensors:
+            finite(name, block.tensors[name])
         live = runner.enter(block)
-        made = self._quantize(block, live, family, step)
+        block.tensors.clear()
+        self.source.let_go()
+        made = self._quantize(live, family, step)
         runner.leave(live)
         yield made
 
-    def _quantize(self, block: Block, live: LiveBlock, family: Family, step: Step) -> Tensors:
+    def _quantize(self, live: LiveBlock, family: Family, step: Step) -> Tensors:
         """Quantize the live block in place; returns its tensors as they go to disk."""
         method, linears = self.method, set(self.planned.linears)
         stages = family.stages(live.names)
@@ -134,30 +136,30 @@ class Converter:
                 layer
                 for group in alike
                 for layer in group
-                if block.prefix + family.on_disk(layer) in linears
+                if live.prefix + family.on_disk(layer) in linears
             }
             left = method.prepare(live.module, family, lambda: live.inputs(alike), quantized)
-            left += self._smooth_others(block, live, family, alike, quantized)
-            step.unscaled += [block.prefix + family.on_disk(layer) for layer in left]
+            left += self._smooth_others(live, family, alike, quantized)
+            step.unscaled += [live.prefix + family.on_disk(layer) for layer in left]
             live.keep_original()
             if live.expert_tokens:
-                step.experts[block.prefix.removesuffix(".")] = live.expert_tokens
+                step.experts[live.prefix.removesuffix(".")] = live.expert_tokens
         written: Tensors = {}
-        for name, tensor in block.tensors.items():
+        for name, dtype in live.dtypes.items():
             if name.removesuffix(".weight") not in linears:
                 # Scales that were moved into it are rounded here, before others make up for it.
-                place = live.tensor(family.in_module(name.removeprefix(block.prefix)))
-                written[name] = self._stored(place.to(tensor.dtype)).cpu()
+                place = live.tensor(family.in_module(name.removeprefix(live.prefix)))
+                written[name] = self._stored(place.to(dtype)).cpu()
                 place.copy_(written[name])
         for groups in (part for stage in stages for part in _in_parts(stage, live)):
-            wanted = [g for g in groups if block.prefix + family.on_disk(g[0]) in linears]
+            wanted = [g for g in groups if live.prefix + family.on_disk(g[0]) in linears]
             seen = live.inputs(wanted) if wanted and method.calibrated else {}
             for group in wanted:
                 inputs = seen.pop(group[0], None)
                 for layer in group:
-                    prefix, weight_OI = block.prefix + family.on_disk(layer), live.weight(layer)
-                    dtype = self._scale_dtype(prefix, block.tensors[f"{prefix}.weight"])
-                    rounded = self._method_of(prefix).quantize(weight_OI, inputs, dtype)
+                    prefix, weight_OI = live.prefix + family.on_disk(layer), live.weight(layer)
+                    scale_dtype = self._scale_dtype(prefix, live.dtypes[f"{prefix}.weight"])
+                    rounded = self._method_of(prefix).quantize(weight_OI, inputs, scale_dtype)
                     step.layers.append(Layer.of(prefix, weight_OI, rounded, inputs))
                     written |= self.layout.tensors(prefix, _on_cpu(rounded).codes)
                     weight_OI.copy_(rounded.codes.dequantize())
@@ -165,12 +167,11 @@ class Converter:
         if self.planned.kv:
             seen_range = live.key_value_range()
             for name, largest in zip(KV_SCALES, seen_range, strict=True):
-                written[block.prefix + name] = torch.tensor([kv_scale(largest)])
+                written[live.prefix + name] = torch.tensor([kv_scale(largest)])
         return written
 
     def _smooth_others(
         self,
-        block: Block,
         live: LiveBlock,
         family: Family,
         groups: list[Group],
@@ -181,7 +182,7 @@ class Converter:
             layer: scheme
             for group in groups
             for layer in group
-            if (scheme := self.planned.others.get(block.prefix + family.on_disk(layer)))
+            if (scheme := self.planned.others.get(live.prefix + family.on_disk(layer)))
             and scheme.activation_bits == 8
         }
         if not schemes:
@@ -206,12 +207,11 @@ class Converter:
             return self.method
         return methods.make("int8" if scheme.activation_bits == 8 else self.planned.method, scheme)
 
-    def _scale_dtype(self, prefix: str, weight: Tensor) -> torch.dtype:
+    def _scale_dtype(self, prefix: str, dtype: torch.dtype) -> torch.dtype:
         """float32 for W8A8, as its kernels read them; else the model's dtype."""
         if self.planned.scheme_of(prefix).activation_bits == 8:
             return torch.float32
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        return weight.dtype if half else torch.bfloat16
+        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def _in_parts(stage: list[Group], live: LiveBlock) -> Iterator[list[Group]]:

@@ -15,6 +15,7 @@ from math import prod
 from quantize.checkpoint import Checkpoint
 from quantize.families import Family
 from quantize.grid import Scheme
+from quantize.inputs import TOKENS_AT_ONCE
 
 Shapes = Mapping[str, tuple[int, int]]
 """(O, I) of each quantized layer, by prefix."""
@@ -109,15 +110,18 @@ def peak_memory(
     if not tokens:
         # Some float32 copies of one layer, while its block waits.
         return fixed + max(stored.values()) + 16 * max(prod(shape) for shape in layers.values())
-    outside = numbers.pop("", 0)
+    numbers.pop("", None)
+    stored.setdefault("", 0)
     widths = _group_inputs(layers, family)
-    # The block as it is and on its way; the solver's copies of the widest group's Hessian; every
-    # token's hidden state in both models.
-    live = 3 * 4 * max(numbers.values()) + 5 * 4 * max(widths) ** 2
-    # What the original's layers are given, in bfloat16, with both norms; and what the last layer of
-    # attention and of the MLP is given by the quantized block.
-    kept = tokens * (2 * (sum(widths) + 2 * hidden_size) + 4 * sum(widths[1:2] + widths[-1:]))
-    return fixed + 4 * outside + live + kept + 2 * 4 * tokens * hidden_size
+    widest = max(widths)
+    # The block; the widest group's Hessian and its factor; copies of the largest weight; what a
+    # batch makes in the MLP.
+    live = 4 * max(numbers.values()) + 2 * 4 * widest**2
+    live += 4 * 4 * (max(prod(shape) for shape in layers.values()) + TOKENS_AT_ONCE * widest)
+    # Every token's hidden state in both models; what the original's layers are given, with both
+    # norms, in bfloat16.
+    kept = 2 * 4 * tokens * hidden_size + 2 * tokens * (sum(widths) + 2 * hidden_size)
+    return fixed + stored[""] + live + kept
 
 
 def _group_inputs(layers: Shapes, family: Family | None) -> list[int]:

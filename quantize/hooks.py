@@ -96,12 +96,14 @@ class Note(nn.Module):
 
 
 class Times(nn.Module):
+    """In float32."""
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self._factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self._factor
+        return x.float() * self._factor
 
 
 @dataclass

@@ -10,27 +10,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TOKENS_AT_ONCE = 2048
+"""Of whole rows that go through a block together."""
 SAMPLE_TOKENS = 2048
+STRIP = 1024
+"""Rows of a Hessian that are computed together; fewer save more, and use fewer units at a time."""
 
 
 class Inputs:
     """Means over all tokens seen so far, float32.
 
     `x` are the inputs as the quantized model produces them, `y` as the original does. hessian_II
-    is the mean of x x^T; drift_II that of (y - x) x^T; residual_OI that of (r_y - r_x) x^T, with r
-    what the layer's output is added to. The last two are None where they were not asked for.
+    is the mean of x x^T. Where it was asked how the two differ: for one layer, missing_OI is the
+    mean of m x^T, with m what its output on x lacks of the original's on y; for several, drift_II
+    is that of (y - x) x^T, from which each layer's follows.
     """
 
     def __init__(self, *, magnitudes: bool = True) -> None:
         """`magnitudes`: also collect absmean_I, absmax_I and the sample."""
         self._magnitudes = magnitudes
         self.tokens = 0
-        self.hessian_II = torch.zeros(())
+        self._hessian_II: Tensor | None = None
+        self._mirrored = True
         self.drift_II: Tensor | None = None
-        self.residual_OI: Tensor | None = None
+        self.missing_OI: Tensor | None = None
         self.absmean_I = torch.zeros(())
         self.absmax_I = torch.zeros(())
         self._samples: list[Tensor] = []
+
+    @property
+    def hessian_II(self) -> Tensor:
+        assert self._hessian_II is not None
+        if not self._mirrored:
+            for start in range(0, len(self._hessian_II), STRIP):
+                end = start + STRIP
+                self._hessian_II[end:, start:end] = self._hessian_II[start:end, end:].T
+            self._mirrored = True
+        return self._hessian_II
+
+    def _add_square(self, x_TI: Tensor, old: float, new: float) -> None:
+        """Into the Hessian: of what is below the diagonal only the nearest, as the rest mirrors
+        what is above.
+        """
+        inputs = x_TI.shape[1]
+        if self._hessian_II is None:
+            self._hessian_II = x_TI.new_zeros(inputs, inputs)
+        for start in range(0, inputs, STRIP):
+            x_TS, right_TI = x_TI[:, start : start + STRIP], x_TI[:, start:]
+            strip_SI = self._hessian_II[start : start + STRIP, start:]
+            strip_SI.addmm_(x_TS.T, right_TI, beta=old, alpha=new)
+        self._mirrored = False
 
     @property
     def sample_TI(self) -> Tensor:
@@ -39,24 +68,24 @@ class Inputs:
         return x_TI[:: max(1, len(x_TI) // SAMPLE_TOKENS)]
 
     def add(
-        self, x_TI: Tensor, y_TI: Tensor | None = None, residual_TO: Tensor | None = None
+        self, x_TI: Tensor, drift_TI: Tensor | None = None, missing_TO: Tensor | None = None
     ) -> None:
-        """Take more tokens. `residual_TO` is r_y - r_x."""
+        """Take more tokens. `drift_TI` is y - x."""
         x_TI = x_TI.reshape(-1, x_TI.shape[-1]).float()
         total = self.tokens + len(x_TI)
         old, new = self.tokens / total, 1 / total
-        self.hessian_II = _running_mean(self.hessian_II, x_TI, x_TI, old, new)
+        self._add_square(x_TI, old, new)
         if self._magnitudes:
             magnitudes_TI = x_TI.abs()
             self.absmean_I = self.absmean_I * old + magnitudes_TI.sum(dim=0) * new
             self.absmax_I = torch.maximum(self.absmax_I, magnitudes_TI.amax(dim=0))
             self._samples.append(x_TI[::16].clone())
-        if y_TI is not None:
-            drift_TI = y_TI.reshape(x_TI.shape).float() - x_TI
+        if drift_TI is not None:
+            drift_TI = drift_TI.reshape(x_TI.shape).float()
             self.drift_II = _running_mean(self.drift_II, drift_TI, x_TI, old, new)
-        if residual_TO is not None:
-            residual_TO = residual_TO.reshape(len(x_TI), -1).float()
-            self.residual_OI = _running_mean(self.residual_OI, residual_TO, x_TI, old, new)
+        if missing_TO is not None:
+            missing_TO = missing_TO.reshape(len(x_TI), -1).float()
+            self.missing_OI = _running_mean(self.missing_OI, missing_TO, x_TI, old, new)
         self.tokens = total
 
 
@@ -64,7 +93,7 @@ def _running_mean(
     mean: Tensor | None, left_TA: Tensor, right_TB: Tensor, old: float, new: float
 ) -> Tensor:
     """mean * old + left^T right * new, (A, B), in place where there is a mean already."""
-    if mean is None or mean.ndim == 0:
+    if mean is None:
         return (left_TA.T @ right_TB) * new
     updated: Tensor = mean.addmm_(left_TA.T, right_TB, beta=old, alpha=new)
     return updated

@@ -21,7 +21,7 @@ from quantize.checkpoint import REPORT, Checkpoint, find, sha256_of
 from quantize.convert import Converter
 from quantize.errors import BadInput, OutOfMemory
 from quantize.families import Family
-from quantize.host import free_memory_bytes, this_host, unprovable
+from quantize.host import free_memory_bytes, return_freed_memory, this_host, unprovable
 from quantize.layers import number
 from quantize.mixed import JUDGED_TOKENS, measure_costs, spend_budget
 from quantize.plan import Plan
@@ -64,6 +64,7 @@ def run(settings: Settings, progress: Progress) -> Report:
     end when vLLM does not run what was made. A run that ends early, however it does, leaves its
     finished steps beside `out`, from which the same settings with `resume` go on to the same bytes.
     """
+    return_freed_memory()
     source, family, planned = decide(settings)
     device = device_of(settings)
     yardstick = yardsticks.find(source.folder, settings)

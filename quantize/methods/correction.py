@@ -12,10 +12,10 @@ closed form here, the residual included.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from quantize.inputs import Inputs
+from quantize.methods.cholesky import factor_, solve_
 
 # Of the mean diagonal, until the factorization succeeds; 0.0005 to 0.01 give the same within noise.
 DAMPING = (0.003, 0.03, 0.3)
@@ -26,21 +26,21 @@ def correct(weight_OI: Tensor, inputs: Inputs) -> tuple[Tensor, str | None]:
     the original's, each added to its own residual; damped towards weight_OI. And a note for the
     report where that could not be had and weight_OI came back.
     """
-    if inputs.drift_II is None:
+    if inputs.missing_OI is not None:
+        missing_OI = inputs.missing_OI
+    elif inputs.drift_II is not None:
+        missing_OI = weight_OI.float() @ inputs.drift_II
+    else:
         return weight_OI, None
-    wanted_OI = weight_OI.float() @ inputs.drift_II
-    if inputs.residual_OI is not None:
-        wanted_OI = wanted_OI + inputs.residual_OI
     # With few tokens an input, least squares fits noise: about one part in tokens/inputs of it.
     certain = inputs.tokens / (inputs.tokens + weight_OI.shape[1])
     for damping in DAMPING:
         damped_II = inputs.hessian_II.clone()
         damped_II.diagonal().add_(damping * damped_II.diagonal().mean() + 1e-12)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-        del damped_II
-        if failed or not lower_II.isfinite().all():
+        lower_II = factor_(damped_II)
+        if lower_II is None:
             continue
-        correction_OI = torch.cholesky_solve(wanted_OI.T, lower_II).T
+        correction_OI = solve_(missing_OI.clone(), lower_II)
         if correction_OI.isfinite().all():
-            return weight_OI.float() + certain * correction_OI, None
+            return correction_OI.mul_(certain).add_(weight_OI), None
     return weight_OI, "not corrected for earlier errors: Hessian not invertible"

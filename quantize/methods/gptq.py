@@ -6,8 +6,10 @@ importance ("act-order"), which static groups allow without a g_idx on disk.
 
 Before all that, the weight is corrected for the errors of the layers before it (correction.py).
 
-Source: GPTQ, arXiv:2210.17323, algorithm 1. Checked in the tests against a version that solves the
-least-squares problem anew after every column.
+Source: GPTQ, arXiv:2210.17323. Its algorithm 1 spreads each error with a factor of the inverse
+Hessian; the same codes come out of a factor of the Hessian itself when columns are taken from its
+end (arXiv:2507.18553), which saves the inverse. Checked in the tests against a version that solves
+the least-squares problem anew after every column.
 """
 
 # Shapes: O = outputs, I = inputs, G = groups along I, B = columns of a block.
@@ -24,9 +26,10 @@ from quantize.families import Family
 from quantize.grid import Codes, Placement, Scheme, search_placement
 from quantize.inputs import Inputs
 from quantize.methods import Rounded
+from quantize.methods.cholesky import factor_
 from quantize.methods.correction import correct
 
-BLOCK = 128  # columns whose errors are gathered before they are spread over the rest
+BLOCK = 128  # columns that are asked together by all behind them
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean diagonal, until the factorization succeeds
 
 
@@ -60,86 +63,73 @@ def solve(weight_OI: Tensor, hessian_II: Tensor, placement: Placement) -> Rounde
     mean of x x^T, float32); never worse than rounding to nearest, row by row. Neither argument is
     changed. Where no damping makes the Hessian invertible, rounds to nearest and says so.
     """
+    diagonal_I = hessian_II.diagonal()
+    order_I = diagonal_I.argsort(descending=True, stable=True).flip(0)
     for damping in DAMPING:
-        order_I, factor_II = _factor(hessian_II, damping)
-        if factor_II is not None:
+        # An input that is always 0 takes no part; 1 keeps the matrix invertible.
+        added_I = torch.where(diagonal_I == 0, 1.0, damping * diagonal_I.mean())
+        damped_II = hessian_II[order_I[:, None], order_I]
+        damped_II.diagonal().add_(added_I[order_I])
+        lower_II = factor_(damped_II)
+        if lower_II is not None:
             note = None if damping == DAMPING[0] else f"damped by {damping} of the mean diagonal"
-            codes = _round_columns(weight_OI, placement, order_I, factor_II)
-            return Rounded(_better_rows(weight_OI, hessian_II, codes, placement), note)
+            codes, changed_O = _round_columns(weight_OI, placement, order_I, lower_II, added_I)
+            return Rounded(_better_rows(weight_OI, hessian_II, placement, codes, changed_O), note)
     return Rounded(placement.round(weight_OI), "rounded to nearest: Hessian not invertible")
 
 
-def _factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
-    """The order of columns, and the upper Cholesky factor of the damped inverse in that order; None
-    when it cannot be had.
-    """
-    diagonal_I = hessian_II.diagonal()
-    order_I = diagonal_I.argsort(descending=True, stable=True)
-    # An input that is always 0 takes no part; 1 keeps the matrix invertible.
-    added_I = torch.where(diagonal_I == 0, 1.0, damping * diagonal_I.mean())
-    # Of several matrices of this size, two are held at a time.
-    damped_II = hessian_II[order_I[:, None], order_I]
-    damped_II.diagonal().add_(added_I[order_I])
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-    del damped_II
-    if failed or not lower_II.isfinite().all():
-        return order_I, None
-    inverse_II = torch.cholesky_inverse(lower_II)
-    del lower_II
-    upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
-    if failed or not upper_II.isfinite().all():
-        return order_I, None
-    return order_I, upper_II
-
-
 def _round_columns(
-    weight_OI: Tensor, placement: Placement, order_I: Tensor, factor_II: Tensor
-) -> Codes:
-    """Rounded in order_I. After a column, the error it leaves is spread over the columns behind it,
-    at once inside a block and in one product over the rest.
+    weight_OI: Tensor, placement: Placement, order_I: Tensor, lower_II: Tensor, added_I: Tensor
+) -> tuple[Codes, Tensor]:
+    """Rounded in order_I, from its end to its beginning, and how much that changes each output:
+    (O,), mean square. lower_II is the Cholesky factor of the Hessian, in that order and with
+    added_I on its diagonal. A column is rounded from where it makes up best for all that was
+    rounded before it: those behind it in one product, those of its block one by one.
     """
     grid, inputs = placement.grid, weight_OI.shape[1]
     # Columns as rows: contiguous in memory.
-    left_IO = weight_OI.float().T[order_I].contiguous()
-    group_I = order_I // (inputs // placement.scales_OG.shape[1])
+    wanted_IO = weight_OI.float().T[order_I].contiguous()
     scales_GO = placement.scales_OG.float().T.contiguous()
     zeros_GO = None if placement.zeros_OG is None else placement.zeros_OG.float().T.contiguous()
-    codes_IO = torch.empty_like(left_IO)
-    groups = group_I.tolist()
-    for start in range(0, inputs, BLOCK):
-        end = min(start + BLOCK, inputs)
-        block_BO = left_IO[start:end]
-        errors_BO = torch.empty_like(block_BO)
-        factor_BB = factor_II[start:end, start:end]
-        diagonal = factor_BB.diagonal().tolist()
-        for column in range(end - start):
-            group = groups[start + column]
-            scale_O = scales_GO[group]
-            steps_O = block_BO[column] / scale_O
+    groups = (order_I // (inputs // len(scales_GO))).tolist()
+    upper_II = lower_II.T
+    diagonal_I1 = upper_II.diagonal().unsqueeze(1)
+    lost_IO = torch.empty_like(wanted_IO)
+    codes_IO = torch.empty(wanted_IO.shape, dtype=grid.code_dtype, device=wanted_IO.device)
+    changed_O = torch.zeros_like(wanted_IO[0])
+    for end in range(inputs, 0, -BLOCK):
+        start = max(0, end - BLOCK)
+        asked_BO = upper_II[start:end, end:] @ lost_IO[end:]
+        target_BO = asked_BO.div_(diagonal_I1[start:end]).add_(wanted_IO[start:end])
+        # By columns: what one of them asks of those before it.
+        asks_BB = (upper_II[start:end, start:end] / diagonal_I1[start:end]).T.contiguous()
+        for column in reversed(range(end - start)):
+            place = start + column
+            scale_O = scales_GO[groups[place]]
+            steps_O = target_BO[column] / scale_O
             if zeros_GO is None:
                 code_O = steps_O.round_().clamp_(grid.low, grid.high)
                 rounded_O = code_O * scale_O
             else:
-                code_O = steps_O.add_(zeros_GO[group]).round_().clamp_(grid.low, grid.high)
-                rounded_O = (code_O - zeros_GO[group]) * scale_O
-            codes_IO[start + column] = code_O
-            errors_BO[column] = (block_BO[column] - rounded_O) / diagonal[column]
-            block_BO[column + 1 :].addr_(
-                factor_BB[column, column + 1 :], errors_BO[column], alpha=-1
-            )
-        left_IO[end:] -= factor_II[start:end, end:].T @ errors_BO
-    codes_OI = codes_IO[order_I.argsort()].T.contiguous().to(grid.code_dtype)
-    return Codes(codes_OI, placement.scales_OG, grid, placement.zeros_OG)
+                zero_O = zeros_GO[groups[place]]
+                code_O = steps_O.add_(zero_O).round_().clamp_(grid.low, grid.high)
+                rounded_O = (code_O - zero_O) * scale_O
+            codes_IO[place] = code_O
+            torch.sub(wanted_IO[place], rounded_O, out=lost_IO[place])
+            target_BO[:column].addr_(asks_BB[column, :column], lost_IO[place])
+            target_BO[column] -= rounded_O
+        changed_O += target_BO.mul_(diagonal_I1[start:end]).square_().sum(dim=0)
+    changed_O -= added_I[order_I] @ lost_IO.square_()
+    codes_OI = codes_IO[order_I.argsort()].T.contiguous()
+    return Codes(codes_OI, placement.scales_OG, grid, placement.zeros_OG), changed_O
 
 
 def _better_rows(
-    weight_OI: Tensor, hessian_II: Tensor, codes: Codes, placement: Placement
+    weight_OI: Tensor, hessian_II: Tensor, placement: Placement, codes: Codes, changed_O: Tensor
 ) -> Codes:
     """Each output row as solved, or rounded to nearest where that happens to be better."""
     nearest = placement.round(weight_OI)
-    worse_O = output_error(weight_OI, codes, hessian_II) > output_error(
-        weight_OI, nearest, hessian_II
-    )
+    worse_O = changed_O > output_error(weight_OI, nearest, hessian_II)
     codes_OI = torch.where(worse_O[:, None], nearest.codes_OI, codes.codes_OI)
     return Codes(codes_OI, codes.scales_OG, codes.grid, codes.zeros_OG)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantize.families import FAMILIES
 from quantize.grid import Grid, Placement, Scheme, place, round_to_nearest, search_placement
 from quantize.inputs import Inputs
-from quantize.methods import awq, gptq, int8, smoothing
+from quantize.methods import awq, cholesky, gptq, int8, smoothing
 from quantize.methods.correction import correct
 
 GRID = Grid(4)
@@ -57,14 +57,15 @@ def lost(weight_OI: Tensor, dequantized_OI: Tensor, hessian_II: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_gptq_equals_solving_anew_after_every_column(seed: int) -> None:
+def test_gptq_equals_solving_anew_after_every_column(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = 2 + seed % 7
     weight_OI, hessian_II = weight(5, inputs, seed), hessian(inputs, seed)
     # The largest weight lies half-way between two steps of `place`; a tie may fall either way.
     placement = Placement(GRID, place(weight_OI, GRID, scale_dtype=SCALES).scales_OG * 1.03)
-    order, factor = gptq._factor(hessian_II, gptq.DAMPING[0])
-    assert factor is not None
-    codes = gptq._round_columns(weight_OI, placement, order, factor)
+    monkeypatch.setattr(gptq, "_better_rows", lambda *given: given[3])  # as they were solved
+    codes = gptq.solve(weight_OI, hessian_II, placement).codes
     assert torch.equal(codes.codes_OI, solved_naively(weight_OI, hessian_II, placement))
 
 
@@ -152,35 +153,70 @@ def test_importance_decides_where_a_range_is_cut() -> None:
     assert kept.dequantize()[0, 7] > 0.95 * 20
 
 
-def inputs_of(x_TI: Tensor, y_TI: Tensor | None = None, residual: Tensor | None = None) -> Inputs:
+def test_factors_and_solutions_are_made_in_place() -> None:
+    square, right = hessian(24, 0), weight(5, 24, 0)
+    wanted = torch.linalg.solve(square.double(), right.T.double()).T.float()
+    place, place_of_right = square.data_ptr(), right.data_ptr()
+    lower = cholesky.factor_(square)
+    assert lower is not None
+    torch.testing.assert_close(lower, torch.linalg.cholesky(hessian(24, 0)))
+    solved = cholesky.solve_(right, lower)
+    torch.testing.assert_close(solved, wanted, rtol=1e-2, atol=1e-4)
+    assert (lower.data_ptr(), solved.data_ptr()) == (place, place_of_right)
+
+
+@pytest.mark.parametrize("broken", [-1.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [(0, 0), (5, 5), (5, 2)])
+def test_what_is_not_positive_definite_has_no_factor(broken: float, at: tuple[int, int]) -> None:
+    square = torch.eye(8)
+    square[at] = square[at[::-1]] = 4 * broken
+    assert cholesky.factor_(square) is None
+
+
+def inputs_of(x_TI: Tensor, drift: Tensor | None = None, missing: Tensor | None = None) -> Inputs:
     inputs = Inputs()
     half = len(x_TI) // 2
     for part in (slice(0, half), slice(half, None)):
         inputs.add(
             x_TI[part],
-            None if y_TI is None else y_TI[part],
-            None if residual is None else residual[part],
+            None if drift is None else drift[part],
+            None if missing is None else missing[part],
         )
     return inputs
 
 
 def test_running_means_are_means() -> None:
     x, y = weight(100, 8, 0), weight(100, 8, 1)
-    r = weight(100, 3, 2)
-    inputs = inputs_of(x, y, r)
+    m = weight(100, 3, 2)
+    inputs = inputs_of(x, y, m)
     assert inputs.drift_II is not None
-    assert inputs.residual_OI is not None
+    assert inputs.missing_OI is not None
     torch.testing.assert_close(inputs.hessian_II, x.T @ x / 100)
-    torch.testing.assert_close(inputs.drift_II, (y - x).T @ x / 100)
-    torch.testing.assert_close(inputs.residual_OI, r.T @ x / 100)
+    torch.testing.assert_close(inputs.drift_II, y.T @ x / 100)
+    torch.testing.assert_close(inputs.missing_OI, m.T @ x / 100)
     torch.testing.assert_close(inputs.absmax_I, x.abs().amax(dim=0))
     torch.testing.assert_close(inputs.absmean_I, x.abs().mean(dim=0))
 
 
-def test_the_correction_takes_back_what_follows_linearly_from_the_inputs() -> None:
+def test_a_hessian_in_strips_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.inputs.STRIP", 3)
+    x = weight(100, 8, 0)
+    inputs = inputs_of(x)
+    torch.testing.assert_close(inputs.hessian_II, x.T @ x / 100)
+    more = weight(50, 8, 1)
+    inputs.add(more)
+    both = torch.cat([x, more])
+    torch.testing.assert_close(inputs.hessian_II, both.T @ both / 150)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["by its drift", "by what it lacks"])
+def test_the_correction_takes_back_what_follows_linearly_from_the_inputs(alone: bool) -> None:
     weight_OI, x = weight(4, 8, 0), weight(400, 8, 1)
     distorted = x @ (torch.eye(8) + 0.3 * weight(8, 8, 2))
-    inputs = inputs_of(distorted, x)
+    drift = x - distorted
+    inputs = (
+        inputs_of(distorted, None, drift @ weight_OI.T) if alone else inputs_of(distorted, drift)
+    )
     corrected, note = correct(weight_OI, inputs)
     assert note is None
     before = (x @ weight_OI.T - distorted @ weight_OI.T).square().mean()
@@ -190,7 +226,7 @@ def test_the_correction_takes_back_what_follows_linearly_from_the_inputs() -> No
 
 def test_a_correction_that_cannot_be_had_is_noted() -> None:
     weight_OI, x = weight(4, 8, 0), weight(400, 8, 1)
-    inputs = inputs_of(x, x + 1)
+    inputs = inputs_of(x, torch.ones_like(x))
     inputs.hessian_II.fill_(torch.nan)
     same, note = correct(weight_OI, inputs)
     assert same is weight_OI
