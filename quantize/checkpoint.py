@@ -129,6 +129,11 @@ class Checkpoint:
             ) from error
         return list(part.get_shape()), str(part.get_dtype())
 
+    def shape_of_weight(self, layer: str) -> tuple[int, int]:
+        """(O, I) of a linear layer."""
+        (outputs, inputs), _ = self.shape_and_dtype(f"{layer}.weight")
+        return outputs, inputs
+
     def weight_files(self) -> list[Path]:
         return [self.folder / name for name in sorted(set(self._shard_of.values()))]
 

@@ -251,7 +251,8 @@ def _choices(source: Checkpoint, planned: Plan, found: dict[str, Any]) -> list[C
     made = []
     usual = max(found["errors"][0], 1e-30)
     for scheme, error in zip([planned.scheme, *planned.choices], found["errors"], strict=True):
-        parts = [layer_parts(_shape(source, name), scheme, FORMATS[0]) for name in found["layers"]]
+        shapes = map(source.shape_of_weight, found["layers"])
+        parts = [layer_parts(shape, scheme, FORMATS[0]) for shape in shapes]
         measured = scheme.activation_bits == 8
         cost = found["cost_w8a8"] if measured else found["cost"] * error / usual
         made.append(Choice(scheme, sum(map(sum, parts)), cost))
@@ -270,13 +271,8 @@ def divergence(wanted_TV: Tensor, found_TV: Tensor) -> float:
     return total / count
 
 
-def _shape(source: Checkpoint, prefix: str) -> tuple[int, int]:
-    (outputs, inputs), _ = source.shape_and_dtype(f"{prefix}.weight")
-    return outputs, inputs
-
-
 def _numbers(source: Checkpoint, group: Sequence[str]) -> int:
-    return sum(outputs * inputs for outputs, inputs in (_shape(source, name) for name in group))
+    return sum(outputs * inputs for outputs, inputs in map(source.shape_of_weight, group))
 
 
 def _in_words(scheme: Scheme) -> str:

@@ -47,12 +47,12 @@ class _Rule:
 
 _RULES = {
     "gptq": _Rule(
-        (4, 8), (True, False), calibrated=True, needs_text=True, scales_tried=48, forwards=4
+        (4, 8), (True, False), calibrated=True, needs_text=True, scales_tried=48, forwards=3
     ),
     "awq": _Rule(
-        (4,), (False, True), calibrated=True, needs_text=True, scales_tried=24, forwards=24
+        (4,), (False, True), calibrated=True, needs_text=True, scales_tried=24, forwards=23
     ),
-    "int8": _Rule((8,), (True,), activation_bits=8, calibrated=True, forwards=6),
+    "int8": _Rule((8,), (True,), activation_bits=8, calibrated=True, forwards=5),
     "fp8": _Rule((8,), (True,), activation_bits=8, floating=True),
     "rtn": _Rule((4, 8), (True, False)),
 }

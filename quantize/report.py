@@ -33,6 +33,8 @@ from quantize.methods import Rounded
 from quantize.verdict import REPORT_VERSION, verdict
 from quantize.yardstick import Yardstick, tokenizer_of
 
+SUSPICIOUS_NATS = 0.5
+RARE_TOKENS = 256
 # (what is being measured, how many steps) -> a function to call with each finished step count
 Progress = Callable[[str, int], Callable[[int], None]]
 
@@ -248,3 +250,34 @@ class Report:
         table.add_section()
         table.add_row("verdict", "", verdict(self._facts()).level)
         return table
+
+
+def rare_experts(experts: dict[str, list[int]]) -> list[str]:
+    """A note where experts were sent too little, by the tokens of each in every block."""
+    rare = [
+        f"{block}, expert {number}: {count}"
+        for block, counts in experts.items()
+        for number, count in enumerate(counts)
+        if count < RARE_TOKENS
+    ]
+    if not rare:
+        return []
+    return [
+        f"{len(rare)} experts were sent fewer than {RARE_TOKENS} calibration tokens, and are "
+        f"quantized by a sample of the others' too ({'; '.join(rare[:3])}); more varied text helps"
+    ]
+
+
+def doubts(proof: dict[str, Any]) -> list[str]:
+    """What a load proof that did not fail leaves open."""
+    found = []
+    moved = proof.get("compared", {}).get("logprob_difference_mean", 0.0)
+    if moved > SUSPICIOUS_NATS:
+        found.append(
+            f"LOOK AT THIS: in vLLM log-probabilities moved by {moved:.2f} on average from the "
+            f"original's, more than {SUSPICIOUS_NATS}: vLLM computes what the codes say, but the "
+            "codes may be of no use"
+        )
+    if isinstance(proof["reference"], str):
+        found.append(f"load proof: vLLM's results were not held to the codes: {proof['reference']}")
+    return found

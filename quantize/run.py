@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from quantize import calibration, families, formats, methods, sizes
+from quantize import calibration, estimates, families, formats, methods, sizes
 from quantize import yardstick as yardsticks
 from quantize.blocks import Runner, largest_block
 from quantize.calibration import Calibration
@@ -31,9 +31,11 @@ from quantize.report import (
     Progress,
     Report,
     Stage,
+    doubts,
     measure,
     measure_distance,
     peak_memory_bytes,
+    rare_experts,
 )
 from quantize.settings import Settings
 from quantize.shelf import Shelf
@@ -42,8 +44,6 @@ from quantize.workspace import SHARD_BYTES, Workspace
 
 SPILL_ABOVE = 16 * 1024**3
 """Where the system does not say how much memory is free."""
-SUSPICIOUS_NATS = 0.5
-RARE_TOKENS = 256
 DISK_MARGIN = 1.05
 """Over the planned size: the report, and what the plan's arithmetic leaves out."""
 
@@ -83,7 +83,7 @@ def run(settings: Settings, progress: Progress) -> Report:
         settings.out,
         source.folder,
         overwrite=settings.overwrite,
-        needed_bytes=_disk_bytes(source, planned, text),
+        needed_bytes=_disk_bytes(source, family, planned, text, settings),
     ) as work:
         this_run = _identity(source, planned, text, settings, report, progress)
         if work.begin(this_run, resume=settings.resume, restart=settings.restart):
@@ -107,7 +107,7 @@ def run(settings: Settings, progress: Progress) -> Report:
         made = Checkpoint(work.folder)
         report.layers = [Layer(**layer) for step in work.steps for layer in step["layers"]]
         report.experts = {k: v for step in work.steps for k, v in step["experts"].items()}
-        report.notes += _rare_experts(report.experts)
+        report.notes += rare_experts(report.experts)
         report.unscaled = [name for step in work.steps for name in step["unscaled"]]
         report.bytes_after = made.weight_bytes()
         report.weights_sha256 = sha256_of(made.weight_files())
@@ -124,7 +124,7 @@ def run(settings: Settings, progress: Progress) -> Report:
             prompts = yardsticks.prompts(source.folder, yardstick, rows)
             with report.stage("loading in vLLM"):
                 report.proof = verify(source.folder, work.folder, prompts, progress)
-            report.notes += _doubts(report.proof)
+            report.notes += doubts(report.proof)
         work.write_json(REPORT, report.as_json())
         work.publish()
     return report
@@ -188,10 +188,13 @@ def _spend(
 
 
 def _shelf(settings: Settings, work: Workspace) -> Shelf:
-    limit = settings.spill_above
-    if limit is None:
-        limit = (free_memory_bytes() or SPILL_ABOVE) // 2
-    return Shelf(limit, work.spill, work.save)
+    return Shelf(_spill_above(settings), work.spill, work.save)
+
+
+def _spill_above(settings: Settings) -> int:
+    if settings.spill_above is None:
+        return (free_memory_bytes() or SPILL_ABOVE) // 2
+    return settings.spill_above
 
 
 def _convert(
@@ -266,17 +269,28 @@ def _identity(
     }
 
 
-def _disk_bytes(source: Checkpoint, planned: Plan, text: Calibration | None) -> int:
-    """What a run needs at its worst moment: the result, a shard of it twice, and hidden states of
-    both models, before and behind a block.
+def _disk_bytes(
+    source: Checkpoint,
+    family: Family | None,
+    planned: Plan,
+    text: Calibration | None,
+    settings: Settings,
+) -> int:
+    """What a run needs at its worst moment: the result, a shard of it twice, hidden states of both
+    models, before and behind a block, and what waits in files.
     """
     result = DISK_MARGIN * (planned.bytes_after + source.side_bytes())
-    twice = min(planned.bytes_after, SHARD_BYTES)
-    hidden = 0 if text is None else 4 * 4 * text.num_tokens * number(source, "hidden_size")
-    if planned.budget:  # two changed models for each group of a block, if they do not fit in memory
-        changed = 2 * len(planned.linears) * 4 * JUDGED_TOKENS * number(source, "hidden_size")
-        hidden += max(0, changed - (free_memory_bytes() or 0) // 2)
-    return round(result) + twice + hidden
+    needed = round(result) + min(planned.bytes_after, SHARD_BYTES)
+    if text is None:
+        return needed
+    hidden_size = number(source, "hidden_size")
+    layers = {name: source.shape_of_weight(name) for name in planned.linears}
+    waiting = estimates.waiting(layers, family, tokens=text.num_tokens, hidden_size=hidden_size)
+    if planned.budget:  # two changed models for each group of a block
+        changed = 2 * len(planned.linears) * 4 * JUDGED_TOKENS * hidden_size
+        waiting = max(waiting, changed)
+    spilled = max(0, waiting - _spill_above(settings))
+    return needed + 2 * 2 * 4 * text.num_tokens * hidden_size + spilled
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -364,35 +378,3 @@ def _config(source: Checkpoint, quantization: dict[str, Any], planned: Plan) -> 
         config.pop("torch_dtype", None)
         config["dtype"] = planned.convert_to
     return config
-
-
-def _rare_experts(experts: dict[str, list[int]]) -> list[str]:
-    rare = [
-        f"{block}, expert {number}: {count}"
-        for block, counts in experts.items()
-        for number, count in enumerate(counts)
-        if count < RARE_TOKENS
-    ]
-    if not rare:
-        return []
-    return [
-        f"{len(rare)} experts were sent fewer than {RARE_TOKENS} calibration tokens, and are "
-        f"quantized by a sample of the others' too ({'; '.join(rare[:3])}); more varied text helps"
-    ]
-
-
-def _doubts(proof: dict[str, Any]) -> list[str]:
-    """What a load proof that did not fail leaves open."""
-    doubts = []
-    moved = proof.get("compared", {}).get("logprob_difference_mean", 0.0)
-    if moved > SUSPICIOUS_NATS:
-        doubts.append(
-            f"LOOK AT THIS: in vLLM log-probabilities moved by {moved:.2f} on average from the "
-            f"original's, more than {SUSPICIOUS_NATS}: vLLM computes what the codes say, but the "
-            "codes may be of no use"
-        )
-    if isinstance(proof["reference"], str):
-        doubts.append(
-            f"load proof: vLLM's results were not held to the codes: {proof['reference']}"
-        )
-    return doubts

@@ -8,10 +8,13 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +291,26 @@ def test_too_little_memory_is_said(
 def test_activations_on_disk_change_nothing(model: Path, whole: str, tmp_path: Path) -> None:
     assert quantized(model, tmp_path / "out", spill_above=0) == whole
     assert quantized(model, tmp_path / "half", spill_above=3_000_000) == whole
+
+
+def test_room_for_activations_on_disk_is_asked_for(
+    model: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=0))
+    needed = []
+    for spill_above in (10**12, 0):
+        with pytest.raises(BadInput, match=r"needs .* bytes of disk") as caught:
+            quantized(model, tmp_path / "out", spill_above=spill_above)
+        found = re.search(r"needs ([\d,]+) bytes", str(caught.value))
+        assert found
+        needed.append(int(found[1].replace(",", "")))
+    tokens = json.loads((model.parent / "whole" / REPORT).read_text())["calibration"]["tokens"]
+    config = Checkpoint(model).config
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"] * config["head_dim"]
+    # Hidden states of both models in float32; in bfloat16 what two norms and four groups are given.
+    given = 2 * hidden + (hidden + heads + hidden + inner)
+    assert needed[1] - needed[0] == tokens * (2 * 4 * hidden + 2 * given)
 
 
 @pytest.mark.parametrize("after", [0, 1])

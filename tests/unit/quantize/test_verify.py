@@ -13,7 +13,8 @@ import pytest
 from quantize import simulate, verify
 from quantize.errors import Unloadable
 from quantize.evaluate import compare
-from quantize.run import _doubts, run
+from quantize.report import doubts
+from quantize.run import run
 from quantize.settings import Settings
 from quantize.verify import _describe, _kernel, _last_words
 
@@ -124,10 +125,10 @@ def test_codes_that_do_not_fit_in_memory_are_not_compared_and_the_report_says_so
     monkeypatch.setattr(verify, "free_memory_bytes", lambda: 1000)
     found = verify.verify(tiny_checkpoint, made, PROMPTS)
     assert found["reference"].startswith("not compared: dequantized it takes ")
-    assert "1,000 are free" in _doubts(found)[0]
-    assert _doubts({"reference": {}, "compared": {"logprob_difference_mean": 0.1}}) == []
+    assert "1,000 are free" in doubts(found)[0]
+    assert doubts({"reference": {}, "compared": {"logprob_difference_mean": 0.1}}) == []
     far = {"reference": {}, "compared": {"logprob_difference_mean": 0.6}}
-    assert "moved by 0.60 on average from the original's" in _doubts(far)[0]
+    assert "moved by 0.60 on average from the original's" in doubts(far)[0]
 
 
 LOG = """
