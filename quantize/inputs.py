@@ -13,8 +13,8 @@ from torch import Tensor
 TOKENS_AT_ONCE = 2048
 """Of whole rows that go through a block together."""
 SAMPLE_TOKENS = 2048
-STRIP = 1024
-"""Rows of a Hessian that are computed together; fewer save more, and use fewer units at a time."""
+STRIPS = 4
+"""In which a Hessian is computed: more save more of it, in products that are less efficient."""
 
 
 class Inputs:
@@ -42,8 +42,7 @@ class Inputs:
     def hessian_II(self) -> Tensor:
         assert self._hessian_II is not None
         if not self._mirrored:
-            for start in range(0, len(self._hessian_II), STRIP):
-                end = start + STRIP
+            for start, end in _strips(len(self._hessian_II)):
                 self._hessian_II[end:, start:end] = self._hessian_II[start:end, end:].T
             self._mirrored = True
         return self._hessian_II
@@ -55,10 +54,9 @@ class Inputs:
         inputs = x_TI.shape[1]
         if self._hessian_II is None:
             self._hessian_II = x_TI.new_zeros(inputs, inputs)
-        for start in range(0, inputs, STRIP):
-            x_TS, right_TI = x_TI[:, start : start + STRIP], x_TI[:, start:]
-            strip_SI = self._hessian_II[start : start + STRIP, start:]
-            strip_SI.addmm_(x_TS.T, right_TI, beta=old, alpha=new)
+        for start, end in _strips(inputs):
+            strip_SI = self._hessian_II[start:end, start:]
+            strip_SI.addmm_(x_TI[:, start:end].T, x_TI[:, start:], beta=old, alpha=new)
         self._mirrored = False
 
     @property
@@ -87,6 +85,11 @@ class Inputs:
             missing_TO = missing_TO.reshape(len(x_TI), -1).float()
             self.missing_OI = _running_mean(self.missing_OI, missing_TO, x_TI, old, new)
         self.tokens = total
+
+
+def _strips(inputs: int) -> list[tuple[int, int]]:
+    size = max(128, -(-inputs // STRIPS))
+    return [(start, min(start + size, inputs)) for start in range(0, inputs, size)]
 
 
 def _running_mean(

@@ -198,12 +198,12 @@ def test_running_means_are_means() -> None:
     torch.testing.assert_close(inputs.absmean_I, x.abs().mean(dim=0))
 
 
-def test_a_hessian_in_strips_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.inputs.STRIP", 3)
-    x = weight(100, 8, 0)
+@pytest.mark.parametrize("size", [8, 300, 1025])
+def test_a_hessian_in_strips_is_whole(size: int) -> None:
+    x = weight(100, size, 0)
     inputs = inputs_of(x)
     torch.testing.assert_close(inputs.hessian_II, x.T @ x / 100)
-    more = weight(50, 8, 1)
+    more = weight(50, size, 1)
     inputs.add(more)
     both = torch.cat([x, more])
     torch.testing.assert_close(inputs.hessian_II, both.T @ both / 150)
