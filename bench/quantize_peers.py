@@ -74,6 +74,10 @@ COMPETITORS = {
     "llmc-rtn": Competitor("llm-compressor", W4, {"recipe": "rtn"}),
     # Its default is the static order.
     "llmc-gptq": Competitor("llm-compressor", W4, {"recipe": "gptq"}),
+    # CPUs without units for bfloat16 emulate it, which takes several times as long.
+    "llmc-gptq-float32": Competitor(
+        "llm-compressor", W4, {"recipe": "gptq", "dtype": "float32"}
+    ),
     "llmc-gptq-unordered": Competitor(
         "llm-compressor", W4, {"recipe": "gptq", "actorder": None}
     ),

@@ -1,16 +1,12 @@
-"""Walk a checkpoint one decoder block at a time, so that memory does not grow with depth; and run
-calibration rows through the blocks as the walk reaches them.
-"""
+"""Run calibration rows through the blocks of a model as a walk over it reaches them."""
 
 # Shapes: R = calibration rows, T = tokens of a row, H = hidden size.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,56 +30,10 @@ from quantize.hooks import (
 )
 from quantize.inputs import TOKENS_AT_ONCE, Inputs
 from quantize.shelf import Shelf
+from quantize.walk import Block
 
 Kind = Literal["quantized", "original"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder block: its tensors by full name, read from disk when the walk reaches it."""
-
-    index: int
-    prefix: str
-    tensors: dict[str, Tensor]
-
-
-def count_blocks(checkpoint: Checkpoint, family: Family) -> int:
-    """How many decoder blocks the tensors on disk make; the planner has seen that all are there."""
-    return 1 + max(_index_of(name, family) for name in checkpoint.names())
-
-
-def walk(checkpoint: Checkpoint, family: Family, start: int = 0) -> Iterator[Block]:
-    """Blocks `start`, ...; each is freed when the caller moves on."""
-    for index in range(start, count_blocks(checkpoint, family)):
-        prefix = f"{family.block_prefix}{index}."
-        names = [name for name in _names(checkpoint) if name.startswith(prefix)]
-        yield Block(index, prefix, {name: checkpoint.get(name) for name in names})
-
-
-def outside(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """The names of tensors that are in no block: embeddings, final norm, head."""
-    return [name for name in _names(checkpoint) if _index_of(name, family) < 0]
-
-
-def largest_block(checkpoint: Checkpoint, family: Family) -> int:
-    """The first of those with the most numbers."""
-    sizes: Counter[int] = Counter()
-    for name in _names(checkpoint):
-        sizes[_index_of(name, family)] += prod(checkpoint.shape_and_dtype(name)[0])
-    del sizes[-1]
-    return min(sizes, key=lambda index: (-sizes[index], index))
-
-
-def _names(checkpoint: Checkpoint) -> Iterator[str]:
-    """But for what is in old checkpoints and is computed now."""
-    return (name for name in checkpoint.names() if not name.endswith("rotary_emb.inv_freq"))
-
-
-def _index_of(name: str, family: Family) -> int:
-    if not name.startswith(family.block_prefix):
-        return -1
-    return int(name.removeprefix(family.block_prefix).split(".", 1)[0])
 
 
 class Runner:
@@ -200,12 +150,11 @@ class Runner:
         are not finite.
         """
         for number in range(self.batches):
-            output = live.output(number)
-            if not output.isfinite().all():
+            self.put("quantized", number, live.output(number))
+            if not self.hidden("quantized", number).isfinite().all():
                 raise BadInput(
                     f"Block {live.index} puts out NaN or infinity on the calibration text."
                 )
-            self.put("quantized", number, output)
         self._blocks[live.index] = nn.Identity()
         self._keywords[live.index] = []
         live.free()
@@ -217,7 +166,8 @@ class Runner:
         linear, norm = model.get_output_embeddings(), self._norm.to_empty(device=self.device)
         norm.load_state_dict({"weight": source.get(f"{base}norm.weight").float()})
         named = "lm_head.weight" if "lm_head.weight" in source else f"{base}embed_tokens.weight"
-        linear.to_empty(device=self.device).load_state_dict({"weight": source.get(named).float()})
+        weight = source.get(named).to(self.device, torch.float32, copy=True)
+        linear.load_state_dict({"weight": weight}, assign=True)
         cap = getattr(model.config, "final_logit_softcapping", None)
 
         def logits(hidden: Tensor) -> Tensor:
@@ -247,7 +197,7 @@ class LiveBlock:
     """Sent to each expert by the original; empty where there are none."""
     _reached: set[str] = field(default_factory=set)
     """The last layers of parts of the block that have all before them quantized: the shelf has what
-    they are given, ("reached", layer, batch), as the engine has it: in bfloat16."""
+    they are given, ("reached", layer, batch), in bfloat16, as most engines have it."""
 
     def tensor(self, name: str) -> Tensor:
         """A parameter of the quantized block, by its name within the block."""
@@ -258,16 +208,13 @@ class LiveBlock:
         return self.tensor(f"{layer}.weight")
 
     @torch.inference_mode()
-    def keep_original(self) -> None:
-        """Run the block as it is on what the original model gives it, and note what its layers are
-        given; from here on changes are to the quantized block only.
+    def keep_original(self, groups: Sequence[tuple[str, ...]]) -> None:
+        """Run the block as it is on what the original model gives it, and note what these groups
+        are given (experts are no use), for `inputs` of each; from here on changes are to the
+        quantized block only.
         """
-        family, names = self.runner.family, self.names
-        watched = {
-            name for pair in family.residuals if f"{pair[0]}.weight" in names for name in pair
-        }
-        groups = [group for stage in family.stages(names) for group in stage]
-        watched |= {group[0] for group in groups if not family.is_expert(group[0])}
+        watched = {group[0] for group in groups}
+        watched |= {norm for layer, norm in self.runner.family.residuals if layer in watched}
         with self._watched_experts() as experts:
             for number in range(self.runner.batches):
                 self._note_original(watched, number)
@@ -306,8 +253,9 @@ class LiveBlock:
     @torch.inference_mode()
     def inputs(self, groups: Sequence[tuple[str, ...]]) -> dict[str, Inputs]:
         """What groups of layers are given by the block as it is now, by the first layer's name.
-        Before keep_original with their magnitudes, for `prepare`; after it with how they differ
-        from what the original gives them, which is forgotten as it is looked at: after it, once.
+        Before keep_original with their magnitudes, for `prepare`. After it with how they differ
+        from what the original gives them, which is not kept any longer: then a group has one look,
+        and a second is a KeyError.
         """
         found = {group[0]: Inputs(magnitudes=not self._seen) for group in groups}
         last = groups[-1][0]

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from quantize import methods
-from quantize.blocks import Block, LiveBlock, Runner, outside, walk
+from quantize.blocks import LiveBlock, Runner
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput
 from quantize.estimates import block_of
 from quantize.families import Family, Group
 from quantize.formats import Format
 from quantize.grid import FP8_MAX, Codes
+from quantize.inputs import Inputs
 from quantize.methods import Method, Rounded, int8, smoothing
 from quantize.plan import Plan
 from quantize.report import Layer
+from quantize.walk import Block, outside, walk
 
 Tensors = dict[str, Tensor]
 STATISTICS_BYTES = 2 * 1024**3
@@ -83,6 +85,7 @@ class Converter:
             parts = (self._by_weight(name, step) for name in names)
             step.parts = parts if not block else _joined(parts)
             yield step
+            self.source.let_go()
 
     def _by_weight(self, name: str, step: Step) -> Tensors:
         tensor = finite(name, self.source.get(name))
@@ -141,7 +144,7 @@ class Converter:
             left = method.prepare(live.module, family, lambda: live.inputs(alike), quantized)
             left += self._smooth_others(live, family, alike, quantized)
             step.unscaled += [live.prefix + family.on_disk(layer) for layer in left]
-            live.keep_original()
+            live.keep_original([g for g in alike if live.prefix + family.on_disk(g[0]) in linears])
             if live.expert_tokens:
                 step.experts[live.prefix.removesuffix(".")] = live.expert_tokens
         written: Tensors = {}
@@ -155,19 +158,25 @@ class Converter:
             wanted = [g for g in groups if live.prefix + family.on_disk(g[0]) in linears]
             seen = live.inputs(wanted) if wanted and method.calibrated else {}
             for group in wanted:
-                inputs = seen.pop(group[0], None)
-                for layer in group:
-                    prefix, weight_OI = live.prefix + family.on_disk(layer), live.weight(layer)
-                    scale_dtype = self._scale_dtype(prefix, live.dtypes[f"{prefix}.weight"])
-                    rounded = self._method_of(prefix).quantize(weight_OI, inputs, scale_dtype)
-                    step.layers.append(Layer.of(prefix, weight_OI, rounded, inputs))
-                    written |= self.layout.tensors(prefix, _on_cpu(rounded).codes)
-                    weight_OI.copy_(rounded.codes.dequantize())
-                    self.advance(1)
+                written |= self._of_group(group, seen.pop(group[0], None), live, family, step)
         if self.planned.kv:
             seen_range = live.key_value_range()
             for name, largest in zip(KV_SCALES, seen_range, strict=True):
                 written[live.prefix + name] = torch.tensor([kv_scale(largest)])
+        return written
+
+    def _of_group(
+        self, group: Group, inputs: Inputs | None, live: LiveBlock, family: Family, step: Step
+    ) -> Tensors:
+        written: Tensors = {}
+        for layer in group:
+            prefix, weight_OI = live.prefix + family.on_disk(layer), live.weight(layer)
+            scale_dtype = self._scale_dtype(prefix, live.dtypes[f"{prefix}.weight"])
+            rounded = self._method_of(prefix).quantize(weight_OI, inputs, scale_dtype)
+            step.layers.append(Layer.of(prefix, weight_OI, rounded, inputs))
+            written |= self.layout.tensors(prefix, _on_cpu(rounded).codes)
+            weight_OI.copy_(rounded.codes.dequantize())
+            self.advance(1)
         return written
 
     def _smooth_others(

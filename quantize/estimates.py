@@ -1,8 +1,8 @@
 """How large a quantized checkpoint gets, what making it takes, and over how many ranks it splits:
 arithmetic on shapes.
 
-Called by `planner`. Bytes on disk are exact but for the last per cent; memory and time are
-estimates.
+Called by `planner`, and by `run` for room on disk. Bytes on disk are exact but for the last per
+cent; memory and time are estimates.
 """
 
 # O = outputs, I = inputs of a linear layer; G = groups along I.
@@ -28,6 +28,8 @@ second beside 82 GFLOP/s, on one thread of a Xeon with AMX."""
 TRIAL_FLOPS = 140
 """The same for trying one more scale on a weight: 370 million a second beside 50 GFLOP/s, on one
 thread of an EPYC with AVX2."""
+JUDGED_TOKENS = 4096
+"""Of the calibration text, for what layers are worth: so many are enough to rank groups."""
 HEADER_BYTES = 80
 """Of a tensor's entry in a safetensors header, but for its name."""
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -96,9 +98,11 @@ def peak_memory(
     *,
     tokens: int,
     hidden_size: int,
+    mixed: bool = False,
 ) -> int:
     """Bytes at the worst moment of quantizing, if nothing waits on disk. `tokens` of calibration
-    text, 0 without, each with `hidden_size` numbers.
+    text, 0 without, each with `hidden_size` numbers. `mixed`: what layers are worth is measured
+    first.
     """
     numbers: dict[str, int] = {}
     stored: dict[str, int] = {}
@@ -120,7 +124,17 @@ def peak_memory(
     live = 4 * max(numbers.values()) + 2 * 4 * widest**2
     live += 4 * 4 * (max(prod(shape) for shape in layers.values()) + TOKENS_AT_ONCE * widest)
     kept = waiting(layers, family, tokens=tokens, hidden_size=hidden_size)
+    if mixed:  # two blocks, and the Hessians of all groups
+        live += 4 * max(numbers.values()) + 4 * sum(width**2 for width in widths)
+        kept = max(kept, changed(layers, hidden_size=hidden_size))
     return fixed + stored[""] + live + kept
+
+
+def changed(layers: Shapes, *, hidden_size: int) -> int:
+    """Bytes of the hidden states of all models in which one group is changed, in one of two ways;
+    at most, as layers are counted for groups.
+    """
+    return 2 * len(layers) * 4 * JUDGED_TOKENS * hidden_size
 
 
 def waiting(layers: Shapes, family: Family | None, *, tokens: int, hidden_size: int) -> int:
@@ -161,7 +175,7 @@ def seconds(
     if tokens:
         work += 2.0 * weights * tokens * forwards
         blocks = len({block_of(prefix) for prefix in layers})
-        # Two statistics a group; two factors a group, and about five products a layer.
+        # Two statistics a group; the correction's and the solver's factor, and about five products.
         widths = _group_inputs(layers, family)
         work += blocks * sum(4.0 * tokens * width**2 + 0.7 * width**3 for width in widths)
         work += sum(9.0 * outputs * inputs**2 for outputs, inputs in layers.values())

@@ -93,7 +93,7 @@ _LLAMA = Family(
         ("mlp.down_proj", "post_attention_layernorm"),
     ),
 )
-_GEMMA = Family(_LLAMA.block_prefix, _FUSED, _LLAMA.smoothing, _LLAMA.residuals, norm_offset=1.0)
+_GEMMA = replace(_LLAMA, norm_offset=1.0)
 # Norms before and after both parts of a block; the ones behind them are no plain residual.
 _GEMMA2 = Family(
     _LLAMA.block_prefix,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-CACHED = 1 << 18
+WEIGHTS_CACHED = 1 << 18
 """Weights of rows that a CPU searches scales for together: a megabyte stays in its caches while 48
 are tried, which is six times as fast as all rows at once."""
 
@@ -147,7 +147,7 @@ def search_placement(
     importance_GI = importance_I.float().contiguous().reshape(weight_OGI.shape[1:])
     rows = len(weight_OI)
     if weight_OI.device.type == "cpu":
-        rows = max(1, CACHED // weight_OI.shape[1])
+        rows = max(1, WEIGHTS_CACHED // weight_OI.shape[1])
     found = [
         _search(part_OGI, grid, importance_GI, scale_dtype, num_candidates)
         for part_OGI in torch.split(weight_OGI, rows)

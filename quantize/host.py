@@ -1,7 +1,7 @@
 """The machine at hand, and what vLLM 0.32 runs a scheme with: on it, or on a target in general.
 
 Read from /proc/cpuinfo, torch and vLLM's source, not from an engine; `verify` looks at the real
-one. Called by `planner`.
+one. Called by `planner` and `run`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from quantize.grid import Scheme
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-RETURNED = 4 * 1024**2
-"""Bytes. Less costs more time, as returned memory is cleared before it comes back: 4 MiB 6%."""
+RETURNED_BYTES = 4 * 1024**2
+"""Less costs more time, as returned memory is cleared before it comes back: 4 MiB 6%."""
 MARLIN = (7, 5)
 FP8_UNITS = (8, 9)
 MACHETE = (9, 0)
@@ -74,13 +74,13 @@ def free_memory_bytes() -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Have the C library give what is larger than RETURNED back to the system as soon as it is
-    freed. Its own rule is to keep it for later, which for activations and weights of all sizes adds
-    up to half a gigabyte. Does nothing where the library is not glibc.
+    """Have the C library give what is larger than RETURNED_BYTES back to the system as soon as it
+    is freed. Its own rule is to keep it for later, which for activations and weights of all sizes
+    adds up to half a gigabyte. Does nothing where the library is not glibc.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, RETURNED)
+        set_option(M_MMAP_THRESHOLD, RETURNED_BYTES)
 
 
 def kernel(target: str, scheme: Scheme, dtype: str, host: Host) -> str:

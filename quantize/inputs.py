@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TOKENS_AT_ONCE = 2048
-"""Of whole rows that go through a block together."""
+"""Of whole rows that go through a block together; at least one row does."""
 SAMPLE_TOKENS = 2048
 STRIPS = 4
 """In which a Hessian is computed: more save more of it, in products that are less efficient."""
@@ -22,8 +22,8 @@ class Inputs:
 
     `x` are the inputs as the quantized model produces them, `y` as the original does. hessian_II
     is the mean of x x^T. Where it was asked how the two differ: for one layer, missing_OI is the
-    mean of m x^T, with m what its output on x lacks of the original's on y; for several, drift_II
-    is that of (y - x) x^T, from which each layer's follows.
+    mean of m x^T, with m what its output on x, and what that is added to, lack of the original's;
+    for several, drift_II is that of (y - x) x^T, from which each layer's m follows.
     """
 
     def __init__(self, *, magnitudes: bool = True) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from quantize import distance, methods
-from quantize.blocks import LiveBlock, Runner, count_blocks, walk
+from quantize.blocks import LiveBlock, Runner
 from quantize.checkpoint import Checkpoint
-from quantize.estimates import layer_parts
+from quantize.estimates import JUDGED_TOKENS, layer_parts
 from quantize.families import Family
 from quantize.formats import FORMATS
 from quantize.grid import Grid, Scheme, round_activations, round_to_nearest, search_placement
@@ -31,9 +31,8 @@ from quantize.methods import Method, int8
 from quantize.plan import Plan
 from quantize.report import Progress
 from quantize.shelf import Key, Shelf
+from quantize.walk import count_blocks, walk
 
-JUDGED_TOKENS = 4096
-"""Of the calibration text, for KL: so many are enough to rank groups."""
 SEEN_TOKENS = 4 * JUDGED_TOKENS
 """Others, for what layers are given: a method that is judged by the text that it has seen looks
 better than it is."""
@@ -127,6 +126,8 @@ def measure_costs(
     linears = set(planned.linears)
     for block in walk(source, family):
         live, looking = judge.enter(block), learner.enter(block)
+        block.tensors.clear()
+        source.let_go()
         for group in errors:
             for how in HOW:
                 for number in range(judge.batches):
@@ -150,7 +151,8 @@ def measure_costs(
             wanted = head(judge.hidden("quantized", number))
             for how, group in costs:
                 found = head(shelf.get((how, *group, number)))
-                costs[how, group] += divergence(wanted, found) / judge.batches
+                share = wanted.shape[0] / len(judged)  # of the rows, which are all as long
+                costs[how, group] += divergence(wanted, found) * share
     shelf.drop()
     return [
         {

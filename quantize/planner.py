@@ -142,6 +142,7 @@ def plan(
             family,
             tokens=tokens,
             hidden_size=found.number(source, "hidden_size"),
+            mixed=budget is not None,
         ),
         seconds=estimates.seconds(
             layers,

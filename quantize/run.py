@@ -15,15 +15,16 @@ from transformers import AutoTokenizer
 
 from quantize import calibration, estimates, families, formats, methods, sizes
 from quantize import yardstick as yardsticks
-from quantize.blocks import Runner, largest_block
+from quantize.blocks import Runner
 from quantize.calibration import Calibration
 from quantize.checkpoint import REPORT, Checkpoint, find, sha256_of
 from quantize.convert import Converter
 from quantize.errors import BadInput, OutOfMemory
 from quantize.families import Family
 from quantize.host import free_memory_bytes, return_freed_memory, this_host, unprovable
+from quantize.inputs import TOKENS_AT_ONCE
 from quantize.layers import number
-from quantize.mixed import JUDGED_TOKENS, measure_costs, spend_budget
+from quantize.mixed import measure_costs, spend_budget
 from quantize.plan import Plan
 from quantize.planner import plan
 from quantize.report import (
@@ -40,6 +41,7 @@ from quantize.report import (
 from quantize.settings import Settings
 from quantize.shelf import Shelf
 from quantize.verify import verify
+from quantize.walk import largest_block
 from quantize.workspace import SHARD_BYTES, Workspace
 
 SPILL_ABOVE = 16 * 1024**3
@@ -178,11 +180,11 @@ def _spend(
             )
         work.remember("costs", costs)
     planned, told = spend_budget(source, planned, costs)
-    doubts = (
+    without_proof = (
         unprovable(scheme, this_host(), kv=planned.kv)
         for scheme in {planned.scheme, *planned.others.values()}
     )
-    planned = replace(planned, unprovable=next(filter(None, doubts), None))
+    planned = replace(planned, unprovable=next(filter(None, without_proof), None))
     report.plan = {**planned.as_json(), "precision": told}
     return planned
 
@@ -265,6 +267,7 @@ def _identity(
         "seed": settings.seed,
         "device": str(device_of(settings)),
         "threads": torch.get_num_threads(),
+        "tokens at once": TOKENS_AT_ONCE,
         **report.versions,
     }
 
@@ -286,9 +289,8 @@ def _disk_bytes(
     hidden_size = number(source, "hidden_size")
     layers = {name: source.shape_of_weight(name) for name in planned.linears}
     waiting = estimates.waiting(layers, family, tokens=text.num_tokens, hidden_size=hidden_size)
-    if planned.budget:  # two changed models for each group of a block
-        changed = 2 * len(planned.linears) * 4 * JUDGED_TOKENS * hidden_size
-        waiting = max(waiting, changed)
+    if planned.budget:
+        waiting = max(waiting, estimates.changed(layers, hidden_size=hidden_size))
     spilled = max(0, waiting - _spill_above(settings))
     return needed + 2 * 2 * 4 * text.num_tokens * hidden_size + spilled
 

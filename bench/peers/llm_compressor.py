@@ -1,7 +1,7 @@
 """llm-compressor's part, in its own environment: rounding, GPTQ, or SmoothQuant with GPTQ.
 
 Called by `quantize_peers.py` as `python llm_compressor.py JOB`. Its defaults hold, but for what the
-job's options say: `recipe`, and `actorder` for GPTQ.
+job's options say: `recipe`, `actorder` for GPTQ, and `dtype`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(job: Job) -> None:
         {"input_ids": rows.tolist(), "attention_mask": rows.new_ones(rows.shape).tolist()}
     )
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.options.get("dtype", "auto"))
     steps = recipe(job.options)
     with timed(job, "llmcompressor", "compressed-tensors", "torch", "transformers"):
         oneshot(

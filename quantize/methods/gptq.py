@@ -65,9 +65,11 @@ def solve(weight_OI: Tensor, hessian_II: Tensor, placement: Placement) -> Rounde
     """
     diagonal_I = hessian_II.diagonal()
     order_I = diagonal_I.argsort(descending=True, stable=True).flip(0)
+    mean = diagonal_I.mean().item()
     for damping in DAMPING:
-        # An input that is always 0 takes no part; 1 keeps the matrix invertible.
-        added_I = torch.where(diagonal_I == 0, 1.0, damping * diagonal_I.mean())
+        # An input that is always 0 takes no part, but must keep the matrix invertible, and not be
+        # large beside the others: what it adds is taken off again at the end.
+        added_I = torch.where(diagonal_I == 0, 1.0, damping) * (mean if mean > 0 else 1.0)
         damped_II = hessian_II[order_I[:, None], order_I]
         damped_II.diagonal().add_(added_I[order_I])
         lower_II = factor_(damped_II)

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize import blocks
-from quantize.blocks import Kind, Runner, walk
+from quantize.blocks import Kind, LiveBlock, Runner
 from quantize.checkpoint import Checkpoint
-from quantize.families import FAMILIES
+from quantize.families import FAMILIES, Group
 from quantize.grid import Grid, Scheme
 from quantize.methods import gptq
+from quantize.walk import walk
 from tests.unit.quantize.test_pipeline import EXPERTS
 
 
@@ -59,6 +60,12 @@ def hidden(runner: Runner, kind: Kind) -> torch.Tensor:
     return torch.cat([runner.hidden(kind, number) for number in range(runner.batches)])
 
 
+def groups_of(live: LiveBlock) -> list[Group]:
+    family = live.runner.family
+    every = [group for stage in family.stages(live.names) for group in stage]
+    return [group for group in every if not family.is_expert(group[0])]
+
+
 def last_hidden(folder: Path, rows: torch.Tensor) -> torch.Tensor:
     """What the whole model gives its final norm."""
     capped = "gemma2" in (folder / "config.json").read_text()  # sdpa would leave the cap out
@@ -81,10 +88,28 @@ def test_blocks_one_by_one_equal_the_whole_model(model_type: str, tmp_path: Path
     runner = Runner(source, family, rows, torch.device("cpu"))
     for block in walk(source, family):
         live = runner.enter(block)
-        live.keep_original()
+        live.keep_original(groups_of(live))
         runner.leave(live)
     torch.testing.assert_close(hidden(runner, "quantized"), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(hidden(runner, "original"), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@torch.inference_mode()
+def test_parts_and_residuals_are_the_modules(model_type: str, tmp_path: Path) -> None:
+    """A part puts out what its layer does; a residual is what a layer's output is added to."""
+    source = Checkpoint(made(model_type, tmp_path))
+    family = FAMILIES[model_type]
+    runner = Runner(source, family, torch.zeros(1, 4, dtype=torch.long), torch.device("cpu"))
+    block = runner.enter(next(walk(source, family))).module
+    assert [part for part, _ in family.parts] == ["self_attn", "mlp"]
+    for part, layer in family.parts:
+        assert layer.startswith(f"{part}.")
+        block.get_submodule(part)
+    assert bool(family.residuals) == (model_type not in ("gemma2", "gemma3_text"))
+    for layer, norm in family.residuals:
+        assert layer in {last for _, last in family.parts}
+        assert "Norm" in type(block.get_submodule(norm)).__name__
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -99,7 +124,7 @@ def test_fast_products_are_near(
     runner = Runner(source, family, rows, torch.device("cpu"))
     for block in walk(source, family):
         live = runner.enter(block)
-        live.keep_original()
+        live.keep_original(groups_of(live))
         runner.leave(live)
     wanted, found = last_hidden(tmp_path, rows), hidden(runner, "original")
     lost = (found - wanted).square().mean()
@@ -120,7 +145,7 @@ def test_a_smoothed_block_computes_the_same(model_type: str, tmp_path: Path) -> 
     runner = Runner(source, family, rows, torch.device("cpu"))
     for block in walk(source, family):
         live = runner.enter(block)
-        live.keep_original()
+        live.keep_original(groups_of(live))
         pairs = list(smoothing.pairs(live.module, family))
         assert len(pairs) >= (1 if family.experts else 3)
         for pair in pairs:
@@ -146,7 +171,7 @@ def test_the_correction_brings_later_blocks_nearer(tmp_path: Path) -> None:
         for block in walk(source, family):
             live = runner.enter(block)
             if drift:
-                live.keep_original()
+                live.keep_original(groups_of(live))
             for group in family.fused:
                 seen = live.inputs([group])[group[0]]
                 for name in group:

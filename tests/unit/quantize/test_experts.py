@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from quantize import run as run_module
 from quantize import simulate
-from quantize.blocks import Block, LiveBlock, Runner
+from quantize.blocks import LiveBlock, Runner
 from quantize.checkpoint import REPORT, Checkpoint
 from quantize.errors import BadInput, OutOfMemory, QuantizeError, Unsupported
 from quantize.experts import Experts, take_apart
@@ -25,6 +25,7 @@ from quantize.host import Host
 from quantize.planner import plan
 from quantize.run import decide, run
 from quantize.settings import Settings
+from quantize.walk import Block
 from tests.unit.quantize.test_pipeline import LITTLE, made, output_error, text_ids  # noqa: F401
 
 KINDS = ("mixtral", "qwen3_moe")

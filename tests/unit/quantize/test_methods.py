@@ -106,6 +106,20 @@ def test_gptq_is_never_worse_than_rounding(seed: int) -> None:
     assert found.sum() < 0.7 * nearest.sum()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_inputs_that_are_always_zero_change_nothing(scale: float) -> None:
+    """However small the others are."""
+    weight_OI, hessian_II = weight(16, 64, 0), hessian(64, 0, tokens=256) * scale**2
+    dead = torch.arange(0, 64, 5)
+    hessian_II[dead] = hessian_II[:, dead] = 0
+    placement = place(weight_OI, Grid(4, 32), scale_dtype=SCALES)
+    codes = gptq.solve(weight_OI, hessian_II, placement).codes
+    found = lost(weight_OI, codes.dequantize(), hessian_II)
+    nearest = lost(weight_OI, placement.round(weight_OI).dequantize(), hessian_II)
+    assert (found <= nearest * (1 + 1e-4)).all()
+    assert found.sum() < 0.8 * nearest.sum()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_is_rounding_where_inputs_are_independent(symmetric: bool) -> None:
     weight_OI = weight(16, 64, 0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quantize import formats, mixed, simulate
-from quantize.blocks import Runner, walk
+from quantize.blocks import Runner
 from quantize.checkpoint import REPORT, Checkpoint, sha256_of
 from quantize.errors import BadInput, QuantizeError, Unsupported
 from quantize.families import FAMILIES
@@ -21,6 +21,7 @@ from quantize.grid import Grid, Scheme, round_to_nearest
 from quantize.mixed import Choice, divergence, spend
 from quantize.run import decide, run
 from quantize.settings import Settings
+from quantize.walk import walk
 from quantize.workspace import Workspace
 from tests.unit.quantize.test_pipeline import LITTLE, made
 
