@@ -29,7 +29,7 @@ from quantize.methods import Rounded
 from quantize.methods.cholesky import factor_
 from quantize.methods.correction import correct
 
-BLOCK = 128  # columns that are asked together by all behind them
+BLOCK = 128  # columns that make up in one product for all that are rounded before them
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean diagonal, until the factorization succeeds
 
 
@@ -101,10 +101,10 @@ def _round_columns(
     changed_O = torch.zeros_like(wanted_IO[0])
     for end in range(inputs, 0, -BLOCK):
         start = max(0, end - BLOCK)
-        asked_BO = upper_II[start:end, end:] @ lost_IO[end:]
-        target_BO = asked_BO.div_(diagonal_I1[start:end]).add_(wanted_IO[start:end])
-        # By columns: what one of them asks of those before it.
-        asks_BB = (upper_II[start:end, start:end] / diagonal_I1[start:end]).T.contiguous()
+        owed_BO = (upper_II[start:end, end:] @ lost_IO[end:]).div_(diagonal_I1[start:end])
+        target_BO = owed_BO.add_(wanted_IO[start:end])
+        # Row j: how much of what column j loses each column before it has to make up for.
+        shares_BB = (upper_II[start:end, start:end] / diagonal_I1[start:end]).T.contiguous()
         for column in reversed(range(end - start)):
             place = start + column
             scale_O = scales_GO[groups[place]]
@@ -118,7 +118,7 @@ def _round_columns(
                 rounded_O = (code_O - zero_O) * scale_O
             codes_IO[place] = code_O
             torch.sub(wanted_IO[place], rounded_O, out=lost_IO[place])
-            target_BO[:column].addr_(asks_BB[column, :column], lost_IO[place])
+            target_BO[:column].addr_(shares_BB[column, :column], lost_IO[place])
             target_BO[column] -= rounded_O
         changed_O += target_BO.mul_(diagonal_I1[start:end]).square_().sum(dim=0)
     changed_O -= added_I[order_I] @ lost_IO.square_()
