@@ -150,11 +150,13 @@ class Runner:
         are not finite.
         """
         for number in range(self.batches):
-            self.put("quantized", number, live.output(number))
-            if not self.hidden("quantized", number).isfinite().all():
+            output = live.output(number)
+            if not output.isfinite().all():
                 raise BadInput(
                     f"Block {live.index} puts out NaN or infinity on the calibration text."
                 )
+            self.put("quantized", number, output)
+            del output  # not to be held beside the next one
         self._blocks[live.index] = nn.Identity()
         self._keywords[live.index] = []
         live.free()
@@ -176,8 +178,9 @@ class Runner:
 
         return logits
 
-    def keywords(self, index: int) -> list[dict[str, Any]]:
-        return self._keywords[index]
+    def keywords(self, index: int, number: int) -> dict[str, Any]:
+        """What block `index` is called with on a batch, besides hidden states."""
+        return self._keywords[index][number]
 
 
 @dataclass
@@ -223,15 +226,17 @@ class LiveBlock:
 
     def _note_original(self, watched: set[str], number: int) -> None:
         hidden = self.runner.hidden("original", number)
+        keywords = self.runner.keywords(self.index, number)
         with fast_products():
-            seen, output = run(self.module, watched, hidden, self._keywords(number))
+            seen, output = run(self.module, watched, hidden, keywords)
         for name, tensor in seen.items():
             # Half the memory; what is lost is noise against the differences of interest.
             self.runner.shelf.put(("seen", number, name), tensor.bfloat16())
         self.runner.put("original", number, output)
 
-    def _keywords(self, number: int) -> dict[str, Any]:
-        return self.runner.keywords(self.index)[number]
+    def through(self, hidden: Tensor, number: int) -> Tensor:
+        """What the block as it is now makes of any hidden states in the place of a batch."""
+        return hidden_of(self.module(hidden, **self.runner.keywords(self.index, number)))
 
     @property
     def names(self) -> set[str]:
@@ -280,8 +285,9 @@ class LiveBlock:
         residual_of = dict(self.runner.family.residuals) if self._seen else {}
         watched = {*found, *(residual_of[name] for name in found if name in residual_of)}
         hidden, last = self.runner.hidden("quantized", number), groups[-1][0]
+        keywords = self.runner.keywords(self.index, number)
         with self._continued(number), self._watched_experts(), fast_products():
-            x, _ = run(self.module, watched, hidden, self._keywords(number), last=last)
+            x, _ = run(self.module, watched, hidden, keywords, last=last)
             for group in groups:
                 name, drift, missing = group[0], None, None
                 if name in self._seen:
@@ -311,7 +317,7 @@ class LiveBlock:
         """What the block as it is now puts out for a batch."""
         hidden = self.runner.hidden("quantized", number)
         with self._continued(number), fast_products():
-            return hidden_of(self.module(hidden, **self._keywords(number)))
+            return self.through(hidden, number)
 
     @contextmanager
     def _continued(self, number: int) -> Iterator[None]:
@@ -341,7 +347,7 @@ class LiveBlock:
         for part in attentions:
             setattr(part, RANGE, seen)
         for number in range(self.runner.batches):
-            self.module(self.runner.hidden("quantized", number), **self._keywords(number))
+            self.through(self.runner.hidden("quantized", number), number)
         for part in attentions:
             delattr(part, RANGE)
         return seen.key, seen.value

@@ -25,7 +25,7 @@ from quantize.estimates import JUDGED_TOKENS, layer_parts
 from quantize.families import Family
 from quantize.formats import FORMATS
 from quantize.grid import Grid, Scheme, round_activations, round_to_nearest, search_placement
-from quantize.hooks import fast_products, hidden_of
+from quantize.hooks import fast_products
 from quantize.inputs import Inputs
 from quantize.methods import Method, int8
 from quantize.plan import Plan
@@ -132,7 +132,8 @@ def measure_costs(
             for how in HOW:
                 for number in range(judge.batches):
                     key: Key = (how, *group, number)
-                    shelf.put(key, _through(live, shelf.get(key), number))
+                    with fast_products():
+                        shelf.put(key, live.through(shelf.get(key), number))
         groups = [group for stage in family.stages(live.names) for group in stage]
         inputs = looking.inputs(groups)
         for names in groups:
@@ -226,12 +227,6 @@ def _rounding_inputs(
             layer = live.module.get_submodule(name)
             hooks.callback(layer.register_forward_pre_hook(rounded).remove)
         yield
-
-
-def _through(live: LiveBlock, hidden: Tensor, number: int) -> Tensor:
-    keywords = live.runner.keywords(live.index)[number]
-    with fast_products():
-        return hidden_of(live.module(hidden, **keywords))
 
 
 def _rounding_error(weight_OI: Tensor, given: Inputs, scheme: Scheme) -> float:

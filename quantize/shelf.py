@@ -31,15 +31,16 @@ class Shelf:
         self._save = save
         self._numbers = count()
         self._held: dict[Key, tuple[Tensor | Path, torch.device]] = {}
-        self._held_bytes = 0
+        self.held_bytes = 0
+        """In memory."""
 
     def put(self, key: Key, tensor: Tensor) -> None:
         """In place of what the key had."""
         self.drop(*key)
         size = tensor.nbytes
-        if self._limit_bytes is None or self._held_bytes + size <= self._limit_bytes:
+        if self._limit_bytes is None or self.held_bytes + size <= self._limit_bytes:
             self._held[key] = (tensor.cpu(), tensor.device)
-            self._held_bytes += size
+            self.held_bytes += size
             return
         assert self._folder is not None
         self._folder.mkdir(exist_ok=True)
@@ -62,4 +63,4 @@ class Shelf:
             if isinstance(held, Path):
                 held.unlink()
             else:
-                self._held_bytes -= held.nbytes
+                self.held_bytes -= held.nbytes

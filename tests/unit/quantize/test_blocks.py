@@ -15,6 +15,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.families import FAMILIES, Group
 from quantize.grid import Grid, Scheme
 from quantize.methods import gptq
+from quantize.shelf import Shelf
 from quantize.walk import walk
 from tests.unit.quantize.test_pipeline import EXPERTS
 
@@ -156,6 +157,25 @@ def test_a_smoothed_block_computes_the_same(model_type: str, tmp_path: Path) -> 
     torch.testing.assert_close(
         hidden(runner, "quantized"), hidden(runner, "original"), rtol=1e-3, atol=1e-4
     )
+
+
+@torch.inference_mode()
+def test_what_layers_were_given_is_let_go_once_it_is_looked_at(tmp_path: Path) -> None:
+    """What a block's memory is made of: never more than right after the original ran."""
+    source, family = Checkpoint(made("llama", tmp_path)), FAMILIES["llama"]
+    rows = torch.randint(3, 128, (4, 48), generator=torch.Generator().manual_seed(1))
+    shelf = Shelf()
+    runner = Runner(source, family, rows, torch.device("cpu"), shelf)
+    live = runner.enter(next(walk(source, family)))
+    before = shelf.held_bytes
+    live.keep_original(groups_of(live))
+    held = [shelf.held_bytes]
+    for group in groups_of(live):
+        live.inputs([group])
+        held.append(shelf.held_bytes)
+    assert held == sorted(held, reverse=True)
+    runner.leave(live)
+    assert shelf.held_bytes == before < held[-1]
 
 
 @torch.inference_mode()
