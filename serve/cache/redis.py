@@ -99,7 +99,7 @@ class RedisStore:
         try:
             # Over all: the client's own limits are for each of connecting, writing and reading.
             async with asyncio.timeout(self._timeout_s):
-                return await reply
+                return await _cancellable(reply)
         except (TimeoutError, exceptions.TimeoutError) as error:
             raise StoreError("timeout", f"no answer within {self._timeout_s:g} s") from error
         except (exceptions.ConnectionError, OSError) as error:
@@ -109,6 +109,20 @@ class RedisStore:
             raise StoreError("error", str(error)) from error
         except Exception as error:  # what its parser makes of an answer that is not Redis'
             raise StoreError("error", f"{type(error).__name__}: {error}") from error
+
+
+async def _cancellable(reply: Awaitable[Reply]) -> Reply:
+    """What the client forgets at times: its asyncio.wait_for, when a task is cancelled just as what
+    it waits for is done (https://github.com/python/cpython/issues/86296; mended in Python 3.12).
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        return await reply
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _text(name: bytes | str) -> str:

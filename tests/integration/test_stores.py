@@ -121,6 +121,22 @@ async def test_values_end(server: StoreServer) -> None:
         assert await store.get(key(1)) is None
 
 
+async def test_what_is_cancelled_ends_wherever_it_is(server: StoreServer) -> None:
+    """Redis' client waits with asyncio.wait_for, which forgets that on Python 3.11 at times."""
+    async with store_at(server.url) as connected:
+        await connected.merge_epochs({"all": "0" * 16})
+        for steps in range(50):
+            async with store_at(server.url) as fresh:
+                for store in (connected, fresh):
+                    asked = asyncio.create_task(store.merge_epochs({}))
+                    for _ in range(steps):
+                        await asyncio.sleep(0)
+                    if asked.cancel():
+                        with pytest.raises(asyncio.CancelledError):
+                            await asked
+        assert await connected.merge_epochs({}) == {"all": "0" * 16}
+
+
 async def test_epochs_are_merged(server: StoreServer) -> None:
     low, high = "0" * 15 + "1", "0" * 15 + "2"
     async with store_at(server.url) as store:
