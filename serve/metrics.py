@@ -46,7 +46,7 @@ BEFORE_ENGINE_SECONDS = Histogram(
 ADMISSION_REFUSALS = Counter(
     "packhorse_admission_refusals_total",
     "Requests refused at once, by the limit that was met: in_flight, running, queued_tokens, "
-    "key_concurrency, key_tokens or key_requests.",
+    "key_concurrency, key_tokens, key_requests, adapter_waiting, adapters_in_use or engine_queue.",
     ["reason"],
 )
 WAITING = Gauge(
@@ -176,6 +176,7 @@ CLOSED: dict[Counter, tuple[str, ...]] = {
     AUTH_FAILURES: ("missing", "malformed", "unknown", "scope"),
     ADMISSION_REFUSALS: (
         "in_flight", "running", "queued_tokens", "key_concurrency", "key_tokens", "key_requests",
+        "adapter_waiting", "adapters_in_use", "engine_queue",
     ),
     CACHE_STORES: ("kept", "too_large", "failed"),
     CACHE_STORE_FAILURES: ("timeout", "refused", "error"),

@@ -63,6 +63,7 @@ class Turns:
             return
         if self._max_waiting is not None and len(line.waiting) > self._max_waiting:
             self._give_up(adapter, line, place)
+            metrics.ADMISSION_REFUSALS.labels("adapter_waiting").inc()
             raise Overloaded(
                 f"{self._max_waiting} requests wait for this adapter already, the limit "
                 "(adapters.max_waiting); try again soon."

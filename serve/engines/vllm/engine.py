@@ -26,6 +26,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from serve import metrics
 from serve.engines.base import Capacity, answer_budget
 from serve.engines.vllm.arguments import (
     engine_args,
@@ -281,6 +282,7 @@ class VllmEngine:
             finished = True  # nothing is left to abort
             raise EngineDied(DEAD, retry_after_s=30) from error
         except GracefulHTTPError as error:
+            metrics.ADMISSION_REFUSALS.labels("engine_queue").inc()
             raise Overloaded(f"The engine's queue is full: {error}", retry_after_s=1) from error
         except VLLMClientError as error:
             raise invalid(error, "structured_outputs" if constrained else None) from error

@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 
 import pytest
+from prometheus_client import REGISTRY
 
 from serve import metrics
 from serve.adapters.turns import Turns
@@ -141,8 +142,12 @@ async def test_who_leaves_as_somebody_ends() -> None:
 async def test_no_more_than_so_many_wait() -> None:
     line = Line(Turns(1, QUANTUM, max_waiting=2))
     await line.ask(1, 2, 2)
+    refused = {"reason": "adapter_waiting"}
+    before = REGISTRY.get_sample_value("packhorse_admission_refusals_total", refused)
     with pytest.raises(Overloaded, match="max_waiting"):
         await line.turns.enter(2, 1, "a2")
+    after = REGISTRY.get_sample_value("packhorse_admission_refusals_total", refused)
+    assert after == before + 1
     assert metrics.held() == 2
     await line.end(1)
     assert line.inside == [2, 2]

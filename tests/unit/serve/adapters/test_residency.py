@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.registry import Registry
+from serve.adapters.residency import Residency
 from serve.adapters.store import Store
 from serve.adapters.watch import Watch
 from serve.errors import (
@@ -19,6 +20,7 @@ from serve.errors import (
     Overloaded,
     Unavailable,
 )
+from serve.messages import AdapterVersion
 from tests.unit.serve.adapters.loader import ADAPTERS, CLINIC, CLINIC_2, CODE, Engine, registry_of
 
 
@@ -111,6 +113,22 @@ async def test_who_waits_for_a_slot_keeps_no_adapter_loaded(
     assert {name.split("@")[0] for name in engine.names} == {"clinic", "ledger"}
     leases["clinic"].release()
     leases["ledger"].release()
+
+
+async def test_all_that_the_engine_holds_is_in_use(engine: Engine) -> None:
+    residency = Residency(1, may_go=lambda _: False)
+    residency.loader = engine
+    clinic, code = (
+        AdapterVersion(n, n, ADAPTERS / n, i, 8) for i, n in enumerate(("clinic", "code"), 1)
+    )
+    await residency.have(clinic)
+    refused = {"reason": "adapters_in_use"}
+    before = REGISTRY.get_sample_value("packhorse_admission_refusals_total", refused)
+    with pytest.raises(Overloaded, match="max_cpu_loras"):
+        await residency.have(code)
+    assert clinic in residency
+    after = REGISTRY.get_sample_value("packhorse_admission_refusals_total", refused)
+    assert after == before + 1
 
 
 async def test_no_more_than_the_limit(store: Store, engine: Engine, limits: AdapterLimits) -> None:
