@@ -64,6 +64,10 @@ class Generation:
         self._timeline = timeline
         self._is_over = False
 
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
     async def ready(self) -> None:
         if self._lease is not None:
             await self._lease.ready(len(self._prompt.token_ids), self._prompt.max_tokens)

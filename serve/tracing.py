@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,10 @@ _CONTEXT = TraceContextTextMapPropagator()
 # It quotes what it does not understand of tracestate, which anybody may send.
 logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
 LAST_SPANS_S = 2.0
+# As HTTP has them, and gRPC.
+_CARRIED = {
+    name: field for field in ("traceparent", "tracestate") for name in (field, field.encode())
+}
 
 
 class Span:
@@ -100,13 +104,15 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("packhorse", version("packhorse"))
 
-    def begin(self, name: str, carrier: Mapping[str, str], **attributes: Any) -> CallSpan:
-        """A call has come. `carrier`: its headers or metadata, of which traceparent and tracestate
-        are read; damaged ones are passed over.
+    def begin(
+        self, name: str, sent_with: Iterable[tuple[str | bytes, str | bytes]], **attributes: Any
+    ) -> CallSpan:
+        """A call has come. `sent_with`: its headers or metadata, of which traceparent and
+        tracestate are read; damaged ones are passed over.
         """
         span = self._tracer.start_span(
             name,
-            _CONTEXT.extract(carrier),
+            _CONTEXT.extract(_carrier(sent_with)),
             kind=otel.SpanKind.SERVER,
             attributes=attributes,
         )
@@ -117,6 +123,17 @@ class Tracing:
         last = threading.Thread(target=self._provider.force_flush, daemon=True)
         last.start()
         await asyncio.to_thread(last.join, LAST_SPANS_S)
+
+
+def _carrier(sent_with: Iterable[tuple[str | bytes, str | bytes]]) -> dict[str, str]:
+    """W3C: a list may come in several headers, and two parents are none."""
+    carrier: dict[str, str] = {}
+    for name, value in sent_with:
+        field = _CARRIED.get(name)
+        if field is not None:
+            text = value.decode("latin-1") if isinstance(value, bytes) else value
+            carrier[field] = f"{carrier[field]},{text}" if field in carrier else text
+    return carrier
 
 
 def tracing_of(settings: TracingSettings) -> Tracing:

@@ -25,6 +25,7 @@ class Span:
     trace_id: str
     span_id: str
     parent_id: str
+    state: str
     start_ns: int
     end_ns: int
     status: int
@@ -70,7 +71,7 @@ def _attributes(pairs: Any) -> dict[str, Any]:
 def _plain(span: Any, service: str) -> Span:
     return Span(
         span.name, span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex(),
-        span.start_time_unix_nano, span.end_time_unix_nano, span.status.code,
+        span.trace_state, span.start_time_unix_nano, span.end_time_unix_nano, span.status.code,
         _attributes(span.attributes), service,
     )  # fmt: skip
 

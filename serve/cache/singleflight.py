@@ -32,6 +32,11 @@ _LEFT = Cancelled("Nobody waited for this any more.")
 class Generation(Protocol):
     """A request's work in the engine, not begun."""
 
+    @property
+    def request_id(self) -> str:
+        """The leader's, for the log."""
+        ...
+
     async def ready(self) -> None:
         """Wait for its turn. Raises ServeError."""
         ...
@@ -105,7 +110,10 @@ class Flight:
         except ServeError as failure:
             error = failure
         except Exception:
-            logger.exception("A shared generation failed unexpectedly")
+            logger.exception(
+                "request_id=%s failed unexpectedly; equal requests may share it",
+                generation.request_id,
+            )
             error = Internal("The server failed on this request; its log says more.")
         finally:
             self._land(generation, error)

@@ -78,18 +78,12 @@ class RequestIds:
                 )
 
     def _begin(self, tracing: Tracing, scope: Scope, request_id: str) -> CallSpan:
-        sent = {
-            wanted: [value.decode("latin-1") for name, value in scope["headers"] if name == wanted]
-            for wanted in (b"traceparent", b"tracestate")
-        }
-        # W3C: a list may come in several headers, and two parents are none.
-        carrier = {name.decode(): ",".join(values) for name, values in sent.items() if values}
         attributes = {
             "http.request.method": scope["method"],
             "url.path": scope["path"][:256],
             "packhorse.request_id": request_id,
         }
-        return tracing.begin(scope["method"], carrier, **attributes)
+        return tracing.begin(scope["method"], scope["headers"], **attributes)
 
 
 def build_app(

@@ -111,14 +111,15 @@ class Calls:
         *,
         counts: bool,
     ) -> Message | None:
-        metadata = dict(context.invocation_metadata() or ())
+        sent_with = context.invocation_metadata() or ()
+        metadata = dict(sent_with)
         request_id = request_id_from(metadata.get("x-request-id"))
         marks = {"x-request-id": request_id}
         span = None
         if self._tracing is not None and scope == "inference":
             span = self._tracing.begin(
                 name,
-                {key: metadata[key] for key in ("traceparent", "tracestate") if key in metadata},
+                sent_with,
                 **{"rpc.system": "grpc", "rpc.method": name, "packhorse.request_id": request_id},
             )
             marks["traceparent"] = span.traceparent

@@ -155,15 +155,19 @@ async def test_what_is_sent_as_state_is_joined_and_never_logged(
     """It is anybody's, and comes before the key is looked at."""
     with grpc_collector() as collected:
         tracing = tracing_to(collected)
-        async with serving(tracing=tracing) as server:
+        async with twins(tracing=tracing) as both:
+            called, message = as_message(CHAT, hello())
             for states in (["a=1", "b=2"], ["my secret prompt text"]):
                 headers = [("traceparent", SENT["traceparent"])]
                 headers += [("tracestate", state) for state in states]
-                answer = await server.http.post(CHAT, json=hello(), headers=headers)
+                answer = await both.served.http.post(CHAT, json=hello(), headers=headers)
                 assert answer.status_code == 200
                 assert PARENT in answer.headers["traceparent"]
+                assert await method(both.channel, called)(message, metadata=headers)
         await tracing.close()
     assert "secret" not in caplog.text
+    roots = [span for span in collected.spans if span.parent_id == "00f067aa0ba902b7"]
+    assert sorted(span.state.replace(" ", "") for span in roots) == ["", "", "a=1,b=2", "a=1,b=2"]
 
 
 async def test_what_is_not_sampled_is_not_exported() -> None:

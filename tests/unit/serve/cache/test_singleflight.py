@@ -17,6 +17,8 @@ A, B, END = Chunk("a", [1]), Chunk("b", [2]), Chunk("c", [3], "stop")
 class Steps:
     """A generation that gives what it is fed."""
 
+    request_id = "leader-1"
+
     def __init__(self) -> None:
         self.fed: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
         self.ends: list[tuple[int, str]] = []
@@ -135,13 +137,16 @@ async def test_it_ends_before_it_has_begun() -> None:
 @pytest.mark.parametrize(
     ("failure", "error"), [(EngineDied("gone"), EngineDied), (ValueError("bug"), Internal)]
 )
-async def test_a_failure_is_told_to_all(failure: Exception, error: type[ServeError]) -> None:
+async def test_a_failure_is_told_to_all(
+    failure: Exception, error: type[ServeError], caplog: pytest.LogCaptureFixture
+) -> None:
     flying = Flying()
     readers = [asyncio.create_task(flying.read()) for _ in range(3)]
     flying.feed(A, failure)
     ends = await asyncio.gather(*readers, return_exceptions=True)
     assert [type(end) for end in ends] == [error] * 3
     assert len({id(end) for end in ends}) == 3, "each has its own, with its own traceback"
+    assert ("leader-1" in caplog.text) == (error is Internal)
     assert flying.left == [None]
     assert flying.flights.get(b"key") is None
     assert flying.steps.ends == [(1, str(error.kind))]
