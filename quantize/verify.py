@@ -303,6 +303,7 @@ def _describe(layer: Any) -> str:
 
 def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
     """Load the folder in vLLM and have it answer."""
+    gc.disable()  # it would look at all that is imported again and again
     import torch
     import vllm
     from vllm import LLM, SamplingParams
@@ -311,6 +312,7 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
     # first large product, vLLM's attention never does, so a short first prompt would end it.
     torch.cpu._init_amx()  # does nothing where there is no AMX
     gc.freeze()  # vLLM has the collector look at all that was imported nine times a load
+    gc.enable()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = {**config, **(config.get("text_config") or {})}
     longest = min(int(text.get("max_position_embeddings") or MAX_MODEL_LEN), MAX_MODEL_LEN)

@@ -17,10 +17,14 @@ def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
     from serve.engines.vllm import nursery
 
     nursery.start()  # it imports while we do
-    from serve.engines.vllm.engine import VllmEngine
-
-    # What was imported stays: the collector need not look at it again and again, nor stop the
-    # server for half a second when an engine is rebuilt. An engine itself must stay collectable.
+    # What was imported stays: the collector need not look at it again and again, neither now (a
+    # sixth of the time) nor later, where it would stop the server for half a second when an engine
+    # is rebuilt. An engine itself must stay collectable.
+    gc.disable()
+    try:
+        from serve.engines.vllm.engine import VllmEngine
+    finally:
+        gc.enable()
     if not gc.get_freeze_count():
         gc.freeze()
     return VllmEngine(folder, name, settings)

@@ -25,6 +25,7 @@ from typing import Any
 
 # With all that an engine's process has imported when it is ready.
 PRELOADED = [
+    "serve.engines.vllm.uncollected",
     "serve.engines.vllm.worker",
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
@@ -133,6 +134,7 @@ class _EngineProcess(ForkServerProcess):
     def run(self) -> None:
         # What was imported stays; vLLM has the collector look at all of it again and again.
         gc.freeze()
+        gc.enable()
         # Only what differs: the process's title is written over the environment it began with.
         for name in os.environ.keys() - self._environment.keys():
             del os.environ[name]

@@ -72,3 +72,21 @@ def test_a_stopped_child_dies_with_its_parent() -> None:
         child.suspend()
         parent.kill()
     wait_for(lambda: not is_there(child))
+
+
+BORN = """
+from serve.engines.vllm import nursery
+nursery.PRELOADED = ["serve.engines.vllm.uncollected"]
+nursery.start()
+said = "import gc, sys; sys.exit(gc.isenabled() + 2 * (nursery.PRELOADED[0] in sys.modules))"
+said = said.replace("nursery.PRELOADED[0]", repr(nursery.PRELOADED[0]))
+process = nursery._Context().Process(target=exec, args=(said,))
+process.start()
+process.join()
+print(process.exitcode)
+"""
+
+
+def test_what_is_imported_first_is_not_collected_and_an_engine_is() -> None:
+    born = subprocess.run([sys.executable, "-c", BORN], capture_output=True, text=True, check=True)
+    assert born.stdout.strip() == "3", born.stderr
