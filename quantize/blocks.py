@@ -26,6 +26,7 @@ from quantize.hooks import (
     fast_products,
     hidden_of,
     run,
+    shared,
     watch_attention,
 )
 from quantize.inputs import TOKENS_AT_ONCE, Inputs
@@ -91,17 +92,18 @@ class Runner:
         from block to block: sliding windows, rotary embeddings.
         """
         notes: list[Note] = [Note() for _ in self._blocks]
+        self._keywords = [[] for _ in notes]
         blocks, decoder.layers = self._blocks, nn.ModuleList(notes)
         self._norm = decoder.get_submodule("norm")
         decoder.norm = nn.Identity()
         for rows in torch.split(rows_RT, max(1, TOKENS_AT_ONCE // rows_RT.shape[1])):
             decoder(input_ids=rows.to(self.device), use_cache=False)
+            for kind in KINDS:
+                self.put(kind, self.batches, notes[0].hidden)
+            for note, known in zip(notes, self._keywords, strict=True):
+                known.append(shared(note.keywords, known[-1]) if known else note.keywords)
+            self.batches += 1
         decoder.layers, decoder.embed_tokens = blocks, nn.Identity()
-        for number, (hidden, _) in enumerate(notes[0].calls):
-            self.put("quantized", number, hidden)
-            self.put("original", number, hidden)
-        self.batches = len(notes[0].calls)
-        self._keywords = [[keywords for _, keywords in note.calls] for note in notes]
 
     def hidden(self, kind: Kind, number: int) -> Tensor:
         """The hidden states of a batch of rows before the current block, as the quantized blocks

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from quantize import simulate, sizes
 from quantize.errors import BadInput
 from quantize.evaluate import MAX_LENGTH
-from quantize.host import free_memory_bytes
+from quantize.memory import free_memory_bytes
 
 TOP = 5
 BINS = 41

@@ -84,15 +84,27 @@ class Continue:
 
 
 class Note(nn.Module):
-    """In a block's place: passes its input on and keeps what it was called with."""
+    """In a block's place: passes its input on and keeps what it was last called with."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
+    hidden: Tensor
+    keywords: dict[str, Any]
 
     def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        self.calls.append((hidden_states, keywords))
+        self.hidden, self.keywords = hidden_states, keywords
         return hidden_states
+
+
+def shared(value: Any, other: Any) -> Any:
+    """The other in its place, wherever it is equal: positions and masks of rows that are as long,
+    which would take as much memory for each batch.
+    """
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {name: shared(part, other.get(name)) for name, part in value.items()}
+    if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+        return tuple(map(shared, value, other))
+    if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
+        return other if value.equal(other) else value
+    return value
 
 
 class Times(nn.Module):

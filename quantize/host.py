@@ -6,7 +6,6 @@ one. Called by `planner` and `run`.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import time
@@ -17,9 +16,6 @@ import torch
 
 from quantize.grid import Scheme
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-RETURNED_BYTES = 4 * 1024**2
-"""Less costs more time, as returned memory is cleared before it comes back: 4 MiB 6%."""
 MARLIN = (7, 5)
 FP8_UNITS = (8, 9)
 MACHETE = (9, 0)
@@ -63,24 +59,6 @@ def this_host() -> Host:
         int4_w4a8=os.environ.get("VLLM_CPU_INT4_W4A8", "1") != "0",
         machine=os.uname().machine,
     )
-
-
-def free_memory_bytes() -> int | None:
-    """What programs may still take; None where there is no /proc/meminfo."""
-    meminfo = Path("/proc/meminfo")
-    text = meminfo.read_text(encoding="utf-8") if meminfo.is_file() else ""
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else None
-
-
-def return_freed_memory() -> None:
-    """Have the C library give what is larger than RETURNED_BYTES back to the system as soon as it
-    is freed. Its own rule is to keep it for later, which for activations and weights of all sizes
-    adds up to half a gigabyte. Does nothing where the library is not glibc.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, RETURNED_BYTES)
 
 
 def kernel(target: str, scheme: Scheme, dtype: str, host: Host) -> str:

@@ -21,9 +21,10 @@ from quantize.checkpoint import REPORT, Checkpoint, find, sha256_of
 from quantize.convert import Converter
 from quantize.errors import BadInput, OutOfMemory
 from quantize.families import Family
-from quantize.host import free_memory_bytes, return_freed_memory, this_host, unprovable
+from quantize.host import this_host, unprovable
 from quantize.inputs import TOKENS_AT_ONCE
 from quantize.layers import number
+from quantize.memory import free_memory_bytes, return_freed_memory
 from quantize.mixed import measure_costs, spend_budget
 from quantize.plan import Plan
 from quantize.planner import plan

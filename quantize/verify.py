@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize import formats
 from quantize.errors import QuantizeError, Unloadable
-from quantize.host import free_memory_bytes
+from quantize.memory import free_memory_bytes
 
 if TYPE_CHECKING:  # it brings transformers, which the child has no use for
     from quantize.report import Progress

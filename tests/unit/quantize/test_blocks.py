@@ -159,6 +159,25 @@ def test_a_smoothed_block_computes_the_same(model_type: str, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@torch.inference_mode()
+def test_positions_and_masks_are_held_once(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "TOKENS_AT_ONCE", 48)
+    source = Checkpoint(made(model_type, tmp_path))
+    rows = torch.randint(3, 128, (5, 48), generator=torch.Generator().manual_seed(1))
+    runner = Runner(source, FAMILIES[model_type], rows, torch.device("cpu"))
+    assert runner.batches == 5
+    first, *others = (runner.keywords(1, number) for number in range(5))
+    assert first["position_embeddings"] is not None
+    for other in others:
+        for name, value in first.items():
+            parts = value if isinstance(value, tuple) else (value,)
+            more = other[name] if isinstance(value, tuple) else (other[name],)
+            assert all(a is b for a, b in zip(parts, more, strict=True)), name
+
+
 @torch.inference_mode()
 def test_what_layers_were_given_is_let_go_once_it_is_looked_at(tmp_path: Path) -> None:
     """What a block's memory is made of: never more than right after the original ran."""

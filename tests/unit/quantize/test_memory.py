@@ -1,0 +1,85 @@
+"""What a process may still take, where a machine's files are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantize.memory import free_memory_bytes
+
+MACHINE = "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"
+NO_LIMIT = str(2**63 - 4096)
+
+
+def system(root: Path, groups: str, **files: str) -> Path:
+    """`files`: by path below sys/fs/cgroup, "a__b" for a/b."""
+    contents = {"proc/meminfo": MACHINE, "proc/self/cgroup": groups}
+    for name, text in files.items():
+        contents["sys/fs/cgroup/" + name.replace("__", "/").replace("memory_", "memory.")] = text
+    for name, text in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def version_1(limit: int | str, used: int, cached: int = 0) -> dict[str, str]:
+    stat = f"inactive_file 7\ntotal_inactive_file {cached}\n"
+    found = {"limit_in_bytes": str(limit), "usage_in_bytes": str(used), "stat": stat}
+    return {f"memory_{name}": text for name, text in found.items()}
+
+
+def version_2(limit: int | str, used: int, cached: int = 0) -> dict[str, str]:
+    stat = f"file 9\ninactive_file {cached}\nactive_file 5\n"
+    found = {"max": f"{limit}\n", "current": f"{used}\n", "stat": stat}
+    return {f"memory_{name}": text for name, text in found.items()}
+
+
+def within(folder: str, files: dict[str, str]) -> dict[str, str]:
+    return {f"{folder}__{name}": text for name, text in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        pytest.param("", {}, 8000 * 1024, id="the machine's"),
+        pytest.param("0::/\n", version_2(5000, 3000, 100), 2100, id="a container's"),
+        pytest.param("0::/\n", version_2("max", 3000), 8000 * 1024, id="no limit"),
+        pytest.param("0::/\n", version_2(5000, 6000), 0, id="above its limit"),
+        pytest.param(
+            "0::/\n", version_2(10**12, 3000), 8000 * 1024, id="more than the machine has"
+        ),
+        pytest.param(
+            "0::/job/step\n",
+            {
+                **within("job__step", version_2("max", 10)),
+                **within("job", version_2(5000, 4500)),
+            },
+            500,
+            id="the limit of a group around it",
+        ),
+        pytest.param(
+            "0::/kubepods/pod1\n", version_2(5000, 1000), 4000, id="its own alone is to be seen"
+        ),
+        pytest.param(
+            "12:cpu,cpuacct:/\n4:memory:/docker/1\n0::/\n",
+            {
+                **within("memory__docker__1", version_1(5000, 3000, 100)),
+                **within("memory", version_1(NO_LIMIT, 10**9)),
+            },
+            2100,
+            id="version 1",
+        ),
+    ],
+)
+def test_what_is_free(tmp_path: Path, groups: str, files: dict[str, str], expected: int) -> None:
+    assert free_memory_bytes(system(tmp_path, groups, **files)) == expected
+
+
+def test_nobody_tells(tmp_path: Path) -> None:
+    assert free_memory_bytes(tmp_path) is None
+
+
+def test_here() -> None:
+    free = free_memory_bytes()
+    assert free is None or free > 2**20
