@@ -164,8 +164,8 @@ def between(
     if free is not None and free < needed[half]:
         return {
             "left_out": f"predictions not compared: both models at once take {needed[half]:,} "
-            f"bytes of memory and {free:,} are free, {needed[half] - free:,} too few; measure on a "
-            "machine with more"
+            f"bytes of memory and {free:,} are free here (a container's limit counts), "
+            f"{needed[half] - free:,} too few; measure where there is more"
         }
     models = [simulate.load(folder) for folder in (original, made)]
     if not half:

@@ -68,6 +68,7 @@ def run(settings: Settings, progress: Progress) -> Report:
     finished steps beside `out`, from which the same settings with `resume` go on to the same bytes.
     """
     return_freed_memory()
+    settings = replace(settings, spill_above=_spill_above(settings))  # what is free will change
     source, family, planned = decide(settings)
     device = device_of(settings)
     yardstick = yardsticks.find(source.folder, settings)
@@ -146,7 +147,7 @@ def _measure(
     if (yardstick.eval_file or yardstick.text_file) and free is not None and free < needed:
         report.notes.append(
             f"quality not measured: dequantized, the model takes {needed:,} bytes of memory; "
-            f"{free:,} are free"
+            f"{free:,} are free here (a container's limit counts)"
         )
         return
     with report.stage("measuring the original"):
@@ -191,13 +192,14 @@ def _spend(
 
 
 def _shelf(settings: Settings, work: Workspace) -> Shelf:
-    return Shelf(_spill_above(settings), work.spill, work.save)
+    return Shelf(settings.spill_above, work.spill, work.save)
 
 
 def _spill_above(settings: Settings) -> int:
-    if settings.spill_above is None:
-        return (free_memory_bytes() or SPILL_ABOVE) // 2
-    return settings.spill_above
+    if settings.spill_above is not None:
+        return settings.spill_above
+    free = free_memory_bytes()
+    return (SPILL_ABOVE if free is None else free) // 2
 
 
 def _convert(
@@ -292,7 +294,8 @@ def _disk_bytes(
     waiting = estimates.waiting(layers, family, tokens=text.num_tokens, hidden_size=hidden_size)
     if planned.budget:
         waiting = max(waiting, estimates.changed(layers, hidden_size=hidden_size))
-    spilled = max(0, waiting - _spill_above(settings))
+    assert settings.spill_above is not None
+    spilled = max(0, waiting - settings.spill_above)
     return needed + 2 * 2 * 4 * text.num_tokens * hidden_size + spilled
 
 

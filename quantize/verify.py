@@ -134,7 +134,10 @@ def _against_codes(
 
     needed = sum(path.stat().st_size for path in original.glob("*.safetensors"))
     if (free := free_memory_bytes()) is not None and free < needed:
-        return f"not compared: dequantized it takes {needed:,} bytes of memory; {free:,} are free"
+        return (
+            f"not compared: dequantized it takes {needed:,} bytes of memory; {free:,} are free "
+            "here (a container's limit counts)"
+        )
     seen = 0
     chosen = []
     for output in outputs:

@@ -6,7 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve.errors import Invalid, Unavailable
+from serve import metrics
+from serve.errors import Invalid, Overloaded, Unavailable
 from serve.messages import AdapterVersion
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class Lease:
         self._version.inside += 1
         try:
             await self._registry.have_resident(self.adapter)
+        except Overloaded:
+            metrics.ADMISSION_REFUSALS.labels("adapters_in_use").inc()
+            raise
         except Invalid as error:  # not the request's fault
             logger.error("adapter=%s cannot be loaded: %s", self.adapter.name, error.message)
             raise Unavailable(

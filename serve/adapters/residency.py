@@ -87,7 +87,6 @@ class Residency:
             if self._may_go(held):
                 break
         else:
-            metrics.ADMISSION_REFUSALS.labels("adapters_in_use").inc()
             raise Overloaded(
                 f"All {self.size} adapters that the engine holds (engine.max_cpu_loras) are in use "
                 "or pinned; try again."

@@ -114,7 +114,10 @@ class Flight:
                 "request_id=%s failed unexpectedly; equal requests may share it",
                 generation.request_id,
             )
-            error = Internal("The server failed on this request; its log says more.")
+            error = Internal(
+                "The server failed on this request; its log says more under request id "
+                f"{generation.request_id}."
+            )
         finally:
             self._land(generation, error)
 

@@ -10,7 +10,6 @@ not import vllm itself, to be ahead of it.
 from __future__ import annotations
 
 import ctypes
-import gc
 import multiprocessing
 import os
 import signal
@@ -132,9 +131,6 @@ class _EngineProcess(ForkServerProcess):
             super().start()
 
     def run(self) -> None:
-        # What was imported stays; vLLM has the collector look at all of it again and again.
-        gc.freeze()
-        gc.enable()
         # Only what differs: the process's title is written over the environment it began with.
         for name in os.environ.keys() - self._environment.keys():
             del os.environ[name]

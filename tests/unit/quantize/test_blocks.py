@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,26 @@ def test_a_smoothed_block_computes_the_same(model_type: str, tmp_path: Path) -> 
     torch.testing.assert_close(
         hidden(runner, "quantized"), hidden(runner, "original"), rtol=1e-3, atol=1e-4
     )
+
+
+def test_first_hidden_states_are_on_the_shelf_before_the_next_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they can go to files."""
+    monkeypatch.setattr(blocks, "TOKENS_AT_ONCE", 48)
+    seen: list[int] = []
+
+    class Watched(blocks.Note):
+        def forward(self, hidden_states: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
+            seen.append(len(list((tmp_path / "spill").glob("*"))))
+            return super().forward(hidden_states, *args, **keywords)
+
+    monkeypatch.setattr(blocks, "Note", Watched)
+    source = Checkpoint(made("llama", tmp_path / "model"))
+    rows = torch.randint(3, 128, (3, 48), generator=torch.Generator().manual_seed(1))
+    shelf = Shelf(0, tmp_path / "spill")
+    Runner(source, FAMILIES["llama"], rows, torch.device("cpu"), shelf)
+    assert sorted(set(seen)) == [0, 2, 4], "both models' of a batch before the next one"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])

@@ -19,18 +19,18 @@ def system(root: Path, groups: str, **files: str) -> Path:
         contents["sys/fs/cgroup/" + name.replace("__", "/").replace("memory_", "memory.")] = text
     for name, text in contents.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_text(text, errors="surrogateescape")
     return root
 
 
-def version_1(limit: int | str, used: int, cached: int = 0) -> dict[str, str]:
-    stat = f"inactive_file 7\ntotal_inactive_file {cached}\n"
+def version_1(limit: int | str, used: int, cached: int = 30) -> dict[str, str]:
+    stat = f"inactive_file 7\ntotal_inactive_file {cached - 10}\ntotal_active_file 10\n"
     found = {"limit_in_bytes": str(limit), "usage_in_bytes": str(used), "stat": stat}
     return {f"memory_{name}": text for name, text in found.items()}
 
 
-def version_2(limit: int | str, used: int, cached: int = 0) -> dict[str, str]:
-    stat = f"file 9\ninactive_file {cached}\nactive_file 5\n"
+def version_2(limit: int | str, used: int, cached: int = 30) -> dict[str, str]:
+    stat = f"anon 9\ninactive_file 10\nactive_file 20\nslab_reclaimable {cached - 30}\n"
     found = {"max": f"{limit}\n", "current": f"{used}\n", "stat": stat}
     return {f"memory_{name}": text for name, text in found.items()}
 
@@ -45,6 +45,13 @@ def within(folder: str, files: dict[str, str]) -> dict[str, str]:
         pytest.param("", {}, 8000 * 1024, id="the machine's"),
         pytest.param("0::/\n", version_2(5000, 3000, 100), 2100, id="a container's"),
         pytest.param("0::/\n", version_2("max", 3000), 8000 * 1024, id="no limit"),
+        pytest.param(
+            "0::/\n",
+            {**version_2("max", 3000), "memory_high": "4000"},
+            1030,
+            id="a limit that slows down",
+        ),
+        pytest.param("nonsense\n0::/\udcff\n", version_2(5000, 3000), 2030, id="any bytes"),
         pytest.param("0::/\n", version_2(5000, 6000), 0, id="above its limit"),
         pytest.param(
             "0::/\n", version_2(10**12, 3000), 8000 * 1024, id="more than the machine has"
@@ -55,11 +62,11 @@ def within(folder: str, files: dict[str, str]) -> dict[str, str]:
                 **within("job__step", version_2("max", 10)),
                 **within("job", version_2(5000, 4500)),
             },
-            500,
+            530,
             id="the limit of a group around it",
         ),
         pytest.param(
-            "0::/kubepods/pod1\n", version_2(5000, 1000), 4000, id="its own alone is to be seen"
+            "0::/kubepods/pod1\n", version_2(5000, 1000), 4030, id="its own alone is to be seen"
         ),
         pytest.param(
             "12:cpu,cpuacct:/\n4:memory:/docker/1\n0::/\n",

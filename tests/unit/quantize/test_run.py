@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from quantize import simulate
 from quantize.checkpoint import REPORT, Checkpoint, sha256_of
 from quantize.errors import BadInput, QuantizeError, Unsupported
-from quantize.run import run
+from quantize.run import SPILL_ABOVE, _spill_above, run
 from quantize.settings import Settings
 from quantize.workspace import Workspace
 
@@ -237,3 +237,12 @@ def test_quality_without_a_tokenizer_says_so(tiny_checkpoint: Path, tmp_path: Pa
     with pytest.raises(BadInput, match="no tokenizer that loads"):
         run(settings, no_progress)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("free", "kept"), [(0, 0), (10**9, 5 * 10**8), (None, SPILL_ABOVE // 2)])
+def test_half_of_what_is_free_is_kept_in_memory(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, kept: int
+) -> None:
+    monkeypatch.setattr("quantize.run.free_memory_bytes", lambda: free)
+    assert _spill_above(Settings("model", Path("out"), "gptq")) == kept
+    assert _spill_above(Settings("model", Path("out"), "gptq", spill_above=7)) == 7

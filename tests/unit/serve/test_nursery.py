@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import psutil
 import pytest
 
+from serve import engines
 from serve.engines.vllm import nursery
+from serve.sections import EngineSettings
 from tests.client import is_there, wait_for
 
 
@@ -76,6 +80,7 @@ def test_a_stopped_child_dies_with_its_parent() -> None:
 
 BORN = """
 from serve.engines.vllm import nursery
+nursery.is_cpu_build = lambda: True
 nursery.PRELOADED = ["serve.engines.vllm.uncollected"]
 nursery.start()
 said = "import gc, sys; sys.exit(gc.isenabled() + 2 * (nursery.PRELOADED[0] in sys.modules))"
@@ -90,3 +95,12 @@ print(process.exitcode)
 def test_what_is_imported_first_is_not_collected_and_an_engine_is() -> None:
     born = subprocess.run([sys.executable, "-c", BORN], capture_output=True, text=True, check=True)
     assert born.stdout.strip() == "3", born.stderr
+
+
+def test_the_collector_is_on_again_when_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "model_folder", Path)
+    monkeypatch.setattr(nursery, "start", lambda: None)
+    monkeypatch.setitem(sys.modules, "serve.engines.vllm.engine", None)
+    with pytest.raises(ImportError):
+        engines.ENGINES["vllm"]("model", "name", EngineSettings())
+    assert gc.isenabled()

@@ -12,7 +12,6 @@ from prometheus_client import REGISTRY
 
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.registry import Registry
-from serve.adapters.residency import Residency
 from serve.adapters.store import Store
 from serve.adapters.watch import Watch
 from serve.errors import (
@@ -20,7 +19,6 @@ from serve.errors import (
     Overloaded,
     Unavailable,
 )
-from serve.messages import AdapterVersion
 from tests.unit.serve.adapters.loader import ADAPTERS, CLINIC, CLINIC_2, CODE, Engine, registry_of
 
 
@@ -115,20 +113,28 @@ async def test_who_waits_for_a_slot_keeps_no_adapter_loaded(
     leases["ledger"].release()
 
 
-async def test_all_that_the_engine_holds_is_in_use(engine: Engine) -> None:
-    residency = Residency(1, may_go=lambda _: False)
-    residency.loader = engine
-    clinic, code = (
-        AdapterVersion(n, n, ADAPTERS / n, i, 8) for i, n in enumerate(("clinic", "code"), 1)
-    )
-    await residency.have(clinic)
-    refused = {"reason": "adapters_in_use"}
-    before = REGISTRY.get_sample_value("packhorse_admission_refusals_total", refused)
+async def test_all_that_the_engine_holds_is_in_use(
+    store: Store, engine: Engine, limits: AdapterLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that are refused for it are counted, and no others."""
+
+    def counted() -> float:
+        refused = {"reason": "adapters_in_use"}
+        return REGISTRY.get_sample_value("packhorse_admission_refusals_total", refused) or 0.0
+
+    registry = await registry_of(store, engine, limits, resident=1)
+    await registry.put("clinic", CLINIC, replace=False)
+    await registry.put("code", CODE, replace=False)  # for which the first one goes
+    monkeypatch.setattr(registry._residency, "_may_go", lambda _: False)
+    before = counted()
     with pytest.raises(Overloaded, match="max_cpu_loras"):
-        await residency.have(code)
-    assert clinic in residency
-    after = REGISTRY.get_sample_value("packhorse_admission_refusals_total", refused)
-    assert after == before + 1
+        await registry.put("ledger", ADAPTERS / "ledger", replace=False)
+    assert counted() == before
+    lease = registry.lease("clinic")
+    with pytest.raises(Overloaded, match="max_cpu_loras"):
+        await lease.ready(10, 10)
+    lease.release()
+    assert counted() == before + 1
 
 
 async def test_no_more_than_the_limit(store: Store, engine: Engine, limits: AdapterLimits) -> None:
