@@ -112,8 +112,9 @@ class RedisStore:
 
 
 async def _cancellable(reply: Awaitable[Reply]) -> Reply:
-    """What the client forgets at times: its asyncio.wait_for, when a task is cancelled just as what
-    it waits for is done (https://github.com/python/cpython/issues/86296; mended in Python 3.12).
+    """The reply, or CancelledError if the task was cancelled meanwhile. The client may forget that:
+    it sends with asyncio.wait_for, which before Python 3.12 drops a cancellation that comes just as
+    the sending is done (https://github.com/python/cpython/issues/86296).
     """
     task = asyncio.current_task()
     assert task is not None

@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-# With all that an engine's process has imported when it is ready.
+# In this order: with all that an engine's process has imported when it is ready.
 PRELOADED = [
     "serve.engines.vllm.uncollected",
     "serve.engines.vllm.worker",
