@@ -18,7 +18,7 @@ def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
 
     nursery.start()  # it imports while we do
     # What was imported stays: the collector need not look at it again and again, neither now (a
-    # fifth of the time) nor later, where it would stop the server for half a second when an engine
+    # sixth of the time) nor later, where it would stop the server for half a second when an engine
     # is rebuilt. An engine itself must stay collectable.
     gc.disable()
     try:
