@@ -12,31 +12,31 @@ MACHINE = "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"
 NO_LIMIT = str(2**63 - 4096)
 
 
-def system(root: Path, groups: str, **files: str) -> Path:
-    """`files`: by path below sys/fs/cgroup, "a__b" for a/b."""
-    contents = {"proc/meminfo": MACHINE, "proc/self/cgroup": groups}
-    for name, text in files.items():
-        contents["sys/fs/cgroup/" + name.replace("__", "/").replace("memory_", "memory.")] = text
-    for name, text in contents.items():
+def system(root: Path, groups: str, files: dict[str, str]) -> Path:
+    """`files` by their paths below sys/fs/cgroup."""
+    below = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {"proc/meminfo": MACHINE, "proc/self/cgroup": groups, **below}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, errors="surrogateescape")
     return root
 
 
-def version_1(limit: int | str, used: int, cached: int = 30) -> dict[str, str]:
-    stat = f"inactive_file 7\ntotal_inactive_file {cached - 10}\ntotal_active_file 10\n"
-    found = {"limit_in_bytes": str(limit), "usage_in_bytes": str(used), "stat": stat}
-    return {f"memory_{name}": text for name, text in found.items()}
+def version_1(limit: int | str, used: int, cached: int = 30, *, at: str) -> dict[str, str]:
+    return {
+        f"{at}/memory.limit_in_bytes": str(limit),
+        f"{at}/memory.usage_in_bytes": str(used),
+        f"{at}/memory.stat": f"inactive_file 7\ntotal_inactive_file {cached - 10}\n"
+        "total_active_file 10\n",
+    }
 
 
-def version_2(limit: int | str, used: int, cached: int = 30) -> dict[str, str]:
-    stat = f"anon 9\ninactive_file 10\nactive_file 20\nslab_reclaimable {cached - 30}\n"
-    found = {"max": f"{limit}\n", "current": f"{used}\n", "stat": stat}
-    return {f"memory_{name}": text for name, text in found.items()}
-
-
-def within(folder: str, files: dict[str, str]) -> dict[str, str]:
-    return {f"{folder}__{name}": text for name, text in files.items()}
+def version_2(limit: int | str, used: int, cached: int = 30, *, at: str = ".") -> dict[str, str]:
+    return {
+        f"{at}/memory.max": f"{limit}\n",
+        f"{at}/memory.current": f"{used}\n",
+        f"{at}/memory.stat": "anon 9\ninactive_file 10\nactive_file 20\n"
+        f"slab_reclaimable {cached - 30}\n",
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def within(folder: str, files: dict[str, str]) -> dict[str, str]:
         pytest.param("0::/\n", version_2("max", 3000), 8000 * 1024, id="no limit"),
         pytest.param(
             "0::/\n",
-            {**version_2("max", 3000), "memory_high": "4000"},
+            {**version_2("max", 3000), "memory.high": "4000"},
             1030,
             id="a limit that slows down",
         ),
@@ -58,10 +58,7 @@ def within(folder: str, files: dict[str, str]) -> dict[str, str]:
         ),
         pytest.param(
             "0::/job/step\n",
-            {
-                **within("job__step", version_2("max", 10)),
-                **within("job", version_2(5000, 4500)),
-            },
+            {**version_2("max", 10, at="job/step"), **version_2(5000, 4500, at="job")},
             530,
             id="the limit of a group around it",
         ),
@@ -71,8 +68,8 @@ def within(folder: str, files: dict[str, str]) -> dict[str, str]:
         pytest.param(
             "12:cpu,cpuacct:/\n4:memory:/docker/1\n0::/\n",
             {
-                **within("memory__docker__1", version_1(5000, 3000, 100)),
-                **within("memory", version_1(NO_LIMIT, 10**9)),
+                **version_1(5000, 3000, 100, at="memory/docker/1"),
+                **version_1(NO_LIMIT, 10**9, at="memory"),
             },
             2100,
             id="version 1",
@@ -80,7 +77,7 @@ def within(folder: str, files: dict[str, str]) -> dict[str, str]:
     ],
 )
 def test_what_is_free(tmp_path: Path, groups: str, files: dict[str, str], expected: int) -> None:
-    assert free_memory_bytes(system(tmp_path, groups, **files)) == expected
+    assert free_memory_bytes(system(tmp_path, groups, files)) == expected
 
 
 def test_nobody_tells(tmp_path: Path) -> None:

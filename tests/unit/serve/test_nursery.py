@@ -78,14 +78,14 @@ def test_a_stopped_child_dies_with_its_parent() -> None:
     wait_for(lambda: not is_there(child))
 
 
-BORN = """
+FIRST = nursery.PRELOADED[0]
+SAID = f"import gc, sys; sys.exit(gc.isenabled() + 2 * ({FIRST!r} in sys.modules))"
+BORN = f"""
 from serve.engines.vllm import nursery
 nursery.is_cpu_build = lambda: True
-nursery.PRELOADED = ["serve.engines.vllm.uncollected"]
+nursery.PRELOADED = [{FIRST!r}]
 nursery.start()
-said = "import gc, sys; sys.exit(gc.isenabled() + 2 * (nursery.PRELOADED[0] in sys.modules))"
-said = said.replace("nursery.PRELOADED[0]", repr(nursery.PRELOADED[0]))
-process = nursery._Context().Process(target=exec, args=(said,))
+process = nursery._Context().Process(target=exec, args=({SAID!r},))
 process.start()
 process.join()
 print(process.exitcode)
