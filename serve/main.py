@@ -36,7 +36,7 @@ from serve.cache.results import ResultCache
 from serve.engines import ENGINES
 from serve.engines.base import Engine
 from serve.engines.folder import model_folder
-from serve.engines.processes import end_children
+from serve.engines.processes import end_children, print_stacks_when_asked
 from serve.engines.supervisor import Supervisor
 from serve.errors import Invalid, ServeError, StartupError
 from serve.logs import RequestLog
@@ -357,6 +357,7 @@ def default_name(settings: Settings) -> str:
 def run(settings: Settings) -> None:
     """Serve with uvloop until stopped; see `serve`. Exits with 1 when the engine was given up."""
     prepare_environment()
+    print_stacks_when_asked()
     logs.set_up(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(serve(settings))

@@ -293,6 +293,11 @@ class EngineSettings(Section):
     """How the model writes tool calls (hermes, llama3_json, mistral, ...); allows tool_choice."""
     reasoning_parser: str | None = None
     """How the model marks its reasoning (qwen3, deepseek_r1, ...), which is then told apart."""
+    max_json_whitespace: int | None = Field(16, ge=0)
+    """Where JSON is asked for (response_format, structured_outputs, forced tools): most characters
+    of white space in a row between its parts. Without a limit (null: vLLM's way) a model may fill
+    its answer with them until max_tokens. 16 is enough to indent 7 levels by 2.
+    """
     chat_template: str | None = None
     """Path of a Jinja file, or the template itself; the model's own when unset."""
     default_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +39,13 @@ def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
         with contextlib.suppress(psutil.Error):
             found |= {Path(entry.path) for entry in process.memory_maps(grouped=True)}
     return {path for path in found if path.match("/dev/shm/psm_*")}
+
+
+def print_stacks_when_asked() -> None:
+    """From now on SIGUSR1 makes this process print the stacks of its threads to stderr, and go on:
+    for a server that seems to hang.
+    """
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 def end_children() -> None:

@@ -14,7 +14,9 @@ from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
-from serve.engines.vllm.unpacked import PLUGIN, without_avx512
+from serve.engines.vllm import json_whitespace
+from serve.engines.vllm.plugin import NAME as PLUGIN
+from serve.engines.vllm.unpacked import without_avx512
 from serve.errors import StartupError
 from serve.sections import EngineSettings
 
@@ -57,8 +59,13 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
             given["scheduler_cls"] = SCHEDULER
     if settings.reasoning_parser:
         given["reasoning_parser"] = settings.reasoning_parser
-    free = settings.model_extra or {}
+    free = dict(settings.model_extra or {})
     _refuse_unknown(free)
+    if settings.max_json_whitespace is not None:
+        free["additional_config"] = {
+            **(free.get("additional_config") or {}),
+            json_whitespace.KEY: settings.max_json_whitespace,
+        }
     if free.get("fully_sharded_loras") and current_platform.is_cpu():
         raise StartupError(
             "engine.fully_sharded_loras: on a CPU vLLM's layers for it give requests without an "

@@ -22,6 +22,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from serve.engines.processes import print_stacks_when_asked
+
 # In this order: with all that an engine's process has imported when it is ready.
 PRELOADED = [
     "serve.engines.vllm.uncollected",
@@ -136,6 +138,7 @@ class _EngineProcess(ForkServerProcess):
             del os.environ[name]
         for name, value in self._environment.items() - os.environ.items():
             os.environ[name] = value
+        print_stacks_when_asked()
         die_with_parent()
         if os.getpid() != _IMPORTED_BY != os.getppid():
             os._exit(1)  # the nursery has ended before we could ask for its end to be ours

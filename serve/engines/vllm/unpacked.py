@@ -1,7 +1,6 @@
 """4-bit weights on x86 CPUs without AVX-512, where vLLM's build has no kernel for them.
 
-A plugin that vLLM loads in each of its processes (pyproject.toml, `vllm.general_plugins`), those
-that `quantize verify` starts too. See docs/decisions/0008-4-bit-without-avx512.md.
+Registered by plugin.py. See docs/decisions/0008-4-bit-without-avx512.md.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.platforms import CpuArchEnum, PlatformEnum, current_platform
 from vllm.scalar_type import scalar_types
 
-PLUGIN = "packhorse"  # its name in pyproject.toml, by which VLLM_PLUGINS says what to load
 _ZERO = {scalar_types.uint4: 0, scalar_types.uint4b8: 8}
 
 

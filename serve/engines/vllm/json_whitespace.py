@@ -1,0 +1,81 @@
+"""JSON grammars with a bound on white space.
+
+JSON allows any amount of white space between its parts, and so do vLLM's grammars: a model that
+likes spaces fills its answer with them until max_tokens, and the JSON never ends. Both of vLLM's
+backends for JSON can bound it, but vLLM has no setting for that. plugin.py applies this in the
+process that compiles grammars, which is the engine's core.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.structured_output import backend_guidance, backend_xgrammar
+from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+
+KEY = "packhorse_max_json_whitespace"
+"""In vLLM's `additional_config`, which reaches all its processes. Absent: vLLM's grammars."""
+
+JSON_KINDS = {StructuredOutputOptions.JSON, StructuredOutputOptions.JSON_OBJECT}
+
+
+def register() -> None:
+    """Wraps `compile_grammar` of both backends. Calling it twice has no further effect."""
+    for backend, bounded in (
+        (backend_xgrammar.XgrammarBackend, _bounded_xgrammar),
+        (backend_guidance.GuidanceBackend, _bounded_guidance),
+    ):
+        if not hasattr(backend.compile_grammar, "__wrapped__"):
+            backend.compile_grammar = bounded(backend.compile_grammar)
+
+
+def _bound_of(backend: Any) -> int | None:
+    config = backend.vllm_config.additional_config
+    bound: int | None = config.get(KEY) if isinstance(config, dict) else None
+    return bound
+
+
+def _bounded_xgrammar(compile_grammar: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compile_grammar)
+    def bounded(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        compile_schema = self.compiler.compile_json_schema
+        bound = _bound_of(self)
+        if bound is not None and not isinstance(compile_schema, functools.partial):
+            self.compiler.compile_json_schema = functools.partial(
+                compile_schema, max_whitespace_cnt=bound
+            )
+        return compile_grammar(self, *arguments, **keywords)
+
+    return bounded
+
+
+def _bounded_guidance(compile_grammar: Callable[..., Any]) -> Callable[..., Any]:
+    """llguidance repeats its `whitespace_pattern` as often as the model likes, so only separators
+    may have white space around them: bounded there, none after an opening or before a closing
+    bracket.
+    """
+
+    @functools.wraps(compile_grammar)
+    def bounded(
+        self: Any, request_type: StructuredOutputOptions, grammar_spec: str, *rest: Any
+    ) -> Any:
+        bound = _bound_of(self)
+        if bound is not None and request_type in JSON_KINDS:
+            schema = {"type": "object"}
+            if request_type == StructuredOutputOptions.JSON:
+                schema = json.loads(grammar_spec)
+            if isinstance(schema, dict):  # true, which allows anything, is a schema too
+                space = rf"[ \t\n\r]{{0,{bound}}}"
+                options = {
+                    "whitespace_flexible": False,
+                    "item_separator": f"{space},{space}",
+                    "key_separator": f"{space}:{space}",
+                }
+                schema["x-guidance"] = {**options, **schema.get("x-guidance", {})}
+                request_type, grammar_spec = StructuredOutputOptions.JSON, json.dumps(schema)
+        return compile_grammar(self, request_type, grammar_spec, *rest)
+
+    return bounded
