@@ -4,7 +4,7 @@ VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast check proto bench prove-image clean
+.PHONY: help setup demo test test-all test-fast mutants services check proto metrics-docs bench gate prove-image clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,13 +20,28 @@ demo: setup ## quantize the demo model, serve it, talk to it; KEEP=1 leaves the 
 # Fast tests run one to a core, each with one thread; engines want the machine for themselves.
 FAST := tests/unit tests/integration tests/rules tests/deploy
 SPREAD := OMP_NUM_THREADS=1 "$(PY)" -m pytest $(FAST) -n auto --dist worksteal
+# CI=1: a test that fails runs once more with fresh servers; if it passes then, it is told as FLAKY.
+AGAIN := $(if $(CI),--reruns 1)
+# What the first part has to tell (skipped, flaky), for the end of the second.
+NOTES := TESTS_NOTES="$(CURDIR)/out/test-notes.json"
 
-test: setup check ## every test, with the real engine (minutes)
-	@$(SPREAD)
-	@"$(PY)" -m pytest tests/e2e
+test: setup check ## every behaviour, with the real engine (minutes); CI=1 runs failed tests again
+	@mkdir -p out && rm -f out/test-notes.json
+	@$(NOTES) $(SPREAD) $(AGAIN)
+	@$(NOTES) "$(PY)" -m pytest tests/e2e $(AGAIN)
+
+test-all: ## the same in full: plain vLLM asked live (and recorded), all cases, broken behaviours
+	@TESTS_ALL=1 TESTS_PLAIN_VLLM=record $(MAKE) test
+	@$(MAKE) mutants
 
 test-fast: setup ## unit, integration and rule tests, without an engine (seconds)
 	@$(SPREAD)
+
+mutants: setup ## break the product in twenty ways; a test must notice each (minutes)
+	@"$(PY)" tools/mutants.py $(ARGS)
+
+services: ## install what tests use and the package index does not have (Debian, as root)
+	@PATH="$(VENV)/bin:$(PATH)" tools/install_services.sh
 
 check: setup ## lint, formatting and types
 	@"$(VENV)/bin/ruff" check .
@@ -53,6 +68,9 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/serve_load.py --layers
 	@"$(PY)" bench/serve_load.py --grpc
 	@"$(PY)" bench/serve_load.py --compare --ceiling
+
+gate: setup ## CPU per streamed token of our own layers, against the commit before (a minute)
+	@"$(PY)" bench/gate.py $(ARGS)
 
 prove-image: setup ## run the Dockerfile's own steps in a clean root, then its command (root, debootstrap, 12 GB, minutes)
 	@"$(PY)" tools/run_dockerfile.py deploy/docker/Dockerfile --work out/image --model demo/model $(ARGS)

@@ -16,16 +16,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.forkserver import Forked, ForkServer
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 DEMO = ROOT / "demo"
+FORK_SERVER = ForkServer()
+running_servers: list[Server] = []
 
 
 @dataclass
 class Server:
     """A running `packhorse serve`."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     url: str
     model: str
     log_path: Path
@@ -47,27 +51,33 @@ def running_server(
     start_timeout_s: float = 240,
     environment: dict[str, str] | None = None,
     cache: bool = False,
+    fresh: bool = False,
 ) -> Iterator[Server]:
     """`packhorse serve ARGUMENTS` on a port that the system chooses, ready; log in `folder`.
 
     Without a result cache unless asked for: most tests are about what is behind it, and ask the
-    same more than once.
+    same more than once. With vLLM it is a fork of a process that has imported that, see
+    forkserver.py, unless `fresh`.
     """
     settings = {} if cache else {"PACKHORSE_CACHE__ENABLED": "false"}
     log_path = folder / f"serve-{time.monotonic_ns()}.log"
+    command = [str(BIN / "packhorse"), "serve", *arguments, "--port", "0"]
     with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [BIN / "packhorse", "serve", *arguments, "--port", "0"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-            env={**os.environ, **settings, **(environment or {})},
-            start_new_session=True,  # a process group, as a shell gives it
+        process = start(
+            command,
+            folder,
+            log.fileno(),
+            {**os.environ, **settings, **(environment or {})},
+            fresh=fresh or "echo" in arguments,
         )
+    server = None
     try:
-        yield Server(process, *_wait_until_serving(process, log_path, start_timeout_s), log_path)
+        server = Server(process, *_wait_until_serving(process, log_path, start_timeout_s), log_path)
+        running_servers.append(server)
+        yield server
     finally:
+        if server is not None:
+            running_servers.remove(server)
         if process.poll() is None:
             process.terminate()
             try:
@@ -77,8 +87,35 @@ def running_server(
                 process.wait()
 
 
+def start(
+    command: list[str], folder: Path, log: int, environment: dict[str, str], *, fresh: bool
+) -> subprocess.Popen[bytes] | Forked:
+    """Start a command in a process group of its own, as a shell does."""
+    if not fresh and FORK_SERVER.fits(environment):
+        return FORK_SERVER.run(command, folder, log, environment)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from tests.reporting import Reporting
+
+    config.pluginmanager.register(Reporting())
+
+
+def pytest_sessionfinish() -> None:
+    FORK_SERVER.close()
+
+
 def _wait_until_serving(
-    process: subprocess.Popen[bytes], log_path: Path, timeout_s: float
+    process: subprocess.Popen[bytes] | Forked, log_path: Path, timeout_s: float
 ) -> tuple[str, str]:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:

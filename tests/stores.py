@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,15 +13,14 @@ from pathlib import Path
 
 import pytest
 
-# Where Debian puts them, also when PATH has no /usr/sbin or the like.
-PLACES = "/usr/bin:/usr/sbin:/usr/local/bin:/opt/bin"
+from tests.programs import missing, path_of
 
 
 def program(name: str) -> str:
-    """Its path; without it the test is skipped, loudly."""
-    found = shutil.which(name) or shutil.which(name, path=PLACES)
+    """Its path; without it the test is skipped, and the run's last paragraph says so."""
+    found = path_of(name)
     if found is None:
-        pytest.skip(f"NOT TESTED HERE: there is no {name}; `.ci/run` installs Debian's")
+        pytest.skip(missing(name))
     return found
 
 

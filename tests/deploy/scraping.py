@@ -21,19 +21,18 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.programs import missing, path_of
 
 SHIPPED = ROOT / "deploy/prometheus"
-PATH = os.environ.get("PATH", "") + ":/usr/bin"
 
 needs_prometheus = pytest.mark.skipif(
-    not (shutil.which("prometheus", path=PATH) and shutil.which("promtool", path=PATH)),
-    reason="NOT TESTED HERE: needs prometheus and promtool (Debian: apt-get install prometheus)",
+    not (path_of("prometheus") and path_of("promtool")), reason=missing("prometheus")
 )
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run it; what it says is in stdout, errors too."""
-    command = [shutil.which("promtool", path=PATH) or "promtool", *map(str, arguments)]
+    command = [path_of("promtool") or "promtool", *map(str, arguments)]
     return subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -107,7 +106,7 @@ def running_prometheus(
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [
-                shutil.which("prometheus", path=PATH) or "prometheus",
+                path_of("prometheus") or "prometheus",
                 f"--config.file={config}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address={address}",

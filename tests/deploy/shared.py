@@ -26,6 +26,7 @@ from serve.cli import app
 from serve.errors import StartupError
 from serve.settings import Settings, load
 from tests.conftest import ROOT
+from tests.programs import missing, path_of
 
 Check = Callable[[Path], list[str]]
 
@@ -144,8 +145,13 @@ def seconds(text: str | int) -> float:
 
 def output_of(*words: str | Path) -> tuple[int, str]:
     """Exit code, and all that was said."""
+    program, *rest = map(str, words)
     done = subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, check=False, timeout=60
+        [path_of(program) or program, *rest],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -155,8 +161,6 @@ def documents(path: Path) -> list[Any]:
     return [each for each in loaded if each is not None]
 
 
-def needs(tool: str, package: str) -> pytest.MarkDecorator:
-    """Skip, and say what to install."""
-    return pytest.mark.skipif(
-        shutil.which(tool) is None, reason=f"no {tool} here; Debian has it in {package}"
-    )
+def needs(tool: str) -> pytest.MarkDecorator:
+    """Skip without it; the run's last paragraph says how to install it."""
+    return pytest.mark.skipif(path_of(tool) is None, reason=missing(tool))

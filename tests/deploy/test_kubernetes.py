@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 from tests.deploy.kubernetes_check import FOLDER, check_kubernetes
 from tests.deploy.shared import Breakage, assert_reported, cases, needs
 
-pytestmark = needs("kubectl", "kubernetes-client")
+pytestmark = needs("kubectl")
 
 BASE = f"{FOLDER}/base"
 SERVER = f"{BASE}/statefulset.yaml"

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 from tests.deploy.shared import Breakage, assert_reported, cases, needs
 from tests.deploy.systemd_check import CUDA, SETTINGS, UNIT, USERS, check_systemd
 
-pytestmark = needs("systemd-analyze", "systemd")
+pytestmark = needs("systemd-analyze")
 
 BREAKAGES = cases(
     ("unknown-name", UNIT, "ProtectClock=", "ProtectClocks=", "'ProtectClocks'"),

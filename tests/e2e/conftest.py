@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, DEMO, Server, running_server
+from tests.conftest import BIN, DEMO, FORK_SERVER, Server, running_server, start
 from tests.e2e.adapted import arguments, make_folder
 from tests.e2e.questions import QUESTIONS, Score, ask_all
 
@@ -20,6 +20,12 @@ needs_avx512 = pytest.mark.skipif(
 
 REPORTED_EVERY = 8
 """One of so many questions and texts is in the INT8 model's report."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """It imports vLLM while the first tests run."""
+    if not session.config.option.collectonly:
+        FORK_SERVER.start()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,17 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def quantize(method: str, folder: Path, *options: str) -> Path:
     """`quantize model demo/model`, run as a user runs it."""
     out = folder / f"demo-{method}"
-    command = [
-        BIN / "quantize",
-        "model",
-        DEMO / "model",
-        "--method",
-        method,
-        "--out",
-        out,
-        "--no-verify",
-    ]
-    subprocess.run([*command, *options], check=True, timeout=600)
+    command = [BIN / "quantize", "model", DEMO / "model", "--method", method, "--out", out]
+    command += ["--no-verify", *options]
+    with (folder / "quantize.log").open("wb") as log:
+        words = [str(word) for word in command]
+        code = start(words, folder, log.fileno(), dict(os.environ), fresh=False).wait(600)
+    assert code == 0, (folder / "quantize.log").read_text(errors="replace")[-4000:]
     return out
 
 

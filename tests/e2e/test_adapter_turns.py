@@ -69,7 +69,8 @@ async def test_full_slots_leave_the_base_alone(server: Server) -> None:
             for name in ("clinic", "code")
         ]
         assert len(beside) == SLOTS
-        await asyncio.sleep(1)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            await scraped_with(http, rf"vllm:num_requests_running{{.*}} {SLOTS}\.0")
         together = await asyncio.gather(
             *(streamed_answer(client, server.model, question) for question in asked)
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Server
 from tests.document import check_document
 
 
+@pytest.mark.thorough  # test_faults.py sends the real engine 2,000 odd requests
 def test_every_answer_of_the_real_engine_is_as_documented(
     int8_server: Server, tmp_path: Path
 ) -> None:

