@@ -15,10 +15,10 @@ Too slow is a median above LIMIT whose interval begins above SURE_FROM, twice: t
 new processes and twice the rounds. What the gate cannot see is a slow-down in many small steps, and
 one that needs a pause between tokens to show: the echo engine makes none.
 
-The commit before is HEAD~1, or HEAD when there are changes in serve/ that are not committed. Where
-the two cannot be compared (no git, no commit before, nothing changed in serve/, a commit whose
-server does not take this load), the gate says so and ends with 0; with 1 when this tree is too slow
-or does not serve.
+The commit before is the one before the newest that changed serve/, or HEAD when there are changes
+in serve/ that are not committed. Where the two cannot be compared (no git, no commit before, a
+commit whose server does not take this load), the gate says so and ends with 0; with 1 when this
+tree is too slow or does not serve.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def base_commit(asked: str | None) -> str:
     if Path(top).resolve() != ROOT:
         raise NotComparable("this tree is no git checkout")
     changed = git("status", "--porcelain", "--", "serve")
-    revision = asked or ("HEAD" if changed else "HEAD~1")
+    newest = git("log", "-1", "--format=%H", "--", "serve") or "HEAD"
+    revision = asked or ("HEAD" if changed else f"{newest}~1")
     try:
         commit = git("rev-parse", "--verify", "--quiet", revision + "^{commit}")
     except subprocess.CalledProcessError:
@@ -142,8 +143,6 @@ def base_commit(asked: str | None) -> str:
             raise ValueError(f"--base {asked}: there is no such commit") from None
         why = "a first commit, or a shallow clone"
         raise NotComparable(f"there is no {revision} ({why})") from None
-    if not asked and not changed and not git("diff", "--name-only", commit, "--", "serve"):
-        raise NotComparable(f"serve/ is the same as in {commit[:9]}, the commit before")
     return commit
 
 

@@ -4,7 +4,6 @@ more scrapes.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.deploy.compose_check import COMPOSE, CUDA, EXAMPLE, SETTINGS, check_compose
-from tests.deploy.shared import Breakage, assert_reported, cases
+from tests.deploy.shared import Breakage, assert_reported, cases, copies
 
 PROMETHEUS = "deploy/prometheus/prometheus.yml"
 SECRET = "${PACKHORSE_CACHE__SECRET:?set it in .env, see docs/deploy.md}"
@@ -62,6 +62,16 @@ def test_the_files_are_right() -> None:
     assert check_compose(ROOT) == []
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_file_is_reported(tmp_path: Path, breakage: Breakage) -> None:
-    assert_reported(check_compose, tmp_path, breakage)
+@pytest.mark.parametrize(
+    "breakages",
+    copies(
+        BREAKAGES,
+        "bad-yaml",
+        "unknown-key",
+        "twice",
+        "host-network empty-secret other-dockerfile no-rules setting",
+        "long-drain no-keys other-port example-secret",
+    ),
+)
+def test_a_broken_file_is_reported(tmp_path: Path, breakages: list[Breakage]) -> None:
+    assert_reported(check_compose, tmp_path, breakages)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT, Server
 from tests.deploy.docker_check import DOCKERFILE, SETTINGS, check_image
-from tests.deploy.shared import Breakage, assert_reported, cases
+from tests.deploy.shared import Breakage, assert_reported, cases, copies
 from tools.dockerfile import DockerfileError, context_files, parse, whole
 
 HEALTH = ROOT / "deploy/docker/healthcheck.py"
@@ -50,9 +50,18 @@ def test_the_recipe_is_right() -> None:
     assert check_image(ROOT) == []
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_recipe_is_reported(tmp_path: Path, breakage: Breakage) -> None:
-    assert_reported(check_image, tmp_path, breakage)
+@pytest.mark.parametrize(
+    "breakages",
+    copies(
+        BREAKAGES,
+        "named-user latest health-path health-period setting all-is-sent unknown-name",
+        "no-user health-ready shell-form code-is-not-sent",
+        "unknown-instruction",
+        "other-port loopback",
+    ),
+)
+def test_a_broken_recipe_is_reported(tmp_path: Path, breakages: list[Breakage]) -> None:
+    assert_reported(check_image, tmp_path, breakages)
 
 
 @pytest.mark.parametrize(

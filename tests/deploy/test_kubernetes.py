@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.deploy.kubernetes_check import FOLDER, check_kubernetes
-from tests.deploy.shared import Breakage, assert_reported, cases, needs
+from tests.deploy.shared import Breakage, assert_reported, cases, copies, needs
 
 pytestmark = needs("kubectl")
 
@@ -125,6 +125,22 @@ def test_the_manifests_are_right() -> None:
     assert check_kubernetes(ROOT) == []
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_manifest_is_reported(tmp_path: Path, breakage: Breakage) -> None:
-    assert_reported(check_kubernetes, tmp_path, breakage)
+@pytest.mark.parametrize(
+    "breakages",
+    copies(
+        BREAKAGES,
+        "bad-yaml",
+        "unknown-field budget-version monitor-field scale-number",
+        "wrong-type monitor-no-key",
+        "account-token long-drain store-nowhere a-secret policy-open monitor-port monitor-job",
+        "no-start-probe policy-all monitor-path monitor-secret",
+        "flag",
+        "setting",
+        "missing-file scale-nothing",
+        "misspelt-file",
+        "no-gpu",
+        "cpu-image",
+    ),
+)
+def test_a_broken_manifest_is_reported(tmp_path: Path, breakages: list[Breakage]) -> None:
+    assert_reported(check_kubernetes, tmp_path, breakages)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.deploy.shared import Breakage, assert_reported, cases, needs
+from tests.deploy.shared import Breakage, assert_reported, cases, copies, needs
 from tests.deploy.systemd_check import CUDA, SETTINGS, UNIT, USERS, check_systemd
 
 pytestmark = needs("systemd-analyze")
@@ -47,6 +47,15 @@ def test_the_unit_is_right() -> None:
     assert check_systemd(ROOT) == []
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_unit_is_reported(tmp_path: Path, breakage: Breakage) -> None:
-    assert_reported(check_systemd, tmp_path, breakage)
+@pytest.mark.parametrize(
+    "breakages",
+    copies(
+        BREAKAGES,
+        "flag root secret short-stop no-cpuinfo open-host model-at-home store-nowhere",
+        "other-config no-user bad-span setting",
+        "system-calls user-line long-drain",
+        "user-name",
+    ),
+)
+def test_a_broken_unit_is_reported(tmp_path: Path, breakages: list[Breakage]) -> None:
+    assert_reported(check_systemd, tmp_path, breakages)

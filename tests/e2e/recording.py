@@ -27,12 +27,12 @@ from tests.e2e.conformance import Answer, Row, send
 FOLDER = Path(__file__).parent / "recordings"
 # What decides which of vLLM's, oneDNN's and ATen's kernels run.
 WIDTHS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
-NARROWED = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
+NARROWED = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def cpu_class() -> str:
     """The CPU's model (oneDNN cuts sums by its caches), the widths that kernels are chosen by, what
-    narrows them, and how many cores share a sum.
+    narrows them, and how many threads share a sum.
     """
     facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -42,8 +42,9 @@ def cpu_class() -> str:
     parts = [facts.get("vendor_id", platform.machine())]
     parts += [facts[name] for name in ("cpu family", "model") if name in facts]
     parts += [width for width in WIDTHS if width in flags]
-    parts += [f"{name}={os.environ[name]}" for name in NARROWED if name in os.environ]
-    return "-".join([*parts, f"{len(os.sched_getaffinity(0))}cores"]).lower()
+    parts += [f"{name}_{os.environ[name]}" for name in NARROWED if name in os.environ]
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    return "-".join([*parts, f"{threads}threads"]).lower()
 
 
 def vllm_version() -> str:

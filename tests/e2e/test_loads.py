@@ -61,7 +61,7 @@ DTYPES = {
 }  # fmt: skip
 # Cannot run on a CPU without AVX-512, and is missing there; the row says so.
 WIDE = ("KV scales",)
-QUICK = {"quality": False, "verify": False, "calibration_tokens": 4096, "force": True}
+QUICK = {"quality": False, "verify": False, "calibration_tokens": 1024, "force": True}
 
 
 @pytest.fixture(scope="module")

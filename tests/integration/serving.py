@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +97,43 @@ def bearer(name: str) -> dict[str, str]:
     return {"authorization": f"Bearer key-{name}"}
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 most conditions are counters without an event
             await asyncio.sleep(0.01)
+
+
+async def until_there(made: Callable[[], Awaitable[bool]], timeout_s: float = 30) -> None:
+    """Like `until`, for what has to be asked."""
+    async with asyncio.timeout(timeout_s):
+        while not await made():  # noqa: ASYNC110 what is asked has no event
+            await asyncio.sleep(0.02)
+
+
+def nothing_left(server: Served) -> Callable[[], bool]:
+    """Whether no request is counted anywhere, nor in the engine; for `until`."""
+    counted = server.service.admission
+
+    def check() -> bool:
+        counts = (
+            counted.in_flight, counted.running, counted.waiting, counted.queued_tokens,
+            server.engine.running,
+        )  # fmt: skip
+        return not any(counts)
+
+    return check
+
+
+class Held(EchoEngine):
+    """Says nothing before `go` is set; `held` are the requests that wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__(EngineSettings(kind="echo"))
+        self.go = asyncio.Event()
+        self.held = 0
+
+    async def generate(self, prompt: Any, request: Any, route: Any) -> Any:
+        self.held += 1
+        await self.go.wait()
+        async for chunk in super().generate(prompt, request, route):
+            yield chunk

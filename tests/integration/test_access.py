@@ -57,6 +57,7 @@ ROUTES = [
     ("GET", "/metrics", "scraper", 200),
     ("GET", "/admin", "user", 403),
     ("GET", "/admin/anything", "scraper", 403),
+    ("GET", "/admin/anything", "user", 403),
     ("GET", "/admin/anything", "operator", 404),
     ("GET", "/health/live", None, 200),
     ("GET", "/health/ready", None, 200),

@@ -1,12 +1,12 @@
-"""The result cache over HTTP: headers, policies, operators; and ten thousand mixed requests with
-everything changing under them, of which none may get a wrong answer.
+"""The result cache over HTTP: headers, policies, operators; and mixed requests with everything
+changing under them, of which none may get a wrong answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -19,7 +19,7 @@ import pytest
 
 from serve.admin import Admin
 from serve.cache import STORES
-from serve.cache.results import ResultCache
+from serve.cache.results import STALE_S, ResultCache
 from serve.engines.echo import EchoEngine
 from serve.errors import ServeError
 from serve.messages import AdapterVersion, Caller, Chunk, GenerateRequest, Prompt, Route
@@ -225,6 +225,9 @@ async def test_a_slip_of_the_pen_flushes_nothing(query: dict[str, str], status: 
         assert await mark(served, greedy()) == "hit"
 
 
+KINDS = ("hit", "coalesced", "miss", "bypass")
+
+
 class Witness(EchoEngine):
     """Answers with a digest of everything it was given, and of the time: `era` goes up with every
     flush, so that an answer from before one can be told.
@@ -288,10 +291,17 @@ class Adapters:
         return Lease(AdapterVersion(name, digest, Path(), self.version + 1, 8))
 
 
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", ["redis", "memcached"])
-async def test_10_000_mixed_requests_and_none_is_answered_wrong(kind: str, tmp_path: Path) -> None:
+async def test_of_mixed_requests_none_is_answered_wrong(
+    kind: str, rounds: int, tmp_path: Path
+) -> None:
     """Two replicas on one store, 2 tenants, 20 keys; replacements, flushes, restarts of the store,
     engine failures and clients that leave.
+
+    It is not the number of requests that proves it, but what has met what. In a round everything
+    that disturbs has come, while 32 clients ask; and there are more rounds until each kind of
+    answer has been given 5 times.
     """
     rng = random.Random(7)
     with running_store(kind, tmp_path) as store_server:
@@ -343,44 +353,44 @@ async def test_10_000_mixed_requests_and_none_is_answered_wrong(kind: str, tmp_p
                 wrong.append((said, expected, era, stream.mark))
 
         async def disturb() -> None:
+            done = 0
+            while done < rounds or not settled_era or min(marks[kind] for kind in KINDS) < 5:
+                for action in ("replace", "flush", "replace", "restart", "flush"):
+                    await asyncio.sleep(0.15)
+                    await disturb_by(action)
+                done += 1
+
+        async def disturb_by(action: str) -> None:
             nonlocal settled_era
-            for action in itertools.cycle(("replace", "flush", "replace", "restart")):
-                await asyncio.sleep(0.15)
-                match action:
-                    case "replace":
-                        adapters.version += 1
-                    case "flush":
-                        engine.era += 1
-                        try:
-                            await rng.choice(caches).flush("all")
-                        except ServeError:
-                            continue
+            match action:
+                case "replace":
+                    adapters.version += 1
+                case "flush":
+                    engine.era += 1
+                    with contextlib.suppress(ServeError):
+                        await rng.choice(caches).flush("all")
                         era = engine.era
-                        await asyncio.sleep(1.0)
+                        await asyncio.sleep(STALE_S)
                         settled_era = era
-                    case "restart":
-                        await asyncio.to_thread(store_server.kill)
-                        await asyncio.sleep(0.3)
-                        await asyncio.to_thread(store_server.start)
+                case "restart":
+                    await asyncio.to_thread(store_server.kill)
+                    await asyncio.sleep(0.3)
+                    await asyncio.to_thread(store_server.start)
 
         disturbing = asyncio.create_task(disturb())
-        left = 10_000
 
         async def client() -> None:
-            nonlocal left
-            while left > 0:
-                left -= 1
+            while not disturbing.done():
                 await one()
-                await asyncio.sleep(rng.random() * 0.01)
+                await asyncio.sleep(rng.random() * 0.03)
 
         await asyncio.gather(*(client() for _ in range(32)))
-        for task in (disturbing, *watching):
+        await disturbing
+        for task in watching:
             task.cancel()
-        await asyncio.gather(disturbing, *watching, return_exceptions=True)
+        await asyncio.gather(*watching, return_exceptions=True)
         for cache in caches:
             await cache.close()
     assert not wrong, wrong[:3]
-    assert sum(marks.values()) + failed > 9000
-    assert failed < 1500
-    assert min(marks["hit"], marks["coalesced"], marks["miss"], marks["bypass"]) > 50, marks
-    assert settled_era > 0
+    # 2 in 100 of those that reach the engine; who joined such a one fails with it.
+    assert failed < 0.15 * (sum(marks.values()) + failed)

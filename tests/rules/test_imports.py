@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,8 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(path: Path) -> set[str]:
+@cache  # several rules ask for the same file
+def imports_of(path: Path) -> frozenset[str]:
     """Modules named in import statements; `from serve import errors` counts as serve.errors."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -162,7 +164,7 @@ def imports_of(path: Path) -> set[str]:
                 inner = ROOT / Path(*node.module.split("."), alias.name)
                 is_module = inner.is_dir() or inner.with_suffix(".py").exists()
                 found.add(f"{node.module}.{alias.name}" if is_module else node.module)
-    return found
+    return frozenset(found)
 
 
 def within(module: str, package: str) -> bool:

@@ -64,7 +64,7 @@ def _bounded_guidance(compile_grammar: Callable[..., Any]) -> Callable[..., Any]
     ) -> Any:
         bound = _bound_of(self)
         if bound is not None and request_type in JSON_KINDS:
-            schema = {"type": "object"}
+            schema: Any = {"type": "object"}
             if request_type == StructuredOutputOptions.JSON:
                 schema = json.loads(grammar_spec)
             if isinstance(schema, dict):  # true, which allows anything, is a schema too

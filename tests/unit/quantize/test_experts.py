@@ -26,7 +26,7 @@ from quantize.planner import plan
 from quantize.run import decide, run
 from quantize.settings import Settings
 from quantize.walk import Block
-from tests.unit.quantize.test_pipeline import LITTLE, made, output_error, text_ids  # noqa: F401
+from tests.unit.quantize.test_pipeline import LITTLE, made, output_errors, text_ids  # noqa: F401
 
 KINDS = ("mixtral", "qwen3_moe")
 SPARSE = {"mixtral": ("0", "1"), "qwen3_moe": ("1",)}
@@ -73,16 +73,17 @@ def test_methods_gain_expert_by_expert(
     tmp_path: Path,
     text_ids: torch.Tensor,  # noqa: F811
 ) -> None:
-    errors, reports = {}, {}
+    reports, folders = {}, {}
     for method in ("rtn", "gptq", "awq", "int8"):
         options = {"calibration": None} if method == "rtn" else {}
-        reports[method] = quantized(model, tmp_path / method, method, **options)
-        errors[method] = output_error(model, tmp_path / method, text_ids)
+        folders[method] = tmp_path / method
+        reports[method] = quantized(model, folders[method], method, **options)
+    errors = output_errors(model, folders, text_ids)
     assert errors["gptq"] < 0.5 * errors["rtn"]
     assert errors["awq"] < errors["rtn"]
     assert errors["int8"] < 0.05 * errors["rtn"]
     where, parts = TENSORS[kind]
-    made_of = Checkpoint(tmp_path / "gptq")
+    made_of = Checkpoint(folders["gptq"])
     original = Checkpoint(model)
     for block in SPARSE[kind]:
         start = f"model.layers.{block}.{where}"

@@ -79,7 +79,7 @@ async def test_start_refuses_and_forgets(
     with pytest.raises(error, match=message):
         await service.start(request_)
     assert engine.running == 0
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ async def test_a_failure_after_the_first_chunk_ends_the_stream(
     with pytest.raises(error):
         [chunk async for chunk in stream]
     assert engine.running == 0
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 async def test_closing_a_stream_aborts_the_engine() -> None:
@@ -103,7 +103,7 @@ async def test_closing_a_stream_aborts_the_engine() -> None:
     await stream.close()
     await stream.close()
     assert (engine.running, engine.aborted) == (0, 1)
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 async def test_cancelling_start_aborts_the_engine() -> None:
@@ -115,7 +115,7 @@ async def test_cancelling_start_aborts_the_engine() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert engine.running == 0
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 async def test_draining_refuses_new_requests_and_waits_for_old_ones() -> None:
@@ -212,7 +212,7 @@ async def test_however_a_request_ends_it_is_counted_out(text: str) -> None:
         except (Unavailable, Internal, Invalid):
             pass
     assert idle(service)
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 async def test_a_fault_of_ours_is_counted_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ async def test_a_request_ends_at_its_deadline_wherever_it_is(
         await whole()
     assert engine.running == 0
     assert idle(service)
-    assert await service.drain(0.1)
+    assert await service.drain(10)
     current = asyncio.current_task()
     assert current is not None
     assert current.cancelling() == 0
@@ -311,12 +311,12 @@ async def test_a_request_ends_at_its_deadline_wherever_it_is(
 
 async def test_a_deadline_does_not_disturb_what_the_caller_does_with_a_chunk() -> None:
     service, engine = make_service()
-    stream = await service.start(soon("a b c"))
+    stream = await service.start(soon("a b c", timeout_s=0.5))
     seen = []
 
     async def slowly() -> None:
         async for chunk in stream:
-            await asyncio.sleep(0.06)  # longer than there is, and not interrupted
+            await asyncio.sleep(0.6)  # longer than there is, and not interrupted
             seen.append(chunk.text)
 
     with pytest.raises(DeadlineExceeded):
@@ -339,7 +339,7 @@ async def test_who_is_cancelled_at_the_deadline_stays_cancelled() -> None:
 async def test_a_request_within_its_time_is_not_touched() -> None:
     service, _ = make_service(delay_s=0.01)
     assert await text_of(service, soon("a b", timeout_s=5)) == "a b"
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, 101.0, float("inf"), float("nan")])

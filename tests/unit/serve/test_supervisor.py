@@ -17,6 +17,7 @@ from serve.errors import EngineDied, EngineHung, Invalid, StartupError, Unavaila
 from serve.messages import Chunk, GenerateRequest, Prompt, Route, Sampling
 from serve.sections import EngineSettings, SupervisorSettings
 
+pytestmark = pytest.mark.usefixtures("checked_often")
 ROUTE = Route("echo")
 POISON = "poison " * 20
 
@@ -111,7 +112,7 @@ def is_up(supervisor: Supervisor, works: Works, number: int) -> bool:
 
 
 async def soon(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -234,7 +235,7 @@ async def test_a_hang_that_ended_by_itself_holds_nobody_for_ever() -> None:
     supervisor = await works.supervisor()
     # As a request does that saw it before the supervisor's own check, which then passes.
     supervisor._suspects.engine_lost(supervisor._generation)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await Suspect(supervisor._suspects).turn()
     assert len(works.engines) == 1
     await supervisor.close()
@@ -273,7 +274,7 @@ async def test_a_supervisor_that_fails_itself_gives_up() -> None:
         raise RuntimeError("a bug")
 
     works.engines[0].check = fail  # type: ignore[method-assign]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await supervisor.gave_up.wait()
     await supervisor.close()
 
@@ -312,7 +313,7 @@ async def test_it_gives_up_after_its_limit_and_tells_who_waits() -> None:
     task = asyncio.create_task(answer(supervisor, ask(words(300))))
     await soon(lambda: works.engines[0].running == 1)
     works.engines[0].die()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await supervisor.gave_up.wait()
     assert works.tries == 1 + 3
     with pytest.raises(Unavailable, match="for good"):
@@ -342,7 +343,7 @@ async def test_a_rebuild_that_cannot_be_ended_is_the_servers_end(
     works = Works(fail=lambda number: number == 2 and released.wait(10))
     supervisor = await works.supervisor(build_timeout_s=0.1)
     works.engines[0].die()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await supervisor.gave_up.wait()
     await supervisor.close()
     assert supervisor.is_stuck

@@ -12,6 +12,8 @@ from serve.errors import EngineDied, Invalid, Unavailable
 from serve.messages import AdapterVersion, GenerateRequest, Route
 from tests.unit.serve.test_supervisor import Mortal, Works, ask, is_up
 
+pytestmark = pytest.mark.usefixtures("checked_often")
+
 
 def version(name: str, number: int) -> AdapterVersion:
     return AdapterVersion(name, f"{number:064}", Path(), number, 8)
@@ -55,7 +57,7 @@ async def started(
 
 
 async def until_up(supervisor: Supervisor, works: Works, number: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not is_up(supervisor, works, number):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

@@ -20,6 +20,7 @@ from serve.errors import (
     Unavailable,
 )
 from tests.unit.serve.adapters.loader import ADAPTERS, CLINIC, CLINIC_2, CODE, Engine, registry_of
+from tests.unit.serve.cache.making import settled
 
 
 async def test_a_caller_that_leaves_stops_nothing(registry: Registry, engine: Engine) -> None:
@@ -103,7 +104,7 @@ async def test_who_waits_for_a_slot_keeps_no_adapter_loaded(
     await leases["code"].ready(10, 10)
     await leases["ledger"].ready(10, 10)
     waiting = asyncio.create_task(leases["clinic"].ready(10, 10))
-    await asyncio.sleep(0.01)
+    await settled()
     assert not waiting.done()
     assert {name.split("@")[0] for name in engine.names} == {"code", "ledger"}
     leases["code"].release(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,11 @@ def digest(
 def key(number: int, *, adapter: str = "", tenant: str = "00") -> Key:
     scopes = ("all", "model:echo", f"adapter:{adapter}", f"tenant:{tenant}")
     return Key(number.to_bytes(32, "big"), scopes)
+
+
+async def settled() -> None:
+    """Everything has gone on as far as it gets without time: a step of the loop needs none, and no
+    chain here is as long as this.
+    """
+    for _ in range(100):
+        await asyncio.sleep(0)

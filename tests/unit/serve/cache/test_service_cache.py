@@ -22,7 +22,7 @@ async def test_one_result_serves_streams_and_whole_answers(first: bool, second: 
     assert (stream.usage.prompt_tokens, stream.usage.completion_tokens) == (3, 3)
     assert engine.generations == 1
     assert service.admission.running == 0
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ async def test_errors_are_not_kept() -> None:
         with pytest.raises(ServeError):
             await read(stream)
     assert engine.generations >= 4
-    assert await service.drain(0.1)
+    assert await service.drain(10)
 
 
 async def test_large_results_are_not_kept() -> None:

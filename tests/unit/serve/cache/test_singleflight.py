@@ -10,6 +10,7 @@ import pytest
 from serve.cache.singleflight import Flight, Flights
 from serve.errors import Cancelled, EngineDied, Internal, ServeError
 from serve.messages import Chunk
+from tests.unit.serve.cache.making import settled
 
 A, B, END = Chunk("a", [1]), Chunk("b", [2]), Chunk("c", [3], "stop")
 
@@ -70,10 +71,10 @@ async def test_all_read_all_of_it_from_the_first_chunk_on() -> None:
     flying = Flying()
     early = asyncio.create_task(flying.read())
     flying.feed(A, B)
-    await asyncio.sleep(0.01)
+    await settled()
     late = asyncio.create_task(flying.read())
     whole = asyncio.create_task(flying.read(whole=True))
-    await asyncio.sleep(0.01)
+    await settled()
     assert not early.done()
     assert flying.steps.has_begun
     flying.feed(END)
@@ -90,7 +91,7 @@ async def test_a_reader_gets_each_chunk_when_it_comes() -> None:
     flying.feed(A)
     assert await anext(chunks) == A
     waiting = asyncio.ensure_future(anext(chunks))
-    await asyncio.sleep(0.01)
+    await settled()
     assert not waiting.done()
     flying.feed(END)
     assert await waiting == END
@@ -100,11 +101,11 @@ async def test_it_goes_on_while_anybody_reads() -> None:
     flying = Flying()
     followers = [asyncio.create_task(flying.read()) for _ in range(5)]
     flying.feed(A)
-    await asyncio.sleep(0.01)
+    await settled()
     flying.leader.leave()
     flying.leader.leave()
     followers[0].cancel()
-    await asyncio.sleep(0.01)
+    await settled()
     assert not flying.steps.is_aborted
     flying.feed(END)
     for follower in followers[1:]:
@@ -114,12 +115,12 @@ async def test_it_goes_on_while_anybody_reads() -> None:
 async def test_it_ends_when_the_last_has_left() -> None:
     flying = Flying()
     follower = flying.flight.join()
-    await asyncio.sleep(0.01)
+    await settled()
     flying.leader.leave()
     assert flying.flights.get(b"key") is flying.flight
     follower.leave()
     assert flying.flights.get(b"key") is None, "nobody joins what is being aborted"
-    await asyncio.sleep(0.01)
+    await settled()
     assert flying.steps.is_aborted
     assert flying.steps.ends == [(0, "cancelled")]
     assert set(flying.left) == {None}
@@ -129,7 +130,7 @@ async def test_it_ends_before_it_has_begun() -> None:
     """What it holds must be given back all the same."""
     flying = Flying()
     flying.leader.leave()
-    await asyncio.sleep(0.01)
+    await settled()
     assert flying.steps.ends == [(0, "cancelled")]
     assert flying.flights.get(b"key") is None
 
@@ -191,7 +192,7 @@ async def test_before_it_is_launched() -> None:
     flight = flights.lead(b"key", lambda _: None)
     waiting = [flight.join() for _ in range(2)]
     reading = [asyncio.create_task(anext(reader.chunks(whole=True))) for reader in waiting]
-    await asyncio.sleep(0.01)
+    await settled()
     flight.settle([A, END])
     assert [await one for one in reading] == [Chunk("ac", [1, 3], "stop")] * 2
 
