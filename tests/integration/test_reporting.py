@@ -4,6 +4,7 @@ made to.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.reporting import NOTES
 
 TESTS = """
 import signal
@@ -48,8 +50,15 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "test_made.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--reruns", "1"]
     command += ["-p", "no:cacheprovider", "-o", f"pythonpath={ROOT}", str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name != NOTES}
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 1, done.stdout
     return done.stdout
