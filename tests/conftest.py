@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 DEMO = ROOT / "demo"
 FORK_SERVER = ForkServer()
+Process = subprocess.Popen[bytes] | Forked
 running_servers: list[Server] = []
 
 
@@ -29,7 +30,7 @@ running_servers: list[Server] = []
 class Server:
     """A running `packhorse serve`."""
 
-    process: subprocess.Popen[bytes] | Forked
+    process: Process
     url: str
     model: str
     log_path: Path
@@ -89,7 +90,7 @@ def running_server(
 
 def start(
     command: list[str], folder: Path, log: int, environment: dict[str, str], *, fresh: bool
-) -> subprocess.Popen[bytes] | Forked:
+) -> Process:
     """Start a command in a process group of its own, as a shell does."""
     if not fresh and FORK_SERVER.fits(environment):
         return FORK_SERVER.run(command, folder, log, environment)
@@ -114,9 +115,7 @@ def pytest_sessionfinish() -> None:
     FORK_SERVER.close()
 
 
-def _wait_until_serving(
-    process: subprocess.Popen[bytes] | Forked, log_path: Path, timeout_s: float
-) -> tuple[str, str]:
+def _wait_until_serving(process: Process, log_path: Path, timeout_s: float) -> tuple[str, str]:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         text = log_path.read_text(encoding="utf-8", errors="replace")

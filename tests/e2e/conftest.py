@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, DEMO, FORK_SERVER, Server, running_server, start
+from tests.conftest import BIN, DEMO, FORK_SERVER, Process, Server, running_server, start
 from tests.e2e.adapted import arguments, make_folder
 from tests.e2e.questions import QUESTIONS, Score, ask_all
 
@@ -20,12 +23,18 @@ needs_avx512 = pytest.mark.skipif(
 
 REPORTED_EVERY = 8
 """One of so many questions and texts is in the INT8 model's report."""
+INT8 = pytest.StashKey["Making"]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """It imports vLLM while the first tests run."""
-    if not session.config.option.collectonly:
-        FORK_SERVER.start()
+    """vLLM is imported, and the INT8 model made, while the first tests run."""
+    if session.config.option.collectonly:
+        return
+    FORK_SERVER.start()
+    if any("int8_folder" in getattr(item, "fixturenames", ()) for item in session.items):
+        folder = Path(tempfile.mkdtemp(prefix="packhorse-int8-"))
+        session.config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        session.config.stash[INT8] = begin_int8(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,36 +52,51 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def quantize(method: str, folder: Path, *options: str) -> Path:
-    """`quantize model demo/model`, run as a user runs it."""
-    out = folder / f"demo-{method}"
-    command = [BIN / "quantize", "model", DEMO / "model", "--method", method, "--out", out]
-    command += ["--no-verify", *options]
-    with (folder / "quantize.log").open("wb") as log:
-        words = [str(word) for word in command]
-        code = start(words, folder, log.fileno(), dict(os.environ), fresh=False).wait(600)
-    assert code == 0, (folder / "quantize.log").read_text(errors="replace")[-4000:]
-    return out
+@dataclass
+class Making:
+    """`quantize model demo/model`, run as a user runs it; `wait` returns the folder it made."""
+
+    process: Process
+    log: Path
+    out: Path
+
+    @classmethod
+    def begin(cls, method: str, folder: Path, *options: str) -> Making:
+        out = folder / f"demo-{method}"
+        command = [BIN / "quantize", "model", DEMO / "model", "--method", method, "--out", out]
+        words = [*map(str, command), "--no-verify", *options]
+        path = folder / "quantize.log"
+        with path.open("wb") as log:
+            process = start(words, folder, log.fileno(), dict(os.environ), fresh=False)
+        return cls(process, path, out)
+
+    def wait(self) -> Path:
+        code = self.process.wait(600)
+        assert code == 0, self.log.read_text(encoding="utf-8", errors="replace")[-4000:]
+        return self.out
 
 
-# For the session: tests of other packages come in between, see above.
-@pytest.fixture(scope="session")
-def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("int8")
-    # A part of the usual text and questions: enough for what is tested here, in minutes less.
+def begin_int8(folder: Path) -> Making:
+    """A part of the usual text and questions: enough for what is tested here, in minutes less."""
     options = ["--calibration-tokens", "16384", "--force"]
     for option, file in (("--eval", "general.jsonl"), ("--text", "held_out_text.jsonl")):
         lines = (DEMO / "eval" / file).read_text(encoding="utf-8").splitlines()
         (folder / file).write_text("\n".join(lines[::REPORTED_EVERY]), encoding="utf-8")
         options += [option, str(folder / file)]
-    return quantize("int8", folder, *options)
+    return Making.begin("int8", folder, *options)
+
+
+# For the session: tests of other packages come in between, see above.
+@pytest.fixture(scope="session")
+def int8_folder(pytestconfig: pytest.Config) -> Path:
+    return pytestconfig.stash[INT8].wait()
 
 
 @pytest.fixture(scope="session")
 def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 bits, in the GPTQ layout."""
     folder = tmp_path_factory.mktemp("rtn")
-    return quantize("rtn", folder, "--no-quality", "--format", "gptq")
+    return Making.begin("rtn", folder, "--no-quality", "--format", "gptq").wait()
 
 
 @pytest.fixture(scope="package")
@@ -97,6 +121,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     environment = {
         "PACKHORSE_SUPERVISOR__MAX_RESTARTS": "100",
         "PACKHORSE_SUPERVISOR__BACKOFF_S": "0",
+        "PACKHORSE_ENGINE__STALL_TIMEOUT_S": "5",
     }
     folder = tmp_path_factory.mktemp("demo")
     with running_server(folder, *arguments, environment=environment) as server:

@@ -13,7 +13,7 @@ from serve.engines.vllm.worker import MendedWorker
 
 POISON = [301, 302, 303, 304]
 SLOW = [305, 306, 307, 308]
-SLOW_S = 11
+SLOW_S = 8
 
 
 class FaultyWorker(MendedWorker):

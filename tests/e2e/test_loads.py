@@ -25,6 +25,7 @@ from quantize.evaluate import apart, read_texts
 from quantize.run import run
 from quantize.settings import CHANNEL, Settings
 from tests.conftest import DEMO, ROOT, start
+from tests.e2e import roundings
 from tests.e2e.conftest import AVX512, needs_avx512
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,8 @@ DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "I32": torch.int32,
     "I64": torch.int64,
 }  # fmt: skip
+KINDS = ("INT8", "KV scales")
+EIGHT_BITS = dict.fromkeys(("FP8", "mixed", "llm_compressor_w8a8"), "INT8")  # activations, too
 # Cannot run on a CPU without AVX-512, and is missing there; the row says so.
 WIDE = ("KV scales",)
 QUICK = {"quality": False, "verify": False, "calibration_tokens": 1024, "force": True}
@@ -128,12 +131,26 @@ def served(
     return answers
 
 
+@pytest.fixture(scope="module")
+def limits(folders: dict[str, Path], prompts: list[list[int]]) -> dict[str, float]:
+    """What roundings allow, by what is rounded: nothing but sums, activations, or the cache."""
+    return {
+        "4 bits": roundings.allowed(folders["4 bits, groups of 128"], prompts),
+        "INT8": roundings.allowed(folders["INT8"], prompts),
+        "KV scales": roundings.allowed(folders["KV scales"], prompts, eight_bit_cache=AVX512),
+    }
+
+
 @pytest.mark.parametrize(
     "row",
     [pytest.param(row, marks=needs_avx512 if row in WIDE else ()) for row in [*ROWS, *PEERS]],
 )
 def test_vllm_computes_what_the_codes_say(
-    row: str, folders: dict[str, Path], served: dict[str, Any], prompts: list[list[int]]
+    row: str,
+    folders: dict[str, Path],
+    served: dict[str, Any],
+    prompts: list[list[int]],
+    limits: dict[str, float],
 ) -> None:
     found = served[str(folders[row])]
     assert isinstance(found, dict), found
@@ -144,10 +161,8 @@ def test_vllm_computes_what_the_codes_say(
         for difference in apart(one, other)
     ]
     assert len(differences) > 250
-    # The cache's own rounding, to three bits of fraction, is no part of the reference: 0.029. Nor
-    # are oneDNN's sums of 8-bit products without VNNI, which overflow (docs/lab-log.md): 0.032.
-    limit = 0.05 if row == "KV scales" else 0.02 if AVX512 else 0.035
-    assert sum(differences) / len(differences) < limit
+    kind = next((kind for kind in KINDS if kind in row), EIGHT_BITS.get(row, "4 bits"))
+    assert sum(differences) / len(differences) < limits[kind]
 
 
 @needs_avx512

@@ -21,7 +21,7 @@ from tests.e2e import mixed
 from tests.e2e.adapted import ZENTROL, arguments, make_folder
 from tests.twins import as_message, metadata, method
 
-PHASE_S = 9
+PHASE_S = 6
 
 
 @pytest.fixture(scope="module")

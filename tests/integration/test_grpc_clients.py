@@ -84,15 +84,16 @@ def test_the_example_client(running: tuple[Server, str]) -> None:
 
 def test_a_drain_lets_calls_end(tmp_path: Path) -> None:
     settings = tmp_path / "serve.yaml"
-    settings.write_text("engine: {kind: echo, echo_delay_s: 0.1}\n")
-    with running_server(tmp_path, "--config", str(settings), "--grpc-port", "0") as server:
+    settings.write_text("engine: {echo_delay_s: 0.1}\n")
+    arguments = ("--engine", "echo", "--config", str(settings), "--grpc-port", "0")
+    with running_server(tmp_path, *arguments) as server:
         address = server.log().split("gRPC at ")[1].split()[0]
         with grpc.insecure_channel(address) as channel:
             call = method(channel, "ChatStream")(as_message(*chat("a b c d e f g h i j"))[1])
             next(call)
             server.process.terminate()
             assert said_in_messages(list(call)).choices[0].text == "a b c d e f g h i j"
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_what_is_not_expressible_is_said() -> None:

@@ -121,11 +121,9 @@ async def test_values_end(server: StoreServer) -> None:
     async with store_at(server.url) as store:
         await store.put(key(1), b"x", 1)
         await store.put(key(2), b"x", 600)
-
-        async def is_gone() -> bool:
-            return await store.get(key(1)) is None
-
-        await until_there(is_gone)
+        async with asyncio.timeout(30):
+            while await store.get(key(1)) is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         assert await store.get(key(2)) == b"x"
 
 
@@ -308,10 +306,12 @@ async def test_nobody_gets_what_another_asked_for(
         server.pause()
         with monkeypatch.context() as patched:  # only what is late is waited for so little
             patched.setattr(store, "_timeout_s", 0.2)
-            late = await asyncio.gather(
-                *(store.get(key(n)) for n in range(50)), return_exceptions=True
-            )
-        assert {getattr(error, "reason", None) for error in late} == {"timeout"}
+            asked = [store.get(key(n)) for n in range(50)]
+            late = await asyncio.gather(*asked, return_exceptions=True)
+        # A server that is being stopped may answer some still, each with its own.
+        rest = {n: end for n, end in enumerate(late) if getattr(end, "reason", "") != "timeout"}
+        assert rest == {n: str(n).encode() for n in rest}
+        assert len(rest) < 50
         server.go_on()
         values = await asyncio.gather(*(store.get(key(n)) for n in range(50)))
         assert values == [str(n).encode() for n in range(50)]
