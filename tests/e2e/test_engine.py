@@ -388,9 +388,7 @@ class TestEightBitCache:
         assert score.accuracy >= 0.92, score.as_json()
 
 
-def test_an_unknown_engine_field_is_an_error_that_names_near_misses(
-    tmp_path: Path,
-) -> None:
+def test_an_unknown_engine_field_is_an_error_that_names_near_misses(tmp_path: Path) -> None:
     config = configured(tmp_path, kv_cache_dtyp="fp8")
     with pytest.raises(AssertionError, match="the server ended with 2") as ended:  # noqa: SIM117
         with running_server(tmp_path, str(DEMO / "model"), "--config", str(config)):

@@ -89,12 +89,14 @@ def quantized(model: Path, out: Path, **different: Any) -> str:
 def forks() -> Iterator[subprocess.Popen[str]]:
     """Runs each line of its input, as FORKS says."""
     command = [sys.executable, "-c", FORKS]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    # One thread: OpenMP's own do not survive a fork.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         yield process
 
 
+@pytest.mark.timeout(300)
 def test_kills_at_random_moments_end_in_the_same_bytes(
     model: Path, whole: str, tmp_path: Path, forks: subprocess.Popen[str]
 ) -> None:
