@@ -88,8 +88,8 @@ class ForkServer:
         self._environment: dict[str, str] = {}
 
     def start(self) -> None:
-        """Returns at once: it imports while the tests go on."""
-        if self._process is not None:
+        """Returns at once: it imports while the tests go on. One that has ended is replaced."""
+        if self._process is not None and self._process.poll() is None:
             return
         from serve.engines.vllm import nursery
 
@@ -171,7 +171,7 @@ def main(descriptor: int) -> None:
         while True:
             head, (*logs,), _, _ = socket.recv_fds(asked, 4, 1)
             if not head:
-                return
+                os._exit(0)  # without the libraries' last words
             content = b""
             size = int.from_bytes(head, "big")
             while len(content) < size:

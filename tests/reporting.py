@@ -76,7 +76,7 @@ class Reporting:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if report.failed:
-            hung = call.excinfo is not None and "Timeout" in str(call.excinfo.value)
+            hung = call.excinfo is not None and "Timeout (>" in str(call.excinfo.value)
             item.stash[_failed] = True
             item.stash[_hung] = item.stash.get(_hung, False) or hung
             if text := self._requests.text():
