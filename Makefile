@@ -42,7 +42,7 @@ test-fast: setup ## unit, integration and rule tests, without an engine (seconds
 	@$(SPREAD)
 
 mutants: setup ## break the product in twenty ways; a test must notice each (minutes)
-	@"$(PY)" tools/mutants.py $(ARGS)
+	@$(ONE_THREAD) "$(PY)" tools/mutants.py $(ARGS)
 
 services: ## install what tests use and the package index does not have (Debian, as root)
 	@PATH="$(VENV)/bin:$(PATH)" tools/install_services.sh

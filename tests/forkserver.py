@@ -42,6 +42,9 @@ READ_LATER = {
     "VLLM_WORKER_MULTIPROC_METHOD",
 }  # fmt: skip
 
+START_LIMIT_S = 180.0
+"""For the import of vLLM, which the first fork waits for."""
+
 
 class Forked:
     """A forked command: a child of this process, with what tests use of subprocess.Popen."""
@@ -103,6 +106,7 @@ class ForkServer:
                 cwd=ROOT,
                 env={**os.environ, **nursery._for_nursery(), "PYTHONSAFEPATH": ""},
             )
+        ours.settimeout(START_LIMIT_S)
         self._socket = ours
 
     def fits(self, environment: Mapping[str, str]) -> bool:
@@ -121,18 +125,28 @@ class ForkServer:
         assert self._socket is not None
         asked = {"command": list(command), "folder": str(folder), "environment": dict(environment)}
         content = json.dumps(asked).encode()
-        with _orphans_are_ours():  # the fork's parent ends at once, and we are its next
-            socket.send_fds(self._socket, [len(content).to_bytes(4, "big")], [log])
-            self._socket.sendall(content)
-            said = self._socket.recv(4)
-        if len(said) < 4:
-            raise AssertionError("the process that has imported vLLM has ended")
+        try:
+            with _orphans_are_ours():  # the fork's parent ends at once, and we are its next
+                socket.send_fds(self._socket, [len(content).to_bytes(4, "big")], [log])
+                self._socket.sendall(content)
+                said = self._socket.recv(4)
+            if len(said) < 4:
+                raise AssertionError("the process that has imported vLLM has ended")
+        except BaseException:  # an answer that nobody reads would be taken for the next one's
+            self.close(at_once=True)
+            raise
         return Forked(int.from_bytes(said, "big"), command)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         if self._process is not None and self._socket is not None:
             self._socket.close()
-            self._process.wait(60)
+            if at_once:
+                self._process.kill()
+            try:
+                self._process.wait(60)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             self._process = self._socket = None
 
 

@@ -75,7 +75,9 @@ class Reporting:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
+        hook, limits = item.config.hook, pytest_timeout._get_item_settings(item)
         if report.failed:
+            hook.pytest_timeout_cancel_timer(item=item)  # reporting is no part of the test
             hung = call.excinfo is not None and "Timeout (>" in str(call.excinfo.value)
             item.stash[_failed] = True
             item.stash[_hung] = item.stash.get(_hung, False) or hung
@@ -90,11 +92,11 @@ class Reporting:
         if report.when == "teardown" and item.stash.get(_failed, False):
             if item.stash.get(_hung, False) or item.config.getoption("reruns", None):
                 forget_servers(item)
-            # pytest-timeout counts from a test's first run, and one that runs again needs a limit.
-            hook, limits = item.config.hook, pytest_timeout._get_item_settings(item)
+            item.stash[_failed] = item.stash[_hung] = False
+        if report.failed or report.when == "teardown":
+            # For what is left of the test; or for its second run, which has a limit of its own.
             hook.pytest_timeout_cancel_timer(item=item)
             hook.pytest_timeout_set_timer(item=item, settings=limits)
-            item.stash[_failed] = item.stash[_hung] = False
         return report
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

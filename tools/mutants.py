@@ -229,6 +229,9 @@ def main() -> int:
     if options.table:
         print(markdown(chosen), end="")
         return 0
+    if not chosen:
+        print("nothing to do")
+        return 0
     started_s = time.monotonic()
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:

@@ -45,7 +45,8 @@ def print_stacks_when_asked() -> None:
     """From now on SIGUSR1 makes this process print the stacks of its threads to stderr, and go on:
     for a server that seems to hang.
     """
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    with contextlib.suppress(RuntimeError, AttributeError, OSError, ValueError):  # without stderr
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 def end_children() -> None:

