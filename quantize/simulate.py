@@ -77,10 +77,14 @@ def load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-@torch.inference_mode()
 def logprobs(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
     """Natural, of each prompt's token ids but the first. Raises as `load` does."""
-    model = load(folder)
+    return logprobs_of(load(folder), prompts)
+
+
+@torch.inference_mode()
+def logprobs_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The same of a model that is loaded already."""
     found = []
     for ids in prompts:
         steps_TV = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(dim=-1)

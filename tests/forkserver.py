@@ -91,7 +91,7 @@ class ForkServer:
         self._environment: dict[str, str] = {}
 
     def start(self) -> None:
-        """Returns at once: it imports while the tests go on. One that has ended is replaced."""
+        """Returns at once; the first command waits for the import. A dead one is replaced."""
         if self._process is not None and self._process.poll() is None:
             return
         from serve.engines.vllm import nursery

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,9 @@ class Recording:
         return cls(found) if all(key_of(row) in found for row in rows) else None
 
     @classmethod
-    def live(
-        cls, rows: Sequence[Row], http: httpx.Client, ask: Callable[..., Answer] = send
-    ) -> Recording:
+    def live(cls, rows: Sequence[Row], http: httpx.Client) -> Recording:
         """What a running server says now; written to disk if that is wanted."""
-        answers = {key_of(row): ask(http, row) for row in rows}
+        answers = {key_of(row): send(http, row) for row in rows}
         if os.environ.get("TESTS_PLAIN_VLLM") == "record":
             FOLDER.mkdir(exist_ok=True)
             content = {

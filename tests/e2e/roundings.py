@@ -31,15 +31,6 @@ _NARROWED = os.environ.get("ONEDNN_MAX_CPU_ISA") in ("SSE41", "AVX", "AVX2", "AV
 VNNI = not _NARROWED and not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(_FLAGS)
 
 
-@torch.inference_mode()
-def logprobs(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    found = []
-    for ids in prompts:
-        steps_TV = model(torch.tensor([list(ids)])).logits[0, :-1].float().log_softmax(dim=-1)
-        found.append(steps_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
-    return found
-
-
 def allowed(
     folder: Path, prompts: Sequence[Sequence[int]], *, eight_bit_cache: bool = False
 ) -> float:
@@ -47,12 +38,12 @@ def allowed(
     noise of each, added. With an 8-bit cache the engine rounds keys and values too, with the
     checkpoint's scales.
     """
-    exact = logprobs(simulate.load(folder).float(), prompts)
-    reference = logprobs(simulate.load(folder), prompts)
+    exact = simulate.logprobs_of(simulate.load(folder).float(), prompts)
+    reference = simulate.logprobs(folder, prompts)
     model = simulate.load(folder)
     if eight_bit_cache:
         _round_keys_and_values(model, folder)
-    engine = logprobs(model, prompts)
+    engine = simulate.logprobs_of(model, prompts)
     noise = _mean(exact, reference) + _mean(exact, engine)
     return (UNKNOWN if VNNI else 2 * UNKNOWN) * noise
 
