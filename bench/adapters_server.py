@@ -54,7 +54,11 @@ async def server(
     store = Path(tempfile.mkdtemp(dir=work_folder))
     settings = {
         "engine": {"max_num_seqs": CLIENTS, "max_cpu_loras": 64, **engine},
-        "adapters": {"store": str(store), **({"folder": str(adapters)} if adapters else {})},
+        "adapters": {
+            "store": str(store),
+            "allowed_roots": [str(ADAPTERS)],
+            **({"folder": str(adapters)} if adapters else {}),
+        },
         "admission": {"max_running": 4096, "max_queued_tokens": 10**9},
         "routing": {"file": str(routes)} if routes else {},
     }

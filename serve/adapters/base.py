@@ -71,14 +71,25 @@ class Adapters(Protocol):
         ...
 
     async def put(
-        self, name: str, source: Path, *, replace: bool, pinned: bool | None = None
+        self,
+        name: str,
+        source: Path,
+        *,
+        replace: bool,
+        pinned: bool | None = None,
+        mark: str = "",
     ) -> AdapterCard:
         """Add an adapter, or replace it: new requests get the new version as soon as the engine has
         it, those in flight end on the old one, which also stays if this fails. `pinned` None keeps
-        what it was.
+        what it was. `mark` is what tells the source from what it may be later.
 
-        Raises Invalid, Conflict (it exists, and `replace` is off), Overloaded, Unavailable.
+        Raises Invalid (also for a source outside of the allowed folders), Conflict (it exists, and
+        `replace` is off), Overloaded, Unavailable.
         """
+        ...
+
+    def mark(self, name: str) -> str:
+        """The served version's, also of before a restart; empty when it has none."""
         ...
 
     async def remove(self, name: str) -> None:

@@ -1,14 +1,15 @@
-"""Files of a folder that anybody may have made: opened without following links, looked at before
-they are used. Called by `formats`.
+"""Files of a folder that anybody may have made: what was opened is looked at before it is read, so
+that nothing is read from outside, whatever happens to the folder meanwhile. Called by `formats` and
+the store.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,15 +19,31 @@ from serve.errors import Invalid
 _MAX_ENTRIES = 10_000
 
 
-def check_entries(folder: Path) -> None:
-    """Everything below `folder` is a folder, a regular file, or a link that stays inside.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A folder, and the one that nothing read from it may lie outside of; that one without links.
 
-    `folder` itself may be reached through links: who may name which folder is the caller's matter.
+    Links may lead anywhere within `root`: in a hub cache they lead from a snapshot to its blobs.
+    """
+
+    folder: Path
+    root: Path
+
+    @classmethod
+    def alone(cls, folder: Path) -> Source:
+        """One whose links must stay in it. It may itself be reached through links."""
+        return cls(folder, Path(os.path.realpath(folder)))
+
+
+def check_entries(source: Source) -> None:
+    """Everything below the folder is a folder, a regular file, or a link that stays in the root.
+
+    This is for an early and good message: what is read is looked at again by `open_file`.
     Raises Invalid.
     """
+    folder = source.folder
     if not folder.is_dir():
         raise Invalid(f"{folder} is not a folder; give the folder that save_pretrained() wrote.")
-    inside = Path(os.path.realpath(folder))
     try:
         for count, entry in enumerate(_entries(folder)):
             if count >= _MAX_ENTRIES:
@@ -37,8 +54,8 @@ def check_entries(folder: Path) -> None:
             name = shown(str(Path(entry.path).relative_to(folder)))
             mode = entry.stat(follow_symlinks=False).st_mode
             if stat.S_ISLNK(mode):
-                if not Path(os.path.realpath(entry.path)).is_relative_to(inside):
-                    raise Invalid(f"{name} is a link out of {folder}; {_COPY}.")
+                if not Path(os.path.realpath(entry.path)).is_relative_to(source.root):
+                    raise _leads_out(name, source)
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise Invalid(f"{name} in {folder} is not a regular file; remove it.")
     except OSError as error:
@@ -47,7 +64,11 @@ def check_entries(folder: Path) -> None:
         ) from error
 
 
-_COPY = "copy the folder with its links resolved (`cp -rL`) and give the copy"
+def _leads_out(name: str, source: Source) -> Invalid:
+    return Invalid(
+        f"{name} is a link out of {source.root}; copy the folder with its links resolved "
+        "(`cp -rL`) and give the copy."
+    )
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -58,25 +79,40 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
                 yield from _entries(Path(entry.path))
 
 
+def _find(path: Path) -> int:
+    """A handle that says what is there and cannot read it: nothing happens to a device or a pipe
+    that the path leads to.
+    """
+    return os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+
 @contextmanager
-def open_file(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """A regular file of `folder`, for reading. Raises FileNotFoundError; Invalid when it is a link,
-    no regular file, or not readable.
+def open_file(source: Source, name: str) -> Iterator[BinaryIO]:
+    """A regular file of the folder, or where a link leads that stays in the root, for reading.
+    Raises FileNotFoundError; Invalid when it is no regular file, outside, or not readable.
     """
     try:
-        # Without O_NONBLOCK, opening a pipe waits for its other end.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        handle = os.open(folder / name, flags)
+        found = _find(source.folder / name)
+        try:
+            handle = _open_found(found, source, name)
+        finally:
+            os.close(found)
     except FileNotFoundError:
         raise
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise Invalid(f"{name} is a link, and links are not followed; {_COPY}.") from error
         raise Invalid(
             f"{name} cannot be read: {error.strerror}; let the server's user read it."
         ) from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise Invalid(f"{name} in {folder} is not a regular file; save the adapter again.")
     with open(handle, "rb") as file:  # noqa: PTH123 (a Path cannot be made of a handle)
         yield file
+
+
+def _open_found(found: int, source: Source, name: str) -> int:
+    """What was found, for reading. By its handle: its path may lead elsewhere by now."""
+    itself = f"/proc/self/fd/{found}"
+    # The kernel's word on where it is; a deleted one ends in " (deleted)", which does no harm.
+    if not Path(os.readlink(itself)).is_relative_to(source.root):  # noqa: PTH115
+        raise _leads_out(name, source)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        raise Invalid(f"{name} in {source.folder} is not a regular file; save the adapter again.")
+    return os.open(itself, os.O_RDONLY | os.O_CLOEXEC)

@@ -17,13 +17,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from serve.adapters import configs, weights
 from serve.adapters.configs import AdapterConfig, Kind
 from serve.adapters.factors import Factors, find_factors
-from serve.adapters.folders import check_entries, open_file
+from serve.adapters.folders import Source, check_entries, open_file
 from serve.adapters.headers import BadHeader, Header, TensorEntry, read_header, shown
 from serve.adapters.patterns import matcher
 from serve.errors import Invalid, Unavailable
@@ -41,6 +42,19 @@ class AdapterLimits:
     layers: Mapping[str, tuple[int, int]]
     max_bytes: int
 
+    @cached_property
+    def key(self) -> str:
+        """Equal where `check` would say the same of a folder that has not changed: it is of the
+        limits, and of what judges by them as it is. A number that must be raised by hand with each
+        change of that would be forgotten once.
+        """
+        sha256 = hashlib.sha256()
+        for name in ("formats", "configs", "factors", "headers", "patterns"):
+            sha256.update((Path(__file__).parent / f"{name}.py").read_bytes())
+        limits = [self.max_rank, self.max_bytes, sorted(self.layers.items())]
+        sha256.update(json.dumps(limits).encode())
+        return sha256.hexdigest()
+
 
 @dataclass(frozen=True)
 class CheckedAdapter:
@@ -51,7 +65,7 @@ class CheckedAdapter:
     the ranks that were not pruned) are for `write`.
     """
 
-    folder: Path
+    source: Source
     kind: Kind
     config: Mapping[str, Any]
     rank: int
@@ -65,6 +79,13 @@ class CheckedAdapter:
     def tensors(self) -> Mapping[str, TensorEntry]:
         return self.header.tensors
 
+    @property
+    def served_bytes(self) -> int:
+        """The size of the copy's weights."""
+        if self.kind == "adalora":
+            return weights.folded_bytes(self.header, self.modules, self.kept)
+        return self.header.file_bytes
+
 
 @dataclass(frozen=True)
 class Written:
@@ -76,20 +97,21 @@ class Written:
     rank: int
 
 
-def check(folder: Path, limits: AdapterLimits) -> CheckedAdapter:
-    """Judge a folder that PEFT's save_pretrained() wrote. Reads the configuration and the weights'
-    header, not the weights.
+def check(folder: Path | Source, limits: AdapterLimits) -> CheckedAdapter:
+    """Judge a folder that PEFT's save_pretrained() wrote; a Path is one whose links must stay in
+    it. Reads the configuration and the weights' header, not the weights.
 
-    Raises Invalid, with the way out, when it is not such a folder, holds links or special files,
-    asks for what the engine cannot do, belongs to another base, or is above a limit.
+    Raises Invalid, with the way out, when it is not such a folder, holds links that lead out or
+    special files, asks for what the engine cannot do, belongs to another base, or is above a limit.
     """
-    check_entries(folder)
-    document = _read_config(folder)
+    source = folder if isinstance(folder, Source) else Source.alone(folder)
+    check_entries(source)
+    document = _read_config(source)
     config = configs.judge(document)
-    header = _read_header(folder, limits.max_bytes)
+    header = _read_header(source, limits.max_bytes)
     modules = find_factors(header.tensors, config.kind, limits.layers)
     judge = _check_adalora if config.kind == "adalora" else _check_lora
-    checked = judge(folder, document, config, header, modules)
+    checked = judge(source, document, config, header, modules)
     if checked.rank > limits.max_rank:
         worst = max(
             modules, key=lambda module: len(checked.kept.get(module, range(modules[module].rank)))
@@ -99,17 +121,18 @@ def check(folder: Path, limits: AdapterLimits) -> CheckedAdapter:
             f"{limits.max_rank}; train with a lower rank, or raise engine.max_lora_rank."
         )
     if config.kind == "adalora":
-        size = weights.folded_bytes(header, modules, checked.kept)
+        size = checked.served_bytes
         _check_size(size, limits.max_bytes, "would take, as plain LoRA in float32,")
     return checked
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(source: Source) -> dict[str, Any]:
+    folder = source.folder
     try:
-        with open_file(folder, configs.NAME) as file:
+        with open_file(source, configs.NAME) as file:
             text = file.read(configs.MAX_BYTES + 1)
     except FileNotFoundError as error:
-        whole = (folder / "config.json").exists()
+        whole = os.path.lexists(folder / "config.json")
         hint = (
             "it looks like a whole model, which `packhorse serve` takes as it is"
             if whole
@@ -124,14 +147,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return configs.parse(text)
 
 
-def _read_header(folder: Path, max_bytes: int) -> Header:
+def _read_header(source: Source, max_bytes: int) -> Header:
+    folder = source.folder
     try:
-        with open_file(folder, weights.NAME) as file:
+        with open_file(source, weights.NAME) as file:
             _check_size(os.fstat(file.fileno()).st_size, max_bytes, "has")
             return read_header(file, max_bytes=weights.MAX_HEADER_BYTES)
     except FileNotFoundError as error:
         for name in _PICKLES:
-            if (folder / name).exists():
+            if os.path.lexists(folder / name):
                 raise Invalid(
                     f"{folder} has {name} and no {weights.NAME}. Loading a pickle can run any "
                     "code, so it is never done; save the adapter as safetensors "
@@ -154,7 +178,7 @@ def _check_size(size: int, max_bytes: int, verb: str) -> None:
 
 
 def _check_lora(
-    folder: Path,
+    source: Source,
     document: Mapping[str, Any],
     config: AdapterConfig,
     header: Header,
@@ -176,11 +200,11 @@ def _check_lora(
     ranks = {module: factors.rank for module, factors in modules.items()}
     rank = max(ranks.values())
     served = _served_config(ranks, alphas, use_rslora=config.use_rslora)
-    return CheckedAdapter(folder, config.kind, document, rank, served, header, modules, {})
+    return CheckedAdapter(source, config.kind, document, rank, served, header, modules, {})
 
 
 def _check_adalora(
-    folder: Path,
+    source: Source,
     document: Mapping[str, Any],
     config: AdapterConfig,
     header: Header,
@@ -215,7 +239,7 @@ def _check_adalora(
     )
     scaling = weights.adalora_scaling(config.alpha, config.rank)
     return CheckedAdapter(
-        folder, config.kind, document, rank, served, header, modules, kept, scaling
+        source, config.kind, document, rank, served, header, modules, kept, scaling
     )
 
 
@@ -272,18 +296,11 @@ def write(checked: CheckedAdapter, folder_to: Path) -> Written:
         path = folder_to / weights.NAME
         with weights.new_file(path, sha256) as file:
             names.append(path)
-            if checked.kind == "adalora":
-                weights.fold(
-                    checked.folder, checked.header, checked.modules,
-                    kept=checked.kept, scaling=checked.scaling, to=file,
-                )  # fmt: skip
-            else:
-                weights.copy(checked.folder, checked.header, file)
+            _write_weights(checked, file)
         path = folder_to / configs.NAME
         with weights.new_file(path, sha256) as file:
             names.append(path)
-            text = json.dumps(checked.served_config, sort_keys=True, indent=1, allow_nan=False)
-            file.write(text.encode() + b"\n")
+            file.write(_config_text(checked))
         _sync(folder_to)
     except BaseException as error:
         for path in names:
@@ -292,6 +309,29 @@ def write(checked: CheckedAdapter, folder_to: Path) -> Written:
             raise _disk_full(folder_to, checked.header.file_bytes) from error
         raise
     return Written(sha256.hexdigest(), checked.rank)
+
+
+def digest_of(checked: CheckedAdapter) -> str:
+    """The digest of what `write` would write, without writing. Raises Invalid like it."""
+    sha256 = hashlib.sha256()
+    _write_weights(checked, weights.HashedFile(None, sha256))
+    sha256.update(_config_text(checked))
+    return sha256.hexdigest()
+
+
+def _write_weights(checked: CheckedAdapter, file: weights.HashedFile) -> None:
+    if checked.kind == "adalora":
+        weights.fold(
+            checked.source, checked.header, checked.modules,
+            kept=checked.kept, scaling=checked.scaling, to=file,
+        )  # fmt: skip
+    else:
+        weights.copy(checked.source, checked.header, file)
+
+
+def _config_text(checked: CheckedAdapter) -> bytes:
+    text = json.dumps(checked.served_config, sort_keys=True, indent=1, allow_nan=False)
+    return text.encode() + b"\n"
 
 
 def _disk_full(folder_to: Path, size: int) -> Unavailable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from serve.adapters.base import AdapterCard, State
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.lease import Lease, Version
 from serve.adapters.residency import Loader, Residency
-from serve.adapters.store import Remembered, Store, check_name
+from serve.adapters.roots import Roots
+from serve.adapters.store import Remembered, Staged, Store, check_name
 from serve.adapters.turns import Turns
 from serve.errors import (
     Conflict,
@@ -62,10 +63,12 @@ class Registry:
         turn_tokens: int = 4096,
         max_running: int | None = None,
         taken: frozenset[str] = frozenset(),
+        allowed_roots: Sequence[Path] = (),
     ) -> None:
         """`max_running` is for each adapter, `turn_tokens` what one may use while others wait.
-        `taken` are names that mean something else.
+        `taken` are names that mean something else. Adapters come from `allowed_roots` alone.
         """
+        self._roots = Roots(allowed_roots)
         self._turns_of = partial(Turns, quantum_tokens=turn_tokens, max_running=max_running)
         self._slots = 1
         self.turns = self._turns_of(1)
@@ -91,9 +94,10 @@ class Registry:
         max_waiting: int | None = None,
     ) -> None:
         """Have what was registered before a restart; what cannot be loaded is listed as failed.
-        `slots` is how many adapters may have requests in the engine, `extra_slots` how many more
-        while there are at most `few_requests`, waiting ones included; `max_waiting` is how many
-        requests of one adapter may wait for a slot.
+        Those that are not pinned get into the engine with `warm`, or when a request comes. `slots`
+        is how many adapters may have requests in the engine, `extra_slots` how many more while
+        there are at most `few_requests`, waiting ones included; `max_waiting` is how many requests
+        of one adapter may wait for a slot.
 
         Raises StartupError.
         """
@@ -103,43 +107,53 @@ class Registry:
             slots, max_waiting=max_waiting, extra=extra_slots, few_requests=few_requests
         )
         self._residency.loader = loader
-        for known in await asyncio.to_thread(self._store.recall):
-            folder = self._store.folder_of(known.name, known.digest)
+        recalled = await asyncio.to_thread(self._store.recall)
+        judged = await asyncio.to_thread(self._store.judge, recalled, limits)
+        for known, found in zip(recalled, judged, strict=True):
             entry = self._entries[known.name] = _Entry(known.name, known.pinned, stored=known)
             try:
                 self._check_pins(entry, known.pinned)
-                # Again, because the model or the limits may be others than when it was added.
-                staged = await asyncio.to_thread(self._store.stage, known.name, folder, limits)
-                if staged.digest != known.digest:
-                    raise Invalid(
-                        f"The stored copy {folder} is not what it was; add the adapter again."
-                    )
-                entry.current = self._version(known.name, staged.digest, staged.folder, staged.rank)
+                if isinstance(found, ServeError):
+                    raise found
+                entry.current = self._version(known.name, found)
+                if known.pinned:
+                    await self.have_resident(entry.current.adapter)
             except ServeError as error:
                 self._failed(entry, error)
         self._count()
-        for entry in self._by_pin()[: self._residency.size]:
-            if entry.current is not None:
+        if recalled:
+            await asyncio.to_thread(self._store.remember_copies, recalled)
+
+    async def warm(self) -> None:
+        """Fill the engine's room, which most requests would have to wait for otherwise: after the
+        start, when the server is ready.
+        """
+        for entry in list(self._entries.values()):
+            async with self._changing:
+                version = entry.current
+                if version is None or not self._is_current(version):
+                    continue
                 try:
-                    await self.have_resident(entry.current.adapter)
+                    if not await self._residency.warm(version.adapter):
+                        return
+                except Unavailable:  # there is no engine any more
+                    return
                 except ServeError as error:
                     self._failed(entry, error)
-
-    def _by_pin(self) -> list[_Entry]:
-        return sorted(self._entries.values(), key=lambda entry: not entry.pinned)
 
     def _failed(self, entry: _Entry, error: ServeError) -> None:
         entry.reason = error.message
         metrics.ADAPTER_FAILURES.inc()
         logger.error("adapter=%s failed: %s", entry.name, error.message)
 
-    def _version(self, name: str, digest: str, folder: Path, rank: int) -> Version:
+    def _version(self, name: str, staged: Staged) -> Version:
         """The version, with the number it has if it is still there: the engine takes two versions
         of one content for one.
         """
+        digest = staged.digest
         known = self._versions.get((name, digest))
         if known is None:
-            adapter = AdapterVersion(name, digest, folder, next(self._numbers), rank)
+            adapter = AdapterVersion(name, digest, staged.folder, next(self._numbers), staged.rank)
             known = self._versions[name, digest] = Version(adapter)
             metrics.ADAPTER_WAITING.labels(name)  # there from the start, with 0
         return known
@@ -241,10 +255,21 @@ class Registry:
             await asyncio.to_thread(self._store.forget, adapter.name, adapter.digest)
             logger.info("adapter=%s digest=%s is gone", adapter.name, adapter.digest[:12])
             if not any(name == adapter.name for name, _ in self._versions):
-                metrics.ADAPTER_WAITING.remove(adapter.name)  # no request of it is left to wait
+                metrics.forget_adapter(adapter.name)  # no request of it is left
+
+    def mark(self, name: str) -> str:
+        entry = self._entries.get(name)
+        version = entry.current if entry else None
+        return self._store.mark_of(name, version.adapter.digest) if version else ""
 
     async def put(
-        self, name: str, source: Path, *, replace: bool, pinned: bool | None = None
+        self,
+        name: str,
+        source: Path,
+        *,
+        replace: bool,
+        pinned: bool | None = None,
+        mark: str = "",
     ) -> AdapterCard:
         check_name(name)
         if self._limits is None:
@@ -268,7 +293,7 @@ class Registry:
         entry = self._entries.setdefault(name, _Entry(name))
         entry.doing = "queued"
         self._count()
-        card: AdapterCard = await self._go_on(self._put(entry, source, pinned))
+        card: AdapterCard = await self._go_on(self._put(entry, source, pinned, mark))
         return card
 
     def _go_on(self, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
@@ -278,14 +303,16 @@ class Registry:
         task.add_done_callback(self._tasks.discard)
         return asyncio.shield(task)
 
-    async def _put(self, entry: _Entry, source: Path, pinned: bool | None) -> AdapterCard:
+    async def _put(
+        self, entry: _Entry, source: Path, pinned: bool | None, mark: str
+    ) -> AdapterCard:
         async with self._changing:
             if self._entries.get(entry.name) is not entry:
                 raise Conflict(f"The adapter {entry.name!r} was removed meanwhile.", param="name")
             pinned = entry.pinned if pinned is None else pinned
             try:
                 self._check_pins(entry, pinned)
-                await self._replace(entry, source, pinned)
+                await self._replace(entry, source, pinned, mark)
             except BaseException as error:
                 if isinstance(error, ServeError):
                     self._failed(entry, error)
@@ -308,12 +335,14 @@ class Registry:
                 param="pinned",
             )
 
-    async def _replace(self, entry: _Entry, source: Path, pinned: bool) -> None:
+    async def _replace(self, entry: _Entry, path: Path, pinned: bool, mark: str) -> None:
         assert self._limits is not None
         entry.doing = "validating"
-        staged = await asyncio.to_thread(self._store.stage, entry.name, source, self._limits)
+        source = await asyncio.to_thread(self._roots.source, path)
+        stage = partial(self._store.stage, entry.name, source, self._limits, mark=mark)
+        staged = await asyncio.to_thread(stage)
         entry.doing = "staged"
-        new = self._version(entry.name, staged.digest, staged.folder, staged.rank)
+        new = self._version(entry.name, staged)
         old = entry.current
         try:
             await self.have_resident(new.adapter)

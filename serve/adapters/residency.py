@@ -1,7 +1,8 @@
 """Which adapters the engine holds: at most so many, the least recently used goes first.
 
 One load at a time, because each stops the engine for its length; from the page cache, so that it is
-short. vLLM evicts by itself when it holds too many, in the middle of a step; here it never does.
+short, and only of what is still the copy that was checked when it was added. vLLM evicts by itself
+when it holds too many, in the middle of a step; here it never does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from serve import metrics
+from serve.adapters.copies import check_copy
 from serve.errors import Overloaded, Unavailable
 from serve.messages import AdapterVersion
 
@@ -42,7 +44,8 @@ class Residency:
         return adapter.int_id in self._held and self._loader().has_adapter(adapter)
 
     async def have(self, adapter: AdapterVersion) -> None:
-        """Load it if it is not there. Raises ServeError: Overloaded when all others are in use.
+        """Load it if it is not there. Raises ServeError: Invalid when its copy has changed,
+        Overloaded when all others are in use.
 
         A load goes on when who wants it leaves: the engine would have it, and nobody would know.
         """
@@ -51,15 +54,25 @@ class Residency:
             loading.add_done_callback(_look_at)
             await asyncio.shield(loading)
 
-    async def _load(self, adapter: AdapterVersion) -> None:
+    async def warm(self, adapter: AdapterVersion) -> bool:
+        """Load it while there is room that nobody has to make; False: there is none left. Raises
+        ServeError.
+        """
+        if len(self._held) < self.size:
+            await self._load(adapter, evicts=False)
+        return len(self._held) < self.size
+
+    async def _load(self, adapter: AdapterVersion, *, evicts: bool = True) -> None:
         async with self._loading:
             if self._touch(adapter):  # while we waited
                 return
             loader = self._loader()
             while len(self._held) >= self.size:
+                if not evicts:
+                    return
                 await self._make_room(loader)
             started_s = time.monotonic()
-            await asyncio.to_thread(_read_ahead, adapter)
+            await asyncio.to_thread(check_copy, adapter.folder, adapter.digest)
             await loader.load_adapter(adapter)
             self._held[adapter.int_id] = adapter
             metrics.ADAPTER_LOAD_SECONDS.observe(time.monotonic() - started_s)
@@ -106,11 +119,3 @@ class Residency:
 def _look_at(loading: asyncio.Task[None]) -> None:
     if not loading.cancelled():
         loading.exception()  # told to who waits, if anybody does
-
-
-def _read_ahead(adapter: AdapterVersion) -> None:
-    """Into the page cache: the engine then waits for no disk."""
-    for path in adapter.folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            while file.read(2**24):
-                pass

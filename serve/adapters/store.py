@@ -1,5 +1,6 @@
 """Adapters on disk: `<store>/<name>/<digest>/` is a version that never changes, `.registry.json`
-what was registered. Survives restarts; one server a store.
+what was registered, `.verified.json` what is known of the copies. Survives restarts; one server a
+store.
 
 What a source folder must look like is in formats.py. Who uses what is the registry's business.
 """
@@ -11,18 +12,24 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from serve.adapters.formats import AdapterLimits, check, write
-from serve.errors import Invalid, StartupError, Unavailable
+from serve.adapters import weights
+from serve.adapters.copies import Known, Memory, changed, check_copy, facts_of
+from serve.adapters.folders import Source, open_file
+from serve.adapters.formats import AdapterLimits, CheckedAdapter, check, digest_of, write
+from serve.errors import Invalid, ServeError, StartupError, Unavailable
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 EXAMPLES = "examples.jsonl"
 MAX_EXAMPLES_BYTES = 16 * 2**20
 INDEX = ".registry.json"  # no adapter's name
+_READERS = 4  # of copies at a start
 
 
 class Remembered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,51 +80,104 @@ class Store:
             raise StartupError(f"adapters.store {folder} cannot be used: {error}") from error
         for left in self._folder.glob(".staging-*"):  # by a server that was killed
             shutil.rmtree(left, ignore_errors=True)
+        self._memory = Memory(self._folder)
+        self._remembered = b""  # as it is on the disk
 
     def close(self) -> None:
         """Another server may have the folder now."""
         self._lock.close()
 
-    def stage(self, name: str, source: Path, limits: AdapterLimits) -> Staged:
-        """A copy of what `source` holds, checked, and in the form that the engine loads. Raises
+    def stage(self, name: str, source: Source, limits: AdapterLimits, *, mark: str = "") -> Staged:
+        """A copy of what `source` holds, checked, and in the form that the engine loads; the one
+        that is there already, if it is the same. `mark` is kept with it, see `mark_of`. Raises
         Invalid, or Unavailable when the disk is full.
         """
         check_name(name)
         checked = check(source, limits)
         building = self._folder / f".staging-{uuid.uuid4().hex}"
         try:
-            building.mkdir()
-            written = write(checked, building)
-            self._copy_examples(source, building)
-            folder = self._folder / name / written.digest
-            if folder.is_dir():  # the same weights: only what routes to them may be new
-                new = building / EXAMPLES
-                if new.exists():
-                    new.replace(folder / EXAMPLES)
-                else:
-                    (folder / EXAMPLES).unlink(missing_ok=True)
-            else:
-                folder.parent.mkdir(exist_ok=True)
-                building.replace(folder)
-                _sync(folder.parent)
+            examples = _read_examples(source)
+            digest = self._same(name, checked)
+            if digest is None:
+                building.mkdir()
+                digest = write(checked, building).digest
+                if examples is not None:
+                    (building / EXAMPLES).write_bytes(examples)
+                self._publish(building, self.folder_of(name, digest))
+            else:  # only what routes to it may be new
+                _replace(self.folder_of(name, digest) / EXAMPLES, examples, building)
+            folder = self.folder_of(name, digest)
+            self._memory.set(name, digest, Known(facts_of(folder), limits.key, mark))
         except OSError as error:
             raise self._not_written(error) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
-        return Staged(written.digest, written.rank, folder)
+        return Staged(digest, checked.rank, folder)
 
-    def _copy_examples(self, source: Path, target: Path) -> None:
-        """The prompts that say what belongs to this adapter, if there are any."""
-        examples = source / EXAMPLES
-        if examples.is_symlink() or not examples.is_file():
-            return
-        size = examples.stat().st_size
-        if size > MAX_EXAMPLES_BYTES:
-            raise Invalid(
-                f"{EXAMPLES} has {size} bytes, above the limit of {MAX_EXAMPLES_BYTES}; a few "
-                "hundred examples are enough."
-            )
-        shutil.copyfile(examples, target / EXAMPLES)
+    def _same(self, name: str, checked: CheckedAdapter) -> str | None:
+        """The digest of the copy that is there and equal, if one is; nothing is written."""
+        size = checked.served_bytes
+        there = {
+            path.parent.name
+            for path in (self._folder / name).glob(f"*/{weights.NAME}")
+            if path.stat().st_size == size
+        }
+        digest = digest_of(checked) if there else ""
+        if digest not in there:
+            return None
+        try:
+            check_copy(self.folder_of(name, digest), digest)
+        except ServeError:
+            return None
+        return digest
+
+    def _publish(self, building: Path, folder: Path) -> None:
+        """In one rename; in the place of a copy that was damaged."""
+        if folder.is_dir():
+            damaged = self._folder / f".staging-{uuid.uuid4().hex}"
+            folder.replace(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        building.replace(folder)
+        _sync(folder.parent)
+
+    def mark_of(self, name: str, digest: str) -> str:
+        """What the copy was marked with when it was staged last; empty when that is not known."""
+        known = self._memory.get(name, digest)
+        return known.mark if known else ""
+
+    def judge(
+        self, registered: Sequence[Remembered], limits: AdapterLimits
+    ) -> list[Staged | ServeError]:
+        """For each its copy, or why it cannot be served. Those that have not changed since they
+        were judged under the same limits are not read. Nothing of them is written.
+        """
+
+        def one(entry: Remembered) -> Staged | ServeError:
+            try:
+                return self._judge(entry, limits)
+            except ServeError as error:
+                return error
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(one, registered))
+
+    def _judge(self, entry: Remembered, limits: AdapterLimits) -> Staged:
+        folder = self.folder_of(entry.name, entry.digest)
+        known = self._memory.get(entry.name, entry.digest)
+        try:
+            facts = facts_of(folder)
+        except OSError as error:
+            raise changed(folder) from error
+        is_whole = known is not None and known.facts == facts
+        if known is None or not is_whole or known.limits != limits.key:
+            if not is_whole:
+                check_copy(folder, entry.digest)
+            # The model or the limits may be others than when it was added.
+            check(folder, limits)
+            mark = known.mark if known else ""
+            self._memory.set(entry.name, entry.digest, Known(facts, limits.key, mark))
+        return Staged(entry.digest, entry.rank, folder)
 
     def folder_of(self, name: str, digest: str) -> Path:
         return self._folder / name / digest
@@ -131,16 +191,24 @@ class Store:
 
     def remember(self, registered: list[Remembered]) -> None:
         """What to serve after a restart; all of it, each time. Raises Unavailable."""
+        data = msgspec.json.format(msgspec.json.encode(registered))
         new = self._folder / f"{INDEX}.new"
         try:
-            with new.open("wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(registered)))
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self._folder / INDEX)
-            _sync(self._folder)
+            if data != self._remembered:
+                with new.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                new.replace(self._folder / INDEX)
+                _sync(self._folder)
+                self._remembered = data
         except OSError as error:
             raise self._not_written(error) from error
+        self.remember_copies(registered)
+
+    def remember_copies(self, registered: Sequence[Remembered]) -> None:
+        """What is known of their copies, for the next start."""
+        self._memory.save({f"{entry.name}/{entry.digest}" for entry in registered})
 
     def _not_written(self, error: OSError) -> Unavailable:
         return Unavailable(
@@ -153,7 +221,8 @@ class Store:
         """Raises StartupError when it cannot be read. Deletes what it does not mention."""
         path = self._folder / INDEX
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=list[Remembered])
+            self._remembered = path.read_bytes()
+            found = msgspec.json.decode(self._remembered, type=list[Remembered])
         except FileNotFoundError:
             return []
         except (OSError, msgspec.DecodeError) as error:
@@ -166,6 +235,33 @@ class Store:
             if (folder.parent.name, folder.name) not in known and len(folder.name) == 64:
                 self.forget(folder.parent.name, folder.name)
         return found
+
+
+def _read_examples(source: Source) -> bytes | None:
+    """The prompts that say what belongs to this adapter, if there are any. Raises Invalid."""
+    try:
+        with open_file(source, EXAMPLES) as file:
+            examples = file.read(MAX_EXAMPLES_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return None
+    if len(examples) > MAX_EXAMPLES_BYTES:
+        raise Invalid(
+            f"{EXAMPLES} has {size} bytes, above the limit of {MAX_EXAMPLES_BYTES}; a few hundred "
+            "examples are enough."
+        )
+    return examples
+
+
+def _replace(path: Path, content: bytes | None, building: Path) -> None:
+    """Have that content there, or no file for None; nothing is written when it is so already."""
+    if content is None:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_bytes() != content:
+        building.mkdir()
+        new = building / path.name
+        new.write_bytes(content)
+        new.replace(path)
 
 
 def _sync(folder: Path) -> None:

@@ -1,13 +1,20 @@
 """A folder of adapters: each folder in it is one, under its own name. Looked at again and again, as
 notices of changes do not reach network disks and Kubernetes' mounts.
+
+An adapter goes when its folder goes from among others. A volume that is not mounted looks as if all
+had gone, so what is missing together with the rest stays: until it is seen again, and goes then, or
+an operator removes it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
+from serve import metrics
 from serve.adapters.base import Adapters
 from serve.errors import NotFound, Overloaded, ServeError, Unavailable
 
@@ -17,8 +24,21 @@ LOOK_EVERY_S = 1.0
 FILES = ("adapter_config.json", "adapter_model.safetensors", "examples.jsonl")
 CONFIG = FILES[0]
 
-# Name -> (modification time in ns, size) of its files: what tells that one is another now.
-Signature = tuple[tuple[str, int, int], ...]
+# Name, modification and change time in ns, size and inode of its files: what tells that one is
+# another now. New weights of one size may well have the old modification time.
+Signature = tuple[tuple[str, int, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """`path` is the watched folder's own, without links, `folder` its device and inode; `listed`
+    are the names in it, `adapters` those of them that can be read and are adapters.
+    """
+
+    path: Path
+    folder: tuple[int, int]
+    listed: frozenset[str]
+    adapters: dict[str, Signature]
 
 
 class Watch:
@@ -29,6 +49,9 @@ class Watch:
         self._adapters = adapters
         self._before: dict[str, Signature] = {}
         self._taken: dict[str, Signature] = {}  # as they were handed over, or refused
+        self._kept: set[str] = set()  # of these, those that were not there when all seemed gone
+        self._seen: tuple[int, int] | None = None  # the folder that it was, None after a doubt
+        self._doubts: dict[str, set[str]] = {}  # as of the last look, by their reasons
 
     async def run(self) -> None:
         """For ever."""
@@ -43,22 +66,60 @@ class Watch:
         """Hand over what is new and has been the same for two looks (or at once, without `wait`):
         a copy that still goes on is not touched.
         """
-        now = await asyncio.to_thread(_signatures, self._folder)
-        if now is None:  # the folder is away for a moment; nobody wants all of them removed then
+        now = await asyncio.to_thread(_look, self._folder)
+        if now is None:
+            self._seen = None
+            self._doubt({"away": set(self._taken)})
             return
-        for name, signature in sorted(now.items()):
+        self._kept -= now.adapters.keys()
+        missing = self._taken.keys() - now.adapters.keys()
+        gone, listed = missing - now.listed, missing & now.listed
+        reason = None
+        if not now.adapters:
+            reason = "empty"
+        elif self._seen != now.folder:
+            reason = "changed"
+        doubts = {"unreadable": listed}
+        if reason is not None:
+            self._kept |= gone
+            doubts[reason] = gone
+        self._seen = now.folder
+        self._doubt(doubts)
+        for name, signature in sorted(now.adapters.items()):
             settled = not wait or self._before.get(name) == signature
             if settled and self._taken.get(name) != signature:
-                await self._put(name, signature)
-        for name in self._taken.keys() - now.keys():
-            if not wait or name not in self._before:
-                del self._taken[name]
-                await self._remove(name)
-        self._before = now
+                await self._put(name, now.path / name, signature)
+        for name in gone - self._kept - self._before.keys():
+            del self._taken[name]
+            await self._remove(name)
+        self._before = now.adapters
 
-    async def _put(self, name: str, signature: Signature) -> None:
+    def _doubt(self, doubts: dict[str, set[str]]) -> None:
+        """Count what is missing and stays, and tell it once."""
+        served = {
+            reason: {name for name in names if name in self._adapters}
+            for reason, names in doubts.items()
+        }
+        for reason, names in served.items():
+            if not names:
+                continue
+            metrics.ADAPTER_FOLDER_DOUBTS.labels(reason).inc()
+            if self._doubts.get(reason) != names:
+                first = ", ".join(sorted(names)[:5])
+                logger.warning(
+                    "The folder %s is %s: %d adapters that are not there stay (%s); DELETE "
+                    "/admin/adapters/NAME removes one",
+                    self._folder, reason, len(names), first,
+                )  # fmt: skip
+        self._doubts = served
+
+    async def _put(self, name: str, source: Path, signature: Signature) -> None:
+        mark = _mark(source, signature)
+        if name not in self._taken and self._adapters.mark(name) == mark:
+            self._taken[name] = signature  # what is served was made of it, before a restart
+            return
         try:
-            await self._adapters.put(name, self._folder / name, replace=True)
+            await self._adapters.put(name, source, replace=True, mark=mark)
         except (Overloaded, Unavailable) as error:  # again at the next look
             logger.warning("adapter=%s waits: %s", name, error.message)
             return
@@ -77,21 +138,39 @@ class Watch:
             logger.error("adapter=%s cannot be removed: %s", name, error.message)
 
 
-def _signatures(folder: Path) -> dict[str, Signature] | None:
+def _mark(folder: Path, signature: Signature) -> str:
+    """The signature as a short text, and where it was seen."""
+    return hashlib.sha256(repr((str(folder), signature)).encode()).hexdigest()
+
+
+def _look(folder: Path) -> _Look | None:
     """None when the folder cannot be read."""
-    found: dict[str, Signature] = {}
     try:
+        path = folder.resolve()
+        facts = folder.stat()
         inner = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    except OSError:
+    except (OSError, RuntimeError):  # the latter for a ring of links, in older Pythons
         return None
+    found = {}
     for entry in inner:
-        parts = []
-        for name in FILES:
-            try:
-                facts = (entry / name).stat()
-            except OSError:
-                continue
-            parts.append((name, facts.st_mtime_ns, facts.st_size))
-        if parts and parts[0][0] == CONFIG:
-            found[entry.name] = tuple(parts)
-    return found
+        signature = _signature(entry)
+        if signature is not None:
+            found[entry.name] = signature
+    listed = frozenset(entry.name for entry in inner)
+    return _Look(path, (facts.st_dev, facts.st_ino), listed, found)
+
+
+def _signature(folder: Path) -> Signature | None:
+    """None when it is no adapter, or cannot be read."""
+    parts = []
+    for name in FILES:
+        try:
+            facts = (folder / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if name == CONFIG:
+                return None
+            continue
+        except OSError:
+            return None
+        parts.append((name, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino))
+    return tuple(parts)

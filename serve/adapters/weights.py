@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from serve.adapters.factors import PREFIX, Factors
-from serve.adapters.folders import open_file
+from serve.adapters.folders import Source, open_file
 from serve.adapters.headers import DTYPE_BYTES, BadHeader, Header, TensorEntry, read_header, shown
 from serve.errors import Invalid
 
@@ -36,15 +36,18 @@ _RANK_EPSILON = 1e-5
 
 
 class HashedFile:
-    """A new file that is hashed as it is written. `sha256` goes on over several files."""
+    """A new file that is hashed as it is written, or hashed alone. `sha256` goes on over several
+    files.
+    """
 
-    def __init__(self, file: BinaryIO, sha256: _Hash) -> None:
+    def __init__(self, file: BinaryIO | None, sha256: _Hash) -> None:
         self._file = file
         self._sha256 = sha256
 
     def write(self, data: bytes) -> None:
         self._sha256.update(data)
-        self._file.write(data)
+        if self._file is not None:
+            self._file.write(data)
 
 
 @contextmanager
@@ -57,11 +60,11 @@ def new_file(path: Path, sha256: _Hash) -> Iterator[HashedFile]:
         os.fsync(file.fileno())
 
 
-def copy(folder: Path, header: Header, to: HashedFile) -> None:
+def copy(source: Source, header: Header, to: HashedFile) -> None:
     """Copy the weights as they are. Raises Invalid when the file is not the one that was checked,
     or holds a NaN or an infinity.
     """
-    with _unchanged(folder, header) as file:
+    with _unchanged(source, header) as file:
         file.seek(0)
         tensors = sorted(header.tensors.items(), key=lambda item: item[1].start)
         first = min((entry.start for _, entry in tensors), default=header.file_bytes)
@@ -76,7 +79,7 @@ def copy(folder: Path, header: Header, to: HashedFile) -> None:
 
 
 def fold(
-    folder: Path,
+    source: Source,
     header: Header,
     modules: Mapping[str, Factors],
     *,
@@ -97,7 +100,7 @@ def fold(
 
     shapes = _folded_shapes(header, modules, kept)
     to.write(_header_of(shapes))
-    with _unchanged(folder, header) as file:
+    with _unchanged(source, header) as file:
 
         def read(module: str, part: str) -> npt.NDArray[np.float32]:
             name = modules[module].names[part]
@@ -169,14 +172,14 @@ def _header_of(shapes: Mapping[str, tuple[int, int]]) -> bytes:
 
 
 @contextmanager
-def _unchanged(folder: Path, header: Header) -> Iterator[BinaryIO]:
+def _unchanged(source: Source, header: Header) -> Iterator[BinaryIO]:
     """The weights' file, if it still begins as when it was checked."""
     changed = Invalid(
-        f"{NAME} in {folder} has changed while it was read; add the adapter again when whoever "
-        "writes there is done."
+        f"{NAME} in {source.folder} has changed while it was read; add the adapter again when "
+        "whoever writes there is done."
     )
     try:
-        with open_file(folder, NAME) as file:
+        with open_file(source, NAME) as file:
             if read_header(file, max_bytes=MAX_HEADER_BYTES) != header:
                 raise changed
             yield file

@@ -51,7 +51,11 @@ def arguments(int8_folder: Path, folder: Path, **sections: Any) -> list[str]:
         "engine": {"max_loras": SLOTS, "max_cpu_loras": HELD},
         "supervisor": {"max_restarts": 100, "backoff_s": 0},
         "routing": {"file": str(folder / "routes.yaml")},
-        "adapters": {"folder": str(folder / "watched"), "store": str(folder / "store")},
+        "adapters": {
+            "folder": str(folder / "watched"),
+            "store": str(folder / "store"),
+            "allowed_roots": [str(ADAPTERS), str(folder.parent)],  # which tests' own folders are in
+        },
         **sections,
     }
     path = folder / "serve.yaml"

@@ -41,11 +41,18 @@ def write_routes(folder: Path, forbidden: str = "base") -> Path:
 
 
 @asynccontextmanager
-async def adapted(folder: Path, *, forbidden: str = "base") -> AsyncIterator[Served]:
-    """A server with the adapters clinic and code, keys, and a rule for each adapter."""
-    engine = EchoEngine(EngineSettings(kind="echo"))
+async def adapted(
+    folder: Path, *, forbidden: str = "base", engine: EchoEngine | None = None
+) -> AsyncIterator[Served]:
+    """A server with the adapters clinic and code, keys, and a rule for each adapter. More may come
+    from `folder`/allowed.
+    """
+    engine = engine or EchoEngine(EngineSettings(kind="echo"))
     with closing(Store(folder / "store")) as store:
-        registry = Registry(store, max_registered=10, max_resident=4, taken=frozenset({"echo"}))
+        registry = Registry(
+            store, max_registered=10, max_resident=4, taken=frozenset({"echo"}),
+            allowed_roots=(DEMO, folder / "allowed"),
+        )  # fmt: skip
         layers = linear_layers(DEMO / "model")
         limits = AdapterLimits(max_rank=16, layers=layers, max_bytes=2**24)
         await registry.start(engine, limits, slots=2)

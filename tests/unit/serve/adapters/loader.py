@@ -51,8 +51,14 @@ class Engine:
 async def registry_of(
     store: Store, engine: Engine, limits: AdapterLimits, *, resident: int = 4, registered: int = 10
 ) -> Registry:
+    """Adapters may come from the demo, and from the folder that the store is in."""
     registry = Registry(
-        store, max_registered=registered, max_resident=resident, taken=frozenset({"demo", "auto"})
+        store,
+        max_registered=registered,
+        max_resident=resident,
+        taken=frozenset({"demo", "auto"}),
+        allowed_roots=(DEMO, store.folder_of("a", "b").parent.parent.parent),
     )
     await registry.start(engine, limits, slots=2)
+    await registry.warm()
     return registry

@@ -228,7 +228,7 @@ async def test_a_restart_brings_them_back(
         ("clinic", "resident", True),
         ("code", "resident", False),
     ]
-    assert inside(folder) == [".lock", ".registry.json", "clinic", "code"]
+    assert inside(folder) == [".lock", ".registry.json", ".verified.json", "clinic", "code"]
 
 
 async def test_what_was_damaged_meanwhile_is_failed(
