@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -20,17 +21,27 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 from serve import metrics
 from serve.errors import Forbidden, StartupError, Unauthenticated
 from serve.messages import ANONYMOUS, SCOPES, Caller, Scope
-from serve.sections import AuthSettings
+from serve.sections import AuthSettings, WithoutKeys, stripped
 
 logger = logging.getLogger("packhorse.auth")
 
 MIN_KEY_CHARACTERS = 16
 LOOK_EVERY_S = 1.0
+# The two keys that settings can have, without a file.
+API_KEY = Caller("api-key", "api-key", frozenset({"inference", "metrics"}))
+ADMIN_KEY = Caller("admin-key", "admin-key", frozenset(SCOPES))
+# What a server without keys says at its start.
+OPEN: dict[WithoutKeys, str] = {
+    "loopback": "everybody on this machine may infer, read /metrics and make operators' calls",
+    "inference": "everybody who reaches this server may infer and read /metrics; operators' calls "
+    "are answered to callers on this machine, and on http.admin_port if there is one",
+    "everything": "everybody who reaches this server may use all of it, operators' calls included",
+}
 
 # Names go to logs and error messages, so they are kept harmless.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -55,6 +66,8 @@ class KeyEntry(_Strict):
     tenant: Name | None = None
     """The key's own name when unset."""
     scopes: Annotated[list[Scope], Field(min_length=1)] = ["inference"]
+    base: bool = True
+    """Whether the key may use the base model itself."""
     adapters: Annotated[list[str], Field(min_length=1)] = ["*"]
     quotas: Quotas = Quotas()
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -64,6 +77,7 @@ class KeyEntry(_Strict):
             name=self.name,
             tenant=self.tenant or self.name,
             scopes=frozenset(self.scopes),
+            base=self.base,
             adapters=None if "*" in self.adapters else frozenset(self.adapters),
             max_concurrent=self.quotas.max_concurrent,
             tokens_per_minute=self.quotas.tokens_per_minute,
@@ -146,35 +160,41 @@ class Keys:
     def __init__(
         self, settings: AuthSettings, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Raises StartupError. Without keys, warns that everybody may do everything."""
+        """Raises StartupError. Without keys, warns who may do what."""
         self._path = settings.keys_file
         self.open_metrics = settings.open_metrics
+        self.without_keys = None if settings.has_keys else settings.without_keys
+        """What callers may do who have none; None on a server with keys."""
         self._clock = clock
         self._looked_s = clock()
         self._known: list[tuple[bytes, Caller]] = []
         self._state = self._stat()
-        if self._path is not None and settings.api_key is not None:
-            raise StartupError(
-                "auth.keys_file and auth.api_key are both set; put the key into the file, or leave "
-                "one of them out."
-            )
+        given = {
+            "auth.api_key": (settings.api_key, API_KEY),
+            "auth.admin_key": (settings.admin_key, ADMIN_KEY),
+        }
+        single = {name: (key, caller) for name, (key, caller) in given.items() if key is not None}
         if self._path is not None:
+            if single:
+                raise StartupError(
+                    f"auth.keys_file and {' and '.join(single)} are set; put the keys into the "
+                    "file, or leave the file out."
+                )
             self._known = read_keys(self._path)
             logger.info("%d API keys from %s", len(self._known), self._path)
-        elif settings.api_key is not None:
-            key = settings.api_key.get_secret_value()
-            if len(key) < MIN_KEY_CHARACTERS or not key.isascii() or " " in key:
+        elif single:
+            self._known = [(_digest(name, key), caller) for name, (key, caller) in single.items()]
+            if len({digest for digest, _ in self._known}) < len(self._known):
                 raise StartupError(
-                    f"auth.api_key must be at least {MIN_KEY_CHARACTERS} ASCII characters without "
-                    "spaces; `packhorse keys new` makes one."
+                    "auth.api_key and auth.admin_key are the same; give operators one of their own."
                 )
-            caller = Caller("api-key", "api-key", frozenset(SCOPES))
-            self._known = [(hashlib.sha256(key.encode()).digest(), caller)]
-            logger.info("One API key from the settings")
+            logger.info("API keys from the settings: %s", ", ".join(single))
         else:
             logger.warning(
-                "No API keys are set: everybody who reaches this server may use all of it, as "
-                "tenant %s (see docs/access.md)",
+                "No API keys are set, and auth.without_keys is %s: %s, as tenant %s (see "
+                "docs/access.md)",
+                settings.without_keys,
+                OPEN[settings.without_keys],
                 ANONYMOUS.tenant,
             )
 
@@ -233,10 +253,33 @@ class Keys:
         return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
+def _digest(name: str, secret: SecretStr) -> bytes:
+    """Of a key in the settings. Raises StartupError, without the key."""
+    key = stripped(secret).get_secret_value()
+    if len(key) < MIN_KEY_CHARACTERS or not re.fullmatch(r"[!-~]+", key):
+        raise StartupError(
+            f"{name} must be at least {MIN_KEY_CHARACTERS} ASCII characters without spaces, ends "
+            "of lines or control characters, which a header cannot hold; `packhorse keys new` "
+            "makes one."
+        )
+    if key != secret.get_secret_value():
+        logger.warning(
+            "%s has white space or an end of line around it, which no header can hold: the key is "
+            "what is between (write it with printf, not echo)",
+            name,
+        )
+    return hashlib.sha256(key.encode()).digest()
+
+
 def check_scope(caller: Caller, scope: Scope) -> None:
     """Raises Forbidden."""
     if scope not in caller.scopes:
         metrics.AUTH_FAILURES.labels("scope").inc()
+        if caller is API_KEY:
+            raise Forbidden(
+                f"The key of auth.api_key is for inference and metrics, and this needs {scope}; "
+                "call with the key of auth.admin_key, which the operator can set."
+            )
         raise Forbidden(
             f"The key {caller.name!r} has the scopes {', '.join(sorted(caller.scopes))}, and this "
             f"needs {scope}; ask the operator for a key that has it."

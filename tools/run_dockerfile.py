@@ -235,7 +235,12 @@ def prove(image: Stage, root: Path, environment: dict[str, str], model: Path | N
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        inside = {**environment, "PACKHORSE_HTTP__PORT": str(port)}
+        # Its network is this machine's, where it does not listen without keys unless told to.
+        inside = {
+            **environment,
+            "PACKHORSE_HTTP__PORT": str(port),
+            "PACKHORSE_AUTH__WITHOUT_KEYS": "inference",
+        }
         box = Box(root, caches=[(volume, _last(image, "VOLUME").value)])
         if model:
             box.binds.append((model.resolve(), "/models/model"))

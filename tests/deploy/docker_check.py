@@ -134,8 +134,12 @@ def _command(root: Path, stages: list[Stage], image: Stage) -> list[str]:
             problems.append(f"http.port {settings.http.port} is not exposed")
         if settings.http.host != "0.0.0.0":
             problems.append(f"http.host is {settings.http.host}: nobody outside could reach it")
+        if settings.auth.without_keys != "inference":
+            problems.append("auth.without_keys is in the file: another file would not have it")
     known = {f"{ENV_PREFIX}{name}".upper() for name in Settings.model_fields}
-    environment = [name for each in image.instructions if each.name == "ENV" for name in each.pairs]
+    environment = environment_of(image)
+    if environment.get(f"{ENV_PREFIX}AUTH__WITHOUT_KEYS") != "loopback":
+        problems.append("without keys it would listen to everybody")
     problems += [
         f"ENV {name} is no setting"
         for name in environment
@@ -146,6 +150,11 @@ def _command(root: Path, stages: list[Stage], image: Stage) -> list[str]:
     if "BUILD" not in arguments:
         problems.append("no build argument BUILD, which chooses cpu or cuda")
     return problems
+
+
+def environment_of(image: Stage) -> dict[str, str]:
+    return {name: value for each in image.instructions if each.name == "ENV"
+            for name, value in each.pairs.items()}  # fmt: skip
 
 
 def _packages(image: Stage) -> list[str]:

@@ -33,7 +33,7 @@ Check = Callable[[Path], list[str]]
 
 # A name and a whole version; a digest may follow.
 PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?")
-SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|API_?KEY|CREDENTIAL", re.IGNORECASE)
+SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|(API|ADMIN)_?KEY|CREDENTIAL", re.IGNORECASE)
 # What has to be done after the drain: the engine ends, last words are said.
 ENDING_S = 15
 YAML_RULES = YamlLintConfig(
@@ -125,7 +125,7 @@ def settings_problems(
     if settings is None:
         return problems
     if settings.auth.keys_file is None:
-        problems.append(f"{path.name}: without auth.keys_file everybody may do everything")
+        problems.append(f"{path.name}: without auth.keys_file everybody may infer")
     if settings.http.host != listens:
         problems.append(f"{path.name}: http.host is {settings.http.host}, not {listens}")
     if not settings.model:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.conftest import ROOT, Server
-from tests.deploy.docker_check import DOCKERFILE, SETTINGS, check_image
+from serve.settings import ENV_PREFIX
+from tests.conftest import BIN, DEMO, ROOT, Server, running_server
+from tests.deploy.docker_check import DOCKERFILE, SETTINGS, check_image, environment_of
 from tests.deploy.shared import Breakage, assert_reported, cases, copies
 from tools.dockerfile import DockerfileError, context_files, parse, whole
 
@@ -42,6 +45,7 @@ BREAKAGES = cases(
     ("unknown-name", SETTINGS, "  port:", "  prot:", "http.prot"),
     ("other-port", SETTINGS, "8000", "8080", "not exposed"),
     ("loopback", SETTINGS, "0.0.0.0", "127.0.0.1", "nobody outside"),
+    ("open", DOCKERFILE, "WITHOUT_KEYS=loopback", "WITHOUT_KEYS=inference", "to everybody"),
 )  # fmt: skip
 COVERS = ["deploy/docker/healthcheck.py"]  # below
 
@@ -62,6 +66,40 @@ def test_the_recipe_is_right() -> None:
 )
 def test_a_broken_recipe_is_reported(tmp_path: Path, breakages: list[Breakage]) -> None:
     assert_reported(check_image, tmp_path, breakages)
+
+
+def image_environment(**more: str) -> dict[str, str]:
+    """The variables of the image that are settings, and a model."""
+    image = whole(parse((ROOT / DOCKERFILE).read_text()))
+    ours = {name: value for name, value in environment_of(image).items()
+            if name.startswith(ENV_PREFIX)}  # fmt: skip
+    return {**ours, f"{ENV_PREFIX}MODEL": str(DEMO / "model"), **more}
+
+
+def test_the_image_starts_with_keys_or_a_word_alone(tmp_path: Path) -> None:
+    arguments = ["serve", "--config", str(ROOT / SETTINGS), "--engine", "echo"]
+    done = subprocess.run(
+        [BIN / "packhorse", *arguments, "--port", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **image_environment()},
+    )
+    assert done.returncode == 2
+    for said in ("http.host 0.0.0.0", "auth.keys_file", "PACKHORSE_AUTH__WITHOUT_KEYS=inference"):
+        assert said in done.stdout + done.stderr
+    key = "a-key-for-tests-only"
+    for name, value, status in [
+        ("PACKHORSE_AUTH__API_KEY", key, 401),
+        ("PACKHORSE_AUTH__WITHOUT_KEYS", "inference", 200),
+    ]:
+        environment = image_environment(**{name: value})
+        with running_server(tmp_path, *arguments[1:], environment=environment) as server:
+            url = server.url.replace("0.0.0.0", "127.0.0.1")
+            assert httpx.get(f"{url}/v1/models").status_code == status
+            known = {"authorization": f"Bearer {key}"}
+            assert httpx.get(f"{url}/v1/models", headers=known).status_code == 200
 
 
 @pytest.mark.parametrize(

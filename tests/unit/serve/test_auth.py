@@ -169,31 +169,101 @@ def test_a_broken_new_file_keeps_the_old_keys_and_is_told_once(
     assert keys.caller(b"Bearer ph-other").name == "other"
 
 
-def test_without_keys_everybody_is_anonymous_and_the_log_says_so(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("without_keys", "said"),
+    [
+        (None, "is inference: everybody who reaches this server may infer and read /metrics; oper"),
+        ("loopback", "is loopback: everybody on this machine may infer"),
+        ("everything", "is everything: everybody who reaches this server may use all of it, oper"),
+    ],
+)
+def test_without_keys_everybody_is_anonymous_and_the_log_says_who_may_do_what(
+    caplog: pytest.LogCaptureFixture, without_keys: Any, said: str
 ) -> None:
-    keys = Keys(AuthSettings())
+    keys = Keys(AuthSettings(**({"without_keys": without_keys} if without_keys else {})))
     assert keys.caller(None) is ANONYMOUS
     assert keys.caller(b"Bearer whatever") is ANONYMOUS
-    assert "everybody who reaches this server may use all of it" in caplog.text
+    assert keys.without_keys == (without_keys or "inference")
+    assert said in caplog.text
 
 
-def test_one_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_key_from_the_environment_is_no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     key = new_key()
     monkeypatch.setenv("PACKHORSE_AUTH__API_KEY", key)
     settings = load(None, {})
     assert key not in repr(settings)
     keys = Keys(settings.auth)
-    assert keys.caller(b"Bearer " + key.encode()).scopes == set(SCOPES)
+    assert keys.without_keys is None
+    caller = keys.caller(b"Bearer " + key.encode())
+    assert caller.scopes == {"inference", "metrics"}
+    with pytest.raises(Forbidden, match=r"the key of auth\.admin_key"):
+        check_scope(caller, "admin")
     with pytest.raises(Unauthenticated):
         keys.caller(b"Bearer " + key[:-1].encode())
 
 
-@pytest.mark.parametrize("key", ["short-key", "a key with blanks in it", "schlüssel" * 4])
-def test_a_poor_key_is_refused_without_being_shown(key: str) -> None:
-    with pytest.raises(StartupError, match="at least 16 ASCII characters") as caught:
-        Keys(AuthSettings(api_key=SecretStr(key)))
-    assert key not in str(caught.value)
+def test_operators_have_a_key_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, admin_key = new_key(), new_key()
+    monkeypatch.setenv("PACKHORSE_AUTH__ADMIN_KEY", admin_key)
+    alone = Keys(load(None, {}).auth)
+    assert alone.caller(b"Bearer " + admin_key.encode()).scopes == set(SCOPES)
+    with pytest.raises(Unauthenticated):
+        alone.caller(None)
+    monkeypatch.setenv("PACKHORSE_AUTH__API_KEY", key)
+    settings = load(None, {})
+    assert admin_key not in repr(settings)
+    both = Keys(settings.auth)
+    user, operator = (both.caller(b"Bearer " + each.encode()) for each in (key, admin_key))
+    assert "admin" not in user.scopes
+    assert operator.scopes == set(SCOPES)
+    assert user.tenant != operator.tenant
+    monkeypatch.setenv("PACKHORSE_AUTH__API_KEY", f"{admin_key}\n")
+    with pytest.raises(StartupError, match="are the same") as caught:
+        Keys(load(None, {}).auth)
+    assert admin_key not in str(caught.value)
+
+
+@pytest.mark.parametrize("around", ["{}\n", "{}\r\n", " {}", "\t{} \n", "\n\n{}"])
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+def test_white_space_around_a_key_is_left_out_and_told(
+    caplog: pytest.LogCaptureFixture, name: str, around: str
+) -> None:
+    key = new_key()
+    keys = Keys(AuthSettings(**{name: SecretStr(around.format(key))}))
+    assert keys.caller(b"Bearer " + key.encode()).scopes >= {"inference"}
+    assert f"auth.{name} has white space or an end of line around it" in caplog.text
+    assert key not in caplog.text
+    caplog.clear()
+    Keys(AuthSettings(**{name: SecretStr(key)}))
+    assert "white space" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "\n", "short-key", "short-key".ljust(30), "a key with blanks in it", "schlüssel" * 4,
+     "0123456789\nabcdef", "0123456789\tabcdef", "0123456789\0abcdef", "0123456789\x7fabcdef"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+def test_a_poor_key_is_refused_without_being_shown(name: str, key: str) -> None:
+    with pytest.raises(StartupError, match=f"auth.{name} must be at least 16 ASCII") as caught:
+        Keys(AuthSettings(**{name: SecretStr(key)}))
+    assert not key.strip() or key not in str(caught.value)
+
+
+def test_no_secret_of_a_header_ends_with_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        'tracing: {headers: {api-key: "  0123abc\\n"}}\ncache: {secret: "0123456789abcdef\\r\\n"}'
+    )
+    settings = load(path, {})
+    assert settings.tracing.headers["api-key"].get_secret_value() == "0123abc"
+    assert settings.cache.secret is not None
+    assert settings.cache.secret.get_secret_value() == "0123456789abcdef"
+    for text in ('tracing: {headers: {api-key: "01\\n23"}}', 'tracing: {headers: {api-key: "\\n"}}',
+                 'cache: {secret: "0123456789abcde\\n"}'):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(StartupError, match=r"printable ASCII|at least 16"):
+            load(path, {})
 
 
 def test_settings_never_show_a_secret(tmp_path: Path) -> None:
@@ -206,8 +276,9 @@ def test_settings_never_show_a_secret(tmp_path: Path) -> None:
 
 def test_a_key_and_a_file_exclude_each_other(tmp_path: Path) -> None:
     path = write(tmp_path / "keys.yaml", [GOOD])
-    with pytest.raises(StartupError, match="both set"):
-        Keys(AuthSettings(keys_file=path, api_key=SecretStr(new_key())))
+    for name in ("api_key", "admin_key"):
+        with pytest.raises(StartupError, match=rf"keys_file and auth\.{name} are set"):
+            Keys(AuthSettings(keys_file=path, **{name: SecretStr(new_key())}))
 
 
 def test_a_missing_scope_is_forbidden_with_the_scope_that_is_needed(tmp_path: Path) -> None:
