@@ -4,11 +4,13 @@ long. Ends in one line of JSON.
     python bench/faults.py                          # about 10 minutes
     python bench/faults.py --soak-minutes 20        # as `make bench` does
 
-Four parts, each on a server of its own over the demo model, on loopback:
+Five parts, each on a server of its own over the demo model, on loopback:
 
 - kills: under 32 clients (half of them stream), SIGKILL and SIGSTOP to an engine of one process,
   then to the worker and the core of one that has both. What was lost, how long until ready, and
   how long /health/live takes meanwhile, asked ten times a second.
+- poison: three clients with a prompt each that ends the engine ask ten times each, under its usual
+  limit of five failures, and eight others beside them (bench/poison.py).
 - leave: all of 32 clients leave, again and again; how long until the engine works on nothing.
 - overload: the latency of whole answers at capacity (as many clients as the engine has places),
   before and after requests arrive at ten times that rate for --overload-seconds (by the cheap
@@ -40,6 +42,7 @@ from typing import Any
 import httpx
 import psutil
 from load import Load, run_cell
+from poison import poison
 from servers import packhorse_with
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -47,7 +50,7 @@ SEATS = 32
 TOKENS = 100
 LONG = 1000  # tokens that are still being written when the fault comes
 PATH = "/v1/completions"
-PARTS = ("kills", "leave", "overload", "soak")
+PARTS = ("kills", "poison", "leave", "overload", "soak")
 MALFORMED = (b"{", b"[]", b'{"model": "bench", "prompt": -1}', b'{"model": "x", "prompt": "a"}')
 
 
@@ -353,6 +356,9 @@ def main() -> None:
                 "engine of one process": asyncio.run(kills(folder, own_worker=False)),
                 "engine with a worker": asyncio.run(kills(folder, own_worker=True)),
             }
+        if "poison" in parts:
+            result["poison"] = asyncio.run(poison(server, folder))
+            say(f"poison: {json.dumps(result['poison'])}")
         if "leave" in parts:
             result["leave"] = asyncio.run(leave(folder))
         if "overload" in parts:

@@ -1,7 +1,10 @@
 """Which model answers: a digest over all that is loaded and how, so that results of another model,
 quantization or setting are never taken for this one's.
 
-Weights are read whole, once: a file's digest is remembered by its path, size, times and inode.
+Without a shared store nobody else has to come to the same: files are told apart by their places,
+sizes, times and inodes, and no weight is read. With one they are read whole, once: a file's digest
+is remembered by its path, size, times and inode. That goes on beside the loading of the engine, and
+longer; until it is over, results are kept as without a store, which no other replica finds.
 """
 
 from __future__ import annotations
@@ -9,9 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 logger = logging.getLogger("packhorse.cache")
@@ -24,24 +30,30 @@ YOUNG_S = 2.0
 
 
 def identity_of(
-    folder: Path | None,
+    folders: Sequence[Path],
     settings: str,
     environment: Mapping[str, str],
     digests: Digests,
 ) -> bytes:
     """32 bytes. `settings` are the engine's, in a canonical form; `environment` is what changes the
-    engine's answers beside them. Reads every file of the folder that `digests` does not know.
+    engine's answers beside them. Reads every file of the folders that `digests` does not know.
     Raises OSError.
     """
     made = hashlib.sha256()
     for part in (settings, json.dumps(sorted(environment.items()))):
         made.update(hashlib.sha256(part.encode()).digest())
-    if folder is not None:
+    for folder in folders:
+        made.update(hashlib.sha256(b"folder").digest())
         for path in _files(folder):
             name = str(path.relative_to(folder))
             made.update(hashlib.sha256(name.encode()).digest() + digests.of(path))
-        digests.save()
+    digests.save()
     return made.digest()
+
+
+def states_of(folders: Sequence[Path]) -> list[list[object]]:
+    """The same as long as no file has changed; reads none. Raises OSError."""
+    return [[str(path), *_state(path)] for folder in folders for path in _files(folder)]
 
 
 def _files(folder: Path) -> Iterable[Path]:
@@ -49,6 +61,108 @@ def _files(folder: Path) -> Iterable[Path]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden and not path.name.lower().endswith(IGNORED_ENDS):
             yield path
+
+
+class Identities:
+    """Of the engines of a server, one after the other."""
+
+    def __init__(self, digests: Digests | None, tell: Callable[[bytes], None]) -> None:
+        """`digests` are there when results are shared with other replicas. `tell` gets the identity
+        of the engine that is there, perhaps twice, and from other threads.
+        """
+        self._digests = digests
+        self._tell = tell
+        self._secret = secrets.token_bytes(32)
+        self._reading = threading.Lock()
+        self._telling = threading.Lock()
+        self._last: Loading | None = None
+
+    def begin(
+        self, folders: Sequence[Path], settings: str, environment: Mapping[str, str]
+    ) -> Loading:
+        """Call before an engine is built of these. Raises OSError."""
+        states = states_of(folders)
+        mine = json.dumps([settings, sorted(environment.items()), states]).encode()
+        own = hashlib.blake2b(mine, key=self._secret, digest_size=32).digest()
+        shared: Future[bytes] | None = None
+        digests = self._digests
+        if digests is not None:
+            shared = Future()
+
+            def read(shared: Future[bytes] = shared, digests: Digests = digests) -> None:
+                try:
+                    with self._reading:  # the next engine's waits, and finds the files known
+                        shared.set_result(identity_of(folders, settings, environment, digests))
+                except OSError as error:
+                    shared.set_exception(error)
+
+            threading.Thread(target=read, name="identity", daemon=True).start()
+        return Loading(self, folders, states, own, shared)
+
+    def told(self, loading: Loading, identity: bytes) -> None:
+        """Of the last engine alone."""
+        with self._telling:
+            if self._last is loading:
+                self._tell(identity)
+
+    def is_last(self, loading: Loading) -> None:
+        with self._telling:
+            self._last = loading
+
+
+class Loading:
+    """One engine's loading. Call `ended` when it is there."""
+
+    def __init__(
+        self,
+        identities: Identities,
+        folders: Sequence[Path],
+        states: list[list[object]],
+        own: bytes,
+        shared: Future[bytes] | None,
+    ) -> None:
+        self._identities = identities
+        self._folders, self._states = folders, states
+        self._own, self._shared = own, shared
+        self._has_changed = False
+        self._started_s = time.monotonic()
+
+    def ended(self) -> None:
+        """Tell which model it is, as far as that is known."""
+        self._identities.is_last(self)
+        shared = self._shared
+        if shared is None or not shared.done():
+            self._tell(self._own)
+        if shared is not None:
+            shared.add_done_callback(self._is_read)  # at once, where it is
+
+    def _is_read(self, shared: Future[bytes]) -> None:
+        try:
+            identity = shared.result()
+        except OSError as error:
+            logger.error("The model's files cannot be read, so no result is shared: %s", error)
+            self._tell(self._own)
+            return
+        self._tell(identity)
+        if not self._has_changed:
+            took_s = time.monotonic() - self._started_s
+            logger.info("The model's files are known after %.0f s; results are shared", took_s)
+
+    def _tell(self, identity: bytes) -> None:
+        if self._has_changed:
+            return
+        try:
+            is_same = states_of(self._folders) == self._states
+        except OSError:
+            is_same = False
+        if not is_same:
+            logger.warning(
+                "The files of %s have changed while they were loaded: what answers is neither the "
+                "old model nor the new one for certain, and its results are shared with nobody",
+                ", ".join(map(str, self._folders)),
+            )
+            self._has_changed, identity = True, secrets.token_bytes(32)
+        self._identities.told(self, identity)
 
 
 class Digests:

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 
 from serve.engines.base import Engine
-from serve.engines.folder import model_folder
 from serve.sections import EngineSettings
 
 
 def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
-    folder = model_folder(model)
     from serve.engines.vllm import nursery
 
     nursery.start()  # it imports while we do
@@ -27,7 +26,7 @@ def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
         gc.enable()
     if not gc.get_freeze_count():
         gc.freeze()
-    return VllmEngine(folder, name, settings)
+    return VllmEngine(Path(model), name, settings)
 
 
 def _echo(model: str, name: str, settings: EngineSettings) -> Engine:

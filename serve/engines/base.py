@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from serve.errors import Invalid
 from serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
@@ -54,6 +54,10 @@ class Engine(Protocol):
         """Each token as the vocabulary spells it."""
         ...
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's configuration, and the chat template, as JSON."""
+        ...
+
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
         """Token ids of the request. Raises Invalid when it is too long or does not render."""
         ...
@@ -90,24 +94,32 @@ class Engine(Protocol):
 
 
 def answer_budget(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> int:
-    """How many tokens the answer may have. Raises Invalid when prompt and answer do not fit."""
+    """How many tokens the answer may have: what the request says is an upper bound, and so is what
+    the prompt leaves of the context. Raises Invalid when that is nothing.
+    """
     param = request.prompt_param
     if num_prompt_tokens == 0:
         raise Invalid("The prompt is empty; send at least one token.", param=param)
     room = max_model_len - num_prompt_tokens
     if room <= 0:
-        raise Invalid(
-            f"The prompt has {num_prompt_tokens} tokens, which leaves no room for an answer within "
-            f"the model's {max_model_len}; shorten it.",
-            param=param,
-        )
+        raise too_long(param, max_model_len, num_prompt_tokens)
     sampling = request.sampling
-    if sampling.max_tokens is None:
-        return min(sampling.default_max_tokens or room, room)
-    if sampling.max_tokens > room:
+    asked = sampling.max_tokens or sampling.default_max_tokens or room
+    if sampling.min_tokens > room:
         raise Invalid(
-            f"max_tokens={sampling.max_tokens} and the prompt's {num_prompt_tokens} tokens are "
-            f"above the model's {max_model_len}; lower max_tokens to {room} or shorten the prompt.",
-            param="max_tokens",
+            f"min_tokens={sampling.min_tokens} and the prompt's {num_prompt_tokens} tokens are "
+            f"above the model's {max_model_len}; lower min_tokens to {room} or shorten the prompt.",
+            param="min_tokens",
         )
-    return sampling.max_tokens
+    return min(asked, room)
+
+
+def too_long(param: str, max_model_len: int, num_prompt_tokens: int | None = None) -> Invalid:
+    """In OpenAI's words: agents look for them, and shorten the conversation."""
+    has = "is longer" if num_prompt_tokens is None else f"has {num_prompt_tokens} tokens"
+    return Invalid(
+        f"This model's maximum context length is {max_model_len} tokens. However, your {param} "
+        f"{has}, which leaves no room for an answer. Please reduce the length of the {param}.",
+        param=param,
+        code="context_length_exceeded",
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from serve.engines.base import Capacity, answer_budget
 from serve.errors import Unavailable
@@ -75,6 +76,9 @@ class EchoEngine:
 
     async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         return list(map(str, token_ids))
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return {"tokenizer_class": "words"}
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
         text = _text(request)

@@ -3,7 +3,8 @@ was lost. Satisfies the Engine protocol itself, so nothing around it knows.
 
 A request whose engine dies before it has streamed anything is replayed. What was in an engine when
 it died is suspect, and goes to the next one by itself until it has ended or lived longer than
-before (`Suspects`). So the second death has a single suspect, which is refused as poison.
+before (`Suspects`). So the second death has a single suspect, which is refused as poison, and so is
+what equals it from then on, without a death (`poison.Memory`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any
 
 from serve import metrics
 from serve.engines.base import Capacity, Engine
+from serve.engines.poison import POISON, Memory
 from serve.engines.processes import end_children
+from serve.engines.restarts import MAX_BACKOFF_S, Restarts
 from serve.engines.suspects import Suspect, Suspects
 from serve.errors import EngineDied, EngineHung, Invalid, ServeError, StartupError, Unavailable
 from serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
@@ -26,14 +31,8 @@ from serve.sections import SupervisorSettings
 logger = logging.getLogger("packhorse.supervisor")
 
 CHECK_EVERY_S = 0.5
-MAX_BACKOFF_S = 60.0
 UNWIND_S = 30.0  # for a build whose processes were ended
 MAX_REPLAYS = 2
-
-POISON = (
-    "Two engines have stopped while they worked on this request, at the second one it was the only "
-    "suspect; it is not tried again. Change it."
-)
 
 
 class Supervisor:
@@ -51,8 +50,11 @@ class Supervisor:
         self.capacity = Capacity(0, 0)
         self._built_in_s = 30.0
         self._down_since_s = 0.0
-        self._failures: deque[float] = deque()
-        self._suspects = Suspects()
+        self._restarts = Restarts(settings)
+        memory = Memory(
+            poison_ttl_s=settings.poison_ttl_s, suspicion_ttl_s=settings.restart_window_s
+        )
+        self._suspects = Suspects(memory, self._convicted)
         self._lost = asyncio.Event()
         self._has_changed = asyncio.Event()  # an engine came, or none will
         self._adapters: dict[int, AdapterVersion] = {}  # that an engine must have
@@ -226,20 +228,22 @@ class Supervisor:
     async def _may_rebuild(self, reason: str) -> bool:
         """Count a failure; after the pause that is due, whether to go on."""
         metrics.ENGINE_FAILURES.labels(reason).inc()
-        settings, now_s = self._settings, time.monotonic()
-        while self._failures and now_s - self._failures[0] > settings.restart_window_s:
-            self._failures.popleft()
-        self._failures.append(now_s)
-        if len(self._failures) > settings.max_restarts:
+        restarts = self._restarts
+        restarts.failed(None if reason == "not_built" else self._generation)
+        if restarts.are_over:
             logger.critical(
                 "The engine has failed %d times within %.0f s, above the limit of %d; giving up",
-                len(self._failures), settings.restart_window_s, settings.max_restarts,
+                restarts.count, self._settings.restart_window_s, self._settings.max_restarts,
             )  # fmt: skip
             return False
-        earlier = len(self._failures) - 1
-        if earlier:
-            await asyncio.sleep(min(settings.backoff_s * 2 ** (earlier - 1), MAX_BACKOFF_S))
+        await asyncio.sleep(restarts.pause_s)
         return True
+
+    def _convicted(self, suspect: Suspect) -> None:
+        """Engines have died of it, which says nothing against the next one."""
+        metrics.POISON.inc()
+        logger.error("request_id=%s is poison", suspect.request_id)
+        self._restarts.pardon(suspect.engines)
 
     def _now(self) -> Engine:
         """The engine. Raises Unavailable while there is none."""
@@ -262,6 +266,9 @@ class Supervisor:
     async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         return await self._now().token_strings(token_ids)
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return await self._now().tokenizer_info()
+
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
         return await self._now().render(request, route)
 
@@ -272,13 +279,15 @@ class Supervisor:
 
         Raises Invalid for poison, EngineDied after the first chunk.
         """
-        suspect = Suspect(self._suspects)
+        make_fingerprint = partial(self._suspects.memory.fingerprint, prompt, request, route)
+        suspect = Suspect(self._suspects, request.request_id, make_fingerprint)
+        self._refuse_poison(suspect, request)
         engine, generation = self._engine, self._generation
-        if engine is None or self._suspects.are_tried:
+        if engine is None or self._suspects.are_tried or suspect.engines:
             engine, generation, prompt = await self._next_turn(suspect, request, route)
         try:
             for _ in range(MAX_REPLAYS + 1):
-                suspect.enters()
+                suspect.enters(generation)
                 streamed = False
                 try:
                     if request.stream:
@@ -286,40 +295,53 @@ class Supervisor:
                             async for chunk in chunks:
                                 streamed = True
                                 yield chunk
+                        self._answered(suspect)
                     else:  # all or nothing, so that several choices can be replayed too
                         whole = [chunk async for chunk in engine.generate(prompt, request, route)]
-                        suspect.acquit()
+                        self._answered(suspect)
                         for chunk in whole:
                             yield chunk
                     return
                 except EngineDied as error:
                     self._lost.set()
-                    guilty = suspect.lost(generation) and not self._closing
-                    if guilty:
-                        metrics.POISON.inc()
-                        logger.error("request_id=%s is poison", request.request_id)
+                    suspect.lost(generation)
                     if streamed:
                         raise EngineDied(
                             "The engine stopped while it answered; send the request again."
                         ) from error
-                    if guilty:
-                        raise Invalid(POISON, param=request.prompt_param) from error
+                    if suspect.is_guilty:
+                        raise self._poisonous(request) from error
                 engine, generation, prompt = await self._next_turn(suspect, request, route)
                 metrics.REPLAYS.inc()
             raise EngineDied("The engine keeps stopping; send the request again later.")
         finally:
-            suspect.acquit()
+            suspect.leave()
+
+    def _answered(self, suspect: Suspect) -> None:
+        suspect.clear()
+        self._restarts.answered()
+
+    def _refuse_poison(self, suspect: Suspect, request: GenerateRequest) -> None:
+        """Raises Invalid for what was found to be poison before, without another death."""
+        if suspect.is_poison:
+            metrics.POISON_REFUSED.inc()
+            raise self._poisonous(request)
+
+    def _poisonous(self, request: GenerateRequest) -> Invalid:
+        message = POISON.format(ttl_s=self._settings.poison_ttl_s)
+        return Invalid(message, param=request.prompt_param)
 
     async def _next_turn(
         self, suspect: Suspect, request: GenerateRequest, route: Route
     ) -> tuple[Engine, int, Prompt]:
         """A living engine, its number, and the prompt as it renders it, when it is the request's
-        turn. Raises Unavailable if there will be none.
+        turn. Raises Unavailable if there will be none, Invalid for poison.
         """
         metrics.HELD.inc()
         try:
             while True:
                 await suspect.turn()
+                self._refuse_poison(suspect, request)  # one that equals it was found meanwhile
                 engine = self._now()
                 try:
                     await engine.check()
@@ -327,9 +349,9 @@ class Supervisor:
                 except EngineDied:  # in this moment, and not of this request
                     self._lost.set()
                     self._suspects.engine_lost(self._generation)
-                    suspect.acquit()
+                    suspect.leave()
         except BaseException:
-            suspect.acquit()
+            suspect.leave()
             raise
         finally:
             metrics.HELD.dec()
@@ -341,6 +363,7 @@ class Supervisor:
     async def close(self) -> None:
         """End the engine, or the building of one: what still runs or waits ends with an error."""
         self._closing = True
+        self._suspects.accuse_nobody()
         self._has_changed.set()
         if self._watching is not None:
             self._watching.cancel()

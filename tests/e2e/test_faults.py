@@ -122,7 +122,7 @@ class Load:
         for events in self.streams:
             assert events, "no event at all"
             if "error" in events[-1]:
-                assert events[-1]["error"]["code"] == "unavailable", events[-1]
+                assert events[-1]["error"]["kind"] == "unavailable", events[-1]
             else:
                 assert events[-1]["choices"][0]["finish_reason"] == "length"
 
@@ -240,12 +240,19 @@ async def lose(server: Server, victim: str, fault: signal.Signals, reason: str) 
 
 
 async def test_poison_is_found_and_hurts_nobody_else(server: Server) -> None:
+    """Nor does it when it comes again, with another seed, length or form of answer."""
     lost = count(server, 'packhorse_engine_failures_total{reason="died"}')
-    async with load(server) as found, client(server) as http:
-        refused = await http.post(TEXT, json=body(server, prompt=[*POISON, 5]))
-    assert refused.status_code == 400, refused.text
-    assert "Two engines have stopped" in refused.json()["error"]["message"]
-    found.check_nothing_is_lost()
+    asked = body(server, prompt=[*POISON, 5])
+    async with client(server) as http:
+        async with load(server) as found:
+            refused = await http.post(TEXT, json=asked)
+        assert refused.status_code == 400, refused.text
+        assert "Two engines have stopped" in refused.json()["error"]["message"]
+        found.check_nothing_is_lost()
+        for change in ({}, {"seed": 7}, {"max_tokens": 3}, {"temperature": 0.5}, {"stream": True}):
+            again = await http.post(TEXT, json={**asked, **change})
+            assert again.status_code == 400, again.text
+        assert await value_of(http, "packhorse_requests_poison_refused_total") == 5
     assert count(server, 'packhorse_engine_failures_total{reason="died"}') <= lost + 2
 
 

@@ -59,6 +59,8 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
             given["scheduler_cls"] = SCHEDULER
     if settings.reasoning_parser:
         given["reasoning_parser"] = settings.reasoning_parser
+    if settings.hf_token:  # for a model's code in another repository; the model itself is here
+        given["hf_token"] = settings.hf_token.get_secret_value()
     free = dict(settings.model_extra or {})
     _refuse_unknown(free)
     if settings.max_json_whitespace is not None:

@@ -7,6 +7,7 @@ request object, which is built only for requests with tools or on a server with 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ from serve.sections import EngineSettings
 OURS = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 )
+PATHS = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path")
 # What a template can call that does not answer the same each time.
 CHANGING = ("strftime_now", "lipsum", "| random", "|random")
 
@@ -87,6 +89,18 @@ class Chat:
             self._parser_class and self._parser_class.reasoning_parser_cls
         )
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's configuration without paths, its class, and the chat template."""
+        tokenizer = self._llm.renderer.get_tokenizer()
+        given: dict[str, Any] = getattr(tokenizer, "init_kwargs", None) or {}
+        told = {name: _plain(value) for name, value in given.items() if name not in PATHS}
+        template = self._resolved(ChatOptions())
+        return {
+            **told,
+            "tokenizer_class": type(tokenizer).__name__,
+            **({"chat_template": template} if template else {}),
+        }
+
     def is_lasting(self, request: GenerateRequest) -> bool:
         """Whether the request's messages become the same prompt at any time."""
         with_tools = bool(request.chat.tools)  # there may be a template of their own
@@ -108,10 +122,20 @@ class Chat:
         )
         return template
 
-    def params(self, request: GenerateRequest) -> ChatParams:
-        """What the renderer needs to know. Raises Invalid for what the template would ignore."""
+    def params(self, request: GenerateRequest) -> tuple[ChatParams, tuple[str, ...]]:
+        """What the renderer needs to know, and the fields that this template has no use for.
+        Raises Invalid for documents that it would leave out.
+        """
         options = request.chat
-        self._refuse_ignored(options)
+        ignored = self._ignored(options)
+        if ignored:
+            known = {
+                name: value
+                for name, value in options.template_variables.items()
+                if f"chat_template_kwargs.{name}" not in ignored
+            }
+            effort = None if "reasoning_effort" in ignored else options.reasoning_effort
+            options = replace(options, template_variables=known, reasoning_effort=effort)
         check_integers(dict(options.template_variables), param="chat_template_kwargs")
         variables: dict[str, Any] = {
             "add_generation_prompt": options.add_generation_prompt,
@@ -123,32 +147,31 @@ class Chat:
             variables["enable_thinking"] = options.reasoning_effort != "none"
         # Through vLLM's class, which writes out absent fields: templates print them.
         tools = [ChatCompletionToolsParam(**tool).model_dump() for tool in options.tools] or None
-        return ChatParams(
+        params = ChatParams(
             chat_template=self._template,
             chat_template_kwargs=merge_kwargs(dict(options.template_variables), variables),
         ).with_defaults({**self._defaults, "tools": tools, "tokenize": False})
+        return params, ignored
 
-    def _refuse_ignored(self, options: ChatOptions) -> None:
-        """A variable that the template does not use, or that is not the caller's to set."""
+    def _ignored(self, options: ChatOptions) -> tuple[str, ...]:
+        """Variables that the template does not use, or that are not the caller's to set. Raises
+        Invalid.
+        """
         asked = set(options.template_variables)
-        if options.reasoning_effort:
-            asked.add("reasoning_effort")
-        if options.documents:
-            asked.add("documents")
-        if not asked:
-            return
+        if not (asked or options.reasoning_effort or options.documents):
+            return ()
         known = set(_cached_resolve_chat_template_kwargs(self._resolved(options) or ""))
-        if "enable_thinking" in known:
-            known.add("reasoning_effort")  # it becomes that variable, see `params`
-        ignored = sorted(asked - known) or sorted(set(options.template_variables) & OURS)
-        if ignored:
+        if options.documents and "documents" not in known:
             raise Invalid(
-                f"The model's chat template has no use for {', '.join(ignored)} from a request; "
-                "remove it.",
-                param=ignored[0]
-                if ignored[0] in ("reasoning_effort", "documents")
-                else "chat_template_kwargs",
+                "The model's chat template has no place for documents, and would answer without "
+                "them; put their text into a message.",
+                param="documents",
             )
+        ignored = [f"chat_template_kwargs.{name}" for name in sorted(asked - known | asked & OURS)]
+        # For a template that has `enable_thinking`, effort becomes that, see `params`.
+        if options.reasoning_effort and not known & {"reasoning_effort", "enable_thinking"}:
+            ignored.append("reasoning_effort")
+        return tuple(ignored)
 
     def reader(
         self,
@@ -184,6 +207,17 @@ class Chat:
             chat_template_kwargs=params.chat_template_kwargs,
             model_config=self._llm.model_config,
         )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON: of a token its text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return getattr(value, "content", None) or str(value)
 
 
 class AnswerReader:

@@ -143,7 +143,7 @@ class VllmEngine:
         )
 
     async def tokenize(self, request: GenerateRequest) -> list[int]:
-        engine_input, _ = await self._engine_input(request, max_total_tokens=None)
+        engine_input, _, _ = await self._engine_input(request, max_total_tokens=None)
         return list(engine_input["prompt_token_ids"])
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -156,16 +156,13 @@ class VllmEngine:
         strings: list[str] = await asyncio.to_thread(convert, list(token_ids))
         return strings
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return self._chat.tokenizer_info()
+
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
-        if request.priority and not self._by_priority:
-            raise Invalid(
-                f"priority={request.priority} has no effect on this server; leave it out, or start "
-                "the server with scheduling_policy: priority in the engine section.",
-                param="priority",
-            )
         constraint = request.sampling.constraint
         structured = structured_outputs(constraint) if constraint else None
-        engine_input, template = await self._engine_input(
+        engine_input, template, ignored = await self._engine_input(
             request, max_total_tokens=self.max_model_len
         )
         token_ids = engine_input["prompt_token_ids"]
@@ -181,9 +178,11 @@ class VllmEngine:
         )
         if reader:
             params.skip_special_tokens = reader.skip_special_tokens
+        if request.priority and not self._by_priority:
+            ignored = (*ignored, "priority")
         text = engine_input.get("prompt") if request.echo else None
-        if route.partition is not None:
-            engine_input["cache_salt"] = route.partition
+        if route.prefix_cache_salt is not None:
+            engine_input["cache_salt"] = route.prefix_cache_salt
         rendered = Rendered(engine_input, params, reader)
         return Prompt(
             token_ids,
@@ -193,12 +192,15 @@ class VllmEngine:
             settled(params),
             is_parsed=reader is not None,
             is_lasting=template is None or self._chat.is_lasting(request),
+            ignored=ignored,
         )
 
     async def _engine_input(
         self, request: GenerateRequest, *, max_total_tokens: int | None
-    ) -> tuple[Any, ChatParams | None]:
-        """vLLM's rendered prompt, and for chat what its template was given. Raises Invalid."""
+    ) -> tuple[Any, ChatParams | None, tuple[str, ...]]:
+        """vLLM's rendered prompt, for chat what its template was given, and the fields that it has
+        no use for. Raises Invalid.
+        """
         is_chat = request.messages is not None
         special = request.add_special_tokens
         truncate = request.truncate_prompt_tokens
@@ -216,19 +218,19 @@ class VllmEngine:
                 needs_detokenization=request.echo,
             )
             if request.messages is not None:
-                template = self._chat.params(request)
+                template, ignored = self._chat.params(request)
                 messages = [_own_copy(message) for message in request.messages]
                 _, (rendered,) = await renderer.render_chat_async([messages], template, limits)
-                return rendered, template
+                return rendered, template, ignored
             if isinstance(prompt, str):
                 (rendered,) = await renderer.render_cmpl_async([{"prompt": prompt}], limits)
-                return rendered, None
+                return rendered, None, ()
             token_ids = self._known_tokens(prompt or (), "prompt")
             if truncate is None and not request.echo:
-                return tokens_input(token_ids), None
+                return tokens_input(token_ids), None, ()
             prompts = [{"prompt_token_ids": token_ids}]
             (rendered,) = await renderer.render_cmpl_async(prompts, limits)
-            return rendered, None
+            return rendered, None, ()
         except (VLLMClientError, ValueError, TypeError, RecursionError) as error:
             raise invalid(error, request.prompt_param) from error
         except RuntimeError as error:
@@ -314,7 +316,7 @@ class VllmEngine:
                     rendered.engine_input,
                     params,
                     lora_request=lora,
-                    priority=request.priority,
+                    priority=request.priority if self._by_priority else 0,
                     reasoning_ended=ended,
                     reasoning_parser_kwargs=reading,
                 )
@@ -347,7 +349,7 @@ class VllmEngine:
         keywords = {
             "lora_request": lora,
             "supported_tasks": await self._llm.get_supported_tasks(),
-            "priority": request.priority,
+            "priority": request.priority if self._by_priority else 0,
         }
         if rendered.params.structured_outputs is None:
             return process(*arguments, **keywords)

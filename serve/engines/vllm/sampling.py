@@ -88,4 +88,6 @@ def invalid(error: Exception, param: str | None = None) -> Invalid:
         message = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}."
     else:
         message = str(error.args[0]) if error.args else type(error).__name__
+    if message.startswith("This model's maximum context length"):
+        return Invalid(message, param=param, code="context_length_exceeded")
     return Invalid(message, param=getattr(error, "parameter", None) or param)

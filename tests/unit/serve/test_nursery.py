@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import psutil
 import pytest
@@ -98,7 +97,6 @@ def test_what_is_imported_first_is_not_collected_and_an_engine_is() -> None:
 
 
 def test_the_collector_is_on_again_when_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "model_folder", Path)
     monkeypatch.setattr(nursery, "start", lambda: None)
     monkeypatch.setitem(sys.modules, "serve.engines.vllm.engine", None)
     with pytest.raises(ImportError):

@@ -236,7 +236,7 @@ async def test_a_hang_that_ended_by_itself_holds_nobody_for_ever() -> None:
     # As a request does that saw it before the supervisor's own check, which then passes.
     supervisor._suspects.engine_lost(supervisor._generation)
     async with asyncio.timeout(60):
-        await Suspect(supervisor._suspects).turn()
+        await Suspect(supervisor._suspects, "id", bytes).turn()
     assert len(works.engines) == 1
     await supervisor.close()
 

@@ -30,7 +30,7 @@ def make_old(folder: Path) -> None:
 
 
 def of(folder: Path, settings: str = "{}", **environment: str) -> bytes:
-    return identity_of(folder, settings, environment, Digests(None))
+    return identity_of([folder], settings, environment, Digests(None))
 
 
 def test_everything_is_in_it(folder: Path) -> None:
@@ -54,28 +54,28 @@ def test_the_folders_place_is_not(folder: Path) -> None:
 
 def test_a_file_is_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = tmp_path / "cache/digests.json"
-    first = identity_of(folder, "", {}, Digests(memory))
+    first = identity_of([folder], "", {}, Digests(memory))
     assert len(json.loads(memory.read_text())) == 2
 
     def never(*_: object) -> None:
         raise AssertionError("it was read again")
 
     monkeypatch.setattr(identity.hashlib, "file_digest", never)
-    assert identity_of(folder, "", {}, Digests(memory)) == first
+    assert identity_of([folder], "", {}, Digests(memory)) == first
 
 
 def test_a_changed_file_is_read_again(folder: Path, tmp_path: Path) -> None:
     memory = tmp_path / "digests.json"
-    first = identity_of(folder, "", {}, Digests(memory))
+    first = identity_of([folder], "", {}, Digests(memory))
     (folder / "model.safetensors").write_bytes(bytes(999) + b"\x01")  # of the same size
     make_old(folder)  # and the same times, but for those that the system sets itself
-    assert identity_of(folder, "", {}, Digests(memory)) != first
+    assert identity_of([folder], "", {}, Digests(memory)) != first
 
 
 def test_what_may_still_change_is_not_remembered(folder: Path, tmp_path: Path) -> None:
     memory = tmp_path / "digests.json"
     (folder / "config.json").write_text("{ }")
-    identity_of(folder, "", {}, Digests(memory))
+    identity_of([folder], "", {}, Digests(memory))
     assert [Path(name).name for name in json.loads(memory.read_text())] == ["model.safetensors"]
 
 
@@ -83,11 +83,11 @@ def test_what_may_still_change_is_not_remembered(folder: Path, tmp_path: Path) -
 def test_a_damaged_memory_is_read_anew(folder: Path, tmp_path: Path, content: str) -> None:
     memory = tmp_path / "digests.json"
     memory.write_text(content, encoding="latin-1")
-    assert identity_of(folder, "{}", {}, Digests(memory)) == of(folder)
+    assert identity_of([folder], "{}", {}, Digests(memory)) == of(folder)
 
 
 def test_a_place_that_cannot_be_written_to_does_no_harm(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert identity_of(folder, "", {}, Digests(tmp_path / "file/digests.json")) == identity_of(
-        folder, "", {}, Digests(None)
+    assert identity_of([folder], "", {}, Digests(tmp_path / "file/digests.json")) == identity_of(
+        [folder], "", {}, Digests(None)
     )
