@@ -146,7 +146,9 @@ async def before_the_engine_us() -> float:
     """
     from serve.cache.results import ResultCache
     from serve.messages import GenerateRequest, Prompt, Route, Sampling, Settled
+    from serve.tenancy import Tenancy
 
+    tenancy = Tenancy(b"s" * 32)
     cache = ResultCache(b"s" * 32, memory_bytes=2**26, max_entry_bytes=2**20, ttl_s=600)
     cache.identity, route, number = b"m" * 32, Route(MODEL), 2000
     asked = [
@@ -166,7 +168,7 @@ async def before_the_engine_us() -> float:
         started_s = time.process_time()
         flights = []
         for request, prompt in asked:
-            cache.partition(request)
+            tenancy.prefix_cache_salt(request.caller.tenant, request.cache_salt)
             if not cache.concerns(request):
                 raise SystemExit("the cache should be concerned")
             cache.known(request)

@@ -101,7 +101,7 @@ def serve(
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="File with the API keys, see `packhorse keys new`. [default: none; all may call]"
+            help="File with the API keys, see `packhorse keys new`. [default: none; all may infer]"
         ),
     ] = None,
     adapters: Annotated[
@@ -194,7 +194,9 @@ def route(
     """
     body = {"model": "auto", "messages": [{"role": "user", "content": text}]}
     headers = {"content-type": "application/json"}
-    if api_key:
+    if api_key := (api_key or "").strip():  # a file's end of line is no part of it
+        if not api_key.isascii() or not api_key.isprintable():  # urllib would show it
+            raise _exit(StartupError("The API key has characters that no header can hold."))
         headers["authorization"] = f"Bearer {api_key}"
     try:
         asked = urllib.request.Request(
@@ -225,6 +227,9 @@ def new(
         list[str] | None,
         typer.Option(help="An adapter it may use; may be repeated. [default: all]"),
     ] = None,
+    base: Annotated[
+        bool, typer.Option(help="Whether it may use the base model itself, beside adapters.")
+    ] = True,
     max_concurrent: Annotated[
         int | None, typer.Option(help="Most calls at once. [default: no limit]")
     ] = None,
@@ -253,6 +258,7 @@ def new(
         "tenant": tenant,
         "scopes": scope or ["inference"],
         "adapters": adapter,
+        "base": None if base else False,
         "quotas": quotas,
     }
     key = new_key()

@@ -58,10 +58,6 @@ class Store(Protocol):
 class Results(Protocol):
     """The result cache."""
 
-    def partition(self, request: GenerateRequest) -> str:
-        """The part of the engine's prefix cache that the request may see."""
-        ...
-
     def concerns(self, request: GenerateRequest) -> bool:
         """Whether its result may be looked up or kept, as far as can be told before rendering."""
         ...
@@ -87,7 +83,7 @@ class Results(Protocol):
         ...
 
     def recall(self, key: Key, request: GenerateRequest) -> Result | None:
-        """From memory, at once."""
+        """From memory, at once. None while flushes on other replicas cannot be heard of."""
         ...
 
     @property

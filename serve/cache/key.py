@@ -8,7 +8,6 @@ request ids, which of a tenant's keys asked.
 from __future__ import annotations
 
 import hashlib
-import hmac
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ import msgspec
 from serve.messages import ChatOptions, GenerateRequest, Prompt, Route, Sampling, Settled
 
 # Changes when the meaning of the parts below does.
-VERSION = b"packhorse-result-1"
+VERSION = b"packhorse-result-2"
 
 # Of Sampling: written in another form below, or decided by `Prompt`.
 _ELSEWHERE = {
@@ -65,37 +64,6 @@ class Key:
     scopes: tuple[str, ...]
 
 
-class Tenants:
-    """Marks of tenants, that tell nothing to who does not have the secret."""
-
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
-        self._marks: dict[str, bytes] = {}
-        self._partitions: dict[str, str] = {}
-
-    def mark(self, tenant: str) -> bytes:
-        """16 bytes."""
-        mark = self._marks.get(tenant)
-        if mark is None:  # as many as there are in the keys file
-            mark = self._marks[tenant] = self._hmac(b"tenant", tenant.encode())[:16]
-        return mark
-
-    def partition(self, tenant: str, salt: str | None) -> str:
-        """The tenant's part of the engine's prefix cache, 32 hexadecimal digits; within it, the
-        part of those who send this salt.
-        """
-        if salt is not None:
-            return self._hmac(b"salt", self.mark(tenant) + salt.encode()).hex()[:32]
-        partition = self._partitions.get(tenant)
-        if partition is None:
-            partition = self._hmac(b"partition", tenant.encode()).hex()[:32]
-            self._partitions[tenant] = partition
-        return partition
-
-    def _hmac(self, purpose: bytes, text: bytes) -> bytes:
-        return hmac.digest(self._secret, purpose + b"\0" + text, hashlib.sha256)
-
-
 def may_be_repeatable(request: GenerateRequest) -> bool:
     """Whether it could be, as far as can be told before it is rendered."""
     sampling = request.sampling
@@ -103,8 +71,12 @@ def may_be_repeatable(request: GenerateRequest) -> bool:
 
 
 def is_repeatable(request: GenerateRequest, prompt: Prompt) -> bool:
-    """Whether the model says the same each time: greedy, or from a seed of the request's own."""
-    return prompt.settled.temperature == 0 or request.sampling.seed is not None
+    """Whether the model says the same each time: greedy, or from a seed of the request's own that
+    the engine honours (some values mean "random" to it).
+    """
+    settled = prompt.settled
+    seeded = request.sampling.seed is not None and settled.seed is not None
+    return settled.temperature == 0 or seeded
 
 
 def scopes_of(route: Route, tenant: bytes) -> tuple[str, ...]:
@@ -114,13 +86,13 @@ def scopes_of(route: Route, tenant: bytes) -> tuple[str, ...]:
 
 
 def digest_of(
-    route: Route, content: bytes, *, identity: bytes, tenant: bytes, epochs: Sequence[str]
+    route: Route, content: bytes, *, identity: bytes, salt: str, epochs: Sequence[str]
 ) -> bytes:
     """32 bytes. `content` is `content_of` the request; `identity` is the model's and its engine's,
-    `epochs` what flushes have made of it.
+    `salt` says who may share (see `tenancy`), `epochs` what flushes have made of it.
     """
     adapter = route.adapter.digest if route.adapter else None
-    parts = (VERSION, identity, tenant, epochs, route.model, adapter, content)
+    parts = (VERSION, identity, salt, epochs, route.model, adapter, content)
     return hashlib.blake2b(_encode(parts), digest_size=32).digest()
 
 
@@ -152,8 +124,8 @@ def content_of(request: GenerateRequest, prompt: Prompt) -> bytes:
 
 
 def rendering_of(request: GenerateRequest) -> bytes:
-    """All that a prompt is made of, and its tenant, so that nobody can tell from the time that it
-    takes what another has asked.
+    """All that a prompt is made of, its tenant and the client's salt, so that nobody can tell from
+    the time that it takes what another has asked.
     """
     parts = (
         request.messages,
@@ -165,6 +137,7 @@ def rendering_of(request: GenerateRequest) -> bytes:
         request.truncate_prompt_tokens,
         request.priority,
         request.caller.tenant,
+        request.cache_salt,
         request.stream,
     )
     return hashlib.blake2b(_encode(parts), digest_size=32).digest()

@@ -1,8 +1,9 @@
 """The result cache: memory over a shared store, flights over both. Satisfies the Results protocol.
 
-A result is given out only while this replica knows of every flush. With a store, it asks for the
-epochs twice a second, and does without its memory, too, when it has had no answer for longer than
-STALE_S. So a flush holds everywhere within a second, and costs requests nothing.
+A kept result is given out only while this replica knows of every flush. With a store, it asks for
+the epochs twice a second, and does without its memory, too, when it has had no answer for longer
+than STALE_S. So a flush holds everywhere within a second, and costs requests nothing. Equal
+requests share a generation all the same: what is being generated now is not old.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from serve.cache import key as keys
 from serve.cache.base import Amount, Store, StoreError
 from serve.cache.breaker import Breaker
 from serve.cache.epochs import Epochs
-from serve.cache.key import EVERYTHING, Key, Tenants
+from serve.cache.key import EVERYTHING, Key
 from serve.cache.memory import Memory
 from serve.cache.prompts import Known, Prompts
 from serve.cache.singleflight import Flight, Flights
 from serve.cache.values import Result, decode, encode, seal, unseal
 from serve.errors import Unavailable
 from serve.messages import Chunk, GenerateRequest, Prompt, Route
+from serve.tenancy import Tenancy
 
 logger = logging.getLogger("packhorse.cache")
 
@@ -52,7 +54,7 @@ class ResultCache:
         self._clock = clock
         self._ttl_s = ttl_s
         self._max_entry_bytes = max_entry_bytes
-        self._tenants = Tenants(secret)
+        self._tenancy = Tenancy(secret)
         self._epochs = Epochs(clock=clock)
         self._memory = Memory(memory_bytes)
         self._prompts = Prompts()
@@ -64,14 +66,9 @@ class ResultCache:
 
     # What the service asks
 
-    def partition(self, request: GenerateRequest) -> str:
-        return self._tenants.partition(request.caller.tenant, request.cache_salt)
-
     def concerns(self, request: GenerateRequest) -> bool:
         mode = request.cache.mode
-        if mode == "off" or not (mode == "always" or keys.may_be_repeatable(request)):
-            return False
-        return self._store is None or self._knows_flushes()
+        return mode != "off" and (mode == "always" or keys.may_be_repeatable(request))
 
     def known(self, request: GenerateRequest) -> Known | None:
         return self._prompts.get(request, self.identity)
@@ -82,19 +79,19 @@ class ResultCache:
     def key(self, request: GenerateRequest, route: Route, known: Known) -> Key | None:
         if request.cache.mode != "always" and not keys.is_repeatable(request, known.prompt):
             return None
-        tenant = self._tenants.mark(request.caller.tenant)
-        scopes = keys.scopes_of(route, tenant)
+        tenant = request.caller.tenant
+        scopes = keys.scopes_of(route, self._tenancy.mark(tenant))
         digest = keys.digest_of(
             route,
             known.content,
             identity=self.identity,
-            tenant=tenant,
+            salt=self._tenancy.prefix_cache_salt(tenant, request.cache_salt),
             epochs=self._epochs.of(scopes),
         )
         return Key(digest, scopes)
 
     def _knows_flushes(self) -> bool:
-        return time.monotonic() < self._known_until_s
+        return self._store is None or time.monotonic() < self._known_until_s
 
     def flight(self, key: Key) -> Flight | None:
         return self._flights.get(key.digest)
@@ -103,13 +100,16 @@ class ResultCache:
         return self._flights.lead(key.digest, partial(self._keep, key, self.identity))
 
     def recall(self, key: Key, request: GenerateRequest) -> Result | None:
+        if not self._knows_flushes():
+            return None
         content = self._memory.get(key)
         result = decode(content) if content is not None else None
         return self._fresh(result, request, "memory")
 
     @property
     def has_store(self) -> bool:
-        return self._breaker is not None and not self._breaker.is_open
+        breaker = self._breaker
+        return breaker is not None and not breaker.is_open and self._knows_flushes()
 
     async def fetch(self, key: Key, request: GenerateRequest) -> Result | None:
         store, breaker = self._store, self._breaker
@@ -180,7 +180,7 @@ class ResultCache:
     # What operators ask
 
     def tenant_scope(self, tenant: str) -> str:
-        return keys.tenant_scope(self._tenants.mark(tenant))
+        return keys.tenant_scope(self._tenancy.mark(tenant))
 
     async def flush(self, scope: str) -> Amount:
         entries, size = self._memory.amount(scope)

@@ -56,7 +56,11 @@ def server(
         "auth": {"keys_file": str(folder / "keys.yaml")},
         "cache": {"store": store.url, "secret": "a secret for this test"},
         "engine": {"tool_call_parser": "hermes", "max_loras": 2},
-        "adapters": {"folder": str(folder / "watched"), "store": str(folder / "store")},
+        "adapters": {
+            "folder": str(folder / "watched"),
+            "store": str(folder / "store"),
+            "allowed_roots": [str(ADAPTERS)],
+        },
         "supervisor": {"backoff_s": 0},
     }
     (folder / "serve.yaml").write_text(json.dumps(settings))
@@ -199,6 +203,33 @@ def test_the_prefix_cache_is_a_tenants_own(server: Server, http: httpx.Client) -
     assert cached("a", cache_salt="mine") == 0
     assert cached("a", cache_salt="mine") >= 256
     assert cached("b", cache_salt="mine") == 0
+
+
+def test_the_prefix_cache_is_apart_without_a_result_cache(demo_server: Server) -> None:
+    def cached(http: httpx.Client, **fields: Any) -> int:
+        body = {"model": demo_server.model, "prompt": LONG, "max_tokens": 1, **fields}
+        answer = http.post(TEXT, json=body)
+        assert answer.headers.get(MARK) in (None, "bypass"), "this server has no result cache"
+        return (answer.json()["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0)
+
+    with httpx.Client(base_url=demo_server.url, timeout=120) as http:
+        cached(http)
+        assert cached(http) >= 256
+        assert cached(http, cache_salt="mine") == 0, "nobody else has sent this salt"
+        assert cached(http, cache_salt="mine") >= 256
+
+
+def test_a_seed_of_minus_one_is_a_fresh_sample(server: Server, http: httpx.Client) -> None:
+    body = {"model": server.model, "prompt": "Tell me", "max_tokens": 24, "ignore_eos": True}
+    found = [ask(http, {**body, "temperature": 1.5, "seed": -1}, TEXT) for _ in range(4)]
+    assert {response.headers[MARK] for response in found} == {"bypass"}
+    assert len({response.json()["choices"][0]["text"] for response in found}) == 4
+
+
+def test_users_behind_one_key_are_apart_by_their_salts(server: Server, http: httpx.Client) -> None:
+    body = question(13, model=server.model)
+    salted = [{**body, "cache_salt": salt} for salt in ("user-a", "user-b", "user-a")]
+    assert [ask(http, one).headers[MARK] for one in salted] == ["miss", "miss", "hit"]
 
 
 def test_a_new_engine_is_the_same_model(server: Server, http: httpx.Client) -> None:

@@ -9,54 +9,28 @@ import contextlib
 import hashlib
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve.admin import Admin
 from serve.cache import STORES
-from serve.cache.results import STALE_S, ResultCache
+from serve.cache.results import STALE_S
 from serve.engines.echo import EchoEngine
 from serve.errors import ServeError
 from serve.messages import AdapterVersion, Caller, Chunk, GenerateRequest, Prompt, Route
 from serve.sections import EngineSettings
 from serve.service import Service
+from serve.tenancy import Tenancy
 from tests.client import CHAT, TEXT, events, hello
-from tests.integration.serving import Served, bearer, serving, until, write_keys
+from tests.integration.caching import MARK, a_cache, caching, greedy, mark
+from tests.integration.serving import bearer, serving, until, write_keys
 from tests.stores import running_store
 from tests.unit.serve.cache.making import ask
 
-MARK = "x-packhorse-cache"
 ADMIN = "/admin/cache"
-
-
-def a_cache(**options: Any) -> ResultCache:
-    known: dict[str, Any] = {"memory_bytes": 2**24, "max_entry_bytes": 2**16, "ttl_s": 600.0}
-    cache = ResultCache(b"s" * 32, **{**known, **options})
-    cache.identity = b"model"
-    return cache
-
-
-@asynccontextmanager
-async def caching(**options: Any) -> AsyncIterator[Served]:
-    cache = a_cache()
-    async with serving(cache=cache, admin=Admin(cache=cache, model="echo"), **options) as served:
-        yield served
-
-
-def greedy(text: str = "one two three", **fields: Any) -> dict[str, Any]:
-    return hello(text, temperature=0, **fields)
-
-
-async def mark(served: Served, body: dict[str, Any], **headers: str) -> str:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    response = await served.http.post(CHAT, json=body, headers=named)
-    assert response.status_code == 200, response.text
-    return response.headers[MARK]
 
 
 async def test_a_hit_is_the_same_answer_under_a_new_id() -> None:
@@ -121,7 +95,6 @@ async def test_headers_and_fields_say_what_to_do() -> None:
         ({"cache": {"mode": "sometimes"}}, {}),
         ({"cache": {"max_age_s": -1}}, {}),
         ({"cache": "off"}, {}),
-        ({"cache": {"ttl": 3}}, {}),
         ({"cache_salt": ""}, {}),
         ({"cache_salt": 7}, {}),
         ({"cache_salt": "x" * 1025}, {}),
@@ -244,8 +217,8 @@ class Witness(EchoEngine):
         if sampling.temperature == 0:
             sampling = replace(sampling, seed=None)  # without effect
         seen = (
-            list(prompt.token_ids), prompt.max_tokens, sampling, route.partition, route.model,
-            route.adapter.digest if route.adapter else None,
+            list(prompt.token_ids), prompt.max_tokens, sampling,
+            route.prefix_cache_salt, route.model, route.adapter.digest if route.adapter else None,
         )  # fmt: skip
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
@@ -311,7 +284,8 @@ async def test_of_mixed_requests_none_is_answered_wrong(
             store = STORES[kind](store_server.url, "test", 0.5)
             cache = a_cache(store=store)
             await cache.start()
-            service = Service("echo", cache=cache, adapters=adapters)  # type: ignore[arg-type]
+            tenancy = Tenancy(b"s" * 32)
+            service = Service("echo", cache=cache, tenancy=tenancy, adapters=adapters)  # type: ignore[arg-type]
             service.attach(engine)
             caches.append(cache)
             services.append(service)

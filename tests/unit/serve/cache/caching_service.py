@@ -21,10 +21,10 @@ class Counting(EchoEngine):
         super().__init__(EngineSettings(kind="echo", echo_delay_s=delay_s))
         self.generations = 0
         self.failures: list[Exception] = []
-        self.partitions: list[str | None] = []
+        self.salts: list[str | None] = []
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
-        self.partitions.append(route.partition)
+        self.salts.append(route.prefix_cache_salt)
         return await super().render(request, route)
 
     async def generate(

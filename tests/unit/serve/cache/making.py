@@ -57,7 +57,7 @@ def digest(
     prompt: Prompt | None = None,
     **fields: Any,
 ) -> bytes:
-    known: dict[str, Any] = {"identity": b"model", "tenant": b"t" * 16, "epochs": ["", "", ""]}
+    known: dict[str, Any] = {"identity": b"model", "salt": "t" * 32, "epochs": ["", "", ""]}
     content = content_of(request or ask(), prompt or Prompt((1, 2, 3), 10, settled=GREEDY))
     return digest_of(route or Route("echo"), content, **{**known, **fields})
 

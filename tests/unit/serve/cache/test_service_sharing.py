@@ -271,15 +271,36 @@ async def test_a_batch_that_is_refused_leaves_nothing_to_wait_for() -> None:
     assert await service.drain(10)
 
 
-async def test_tenants_have_parts_of_the_prefix_cache() -> None:
-    service, engine = make()
-    asked = [ask(tenant=name, temperature=0.7) for name in ("a", "b", "a")]
-    asked += [replace(request, cache_salt="x") for request in asked[:2]]
-    for request in asked:
-        await answer(service, request)
-    a, b, again, salted_a, salted_b = engine.partitions
-    assert a == again
-    assert len({a, b, salted_a, salted_b}) == 4
+class AwayStore:
+    """A shared store that has never answered."""
+
+    name = "away"
+
+    async def get(self, key: Key) -> bytes | None:
+        raise AssertionError("a store that does not answer is left alone")
+
+    put = merge_epochs = count = get
+
+    async def close(self) -> None: ...
+
+
+async def test_a_generation_is_shared_while_the_store_is_away() -> None:
+    """Kept answers are not given out then, since a flush elsewhere could not be heard of; but what
+    is being generated is not old.
+    """
+    service, engine = make(0.01, store=AwayStore())
+    found = await asyncio.gather(*(answer(service, ask("one two")) for _ in range(3)))
+    assert [mark for mark, _ in found] == ["miss", "coalesced", "coalesced"]
+    assert engine.generations == 1
+    assert (await answer(service, ask("one two")))[0] == "miss"
+
+
+async def test_another_salt_of_a_client_shares_no_generation() -> None:
+    service, engine = make(0.01)
+    asked = [replace(ask("one two"), cache_salt=salt) for salt in ("a", "b", "a")]
+    found = await asyncio.gather(*(answer(service, request) for request in asked))
+    assert [mark for mark, _ in found] == ["miss", "miss", "coalesced"]
+    assert engine.generations == 2
 
 
 async def test_the_log_says_it_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
