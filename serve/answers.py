@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from serve.messages import Chunk, FinishReason, TokenLogprob, ToolCall, Usage
 from serve.stream import Stream, merged
@@ -54,6 +55,27 @@ def sum_of(usages: Sequence[Usage]) -> Usage:
         sum(usage.cached_tokens for usage in usages),
         sum(usage.reasoning_tokens for usage in usages),
     )
+
+
+def headers_of(streams: Sequence[Stream], *, has_adapters: bool, has_cache: bool) -> dict[str, str]:
+    """What answers say of themselves, in headers or trailers: who answers, which stage of routing
+    chose it, what the result cache had to do with it, and what of the request had no effect. One
+    call's prompts may differ in each.
+    """
+    headers = {}
+    if has_adapters:
+        # Headers are ASCII, names of folders need not be.
+        headers["x-packhorse-model"] = quote(names_of(streams), safe="/:,@ ")
+        headers["x-packhorse-route"] = ", ".join(sorted({s.route.stage for s in streams}))
+    if has_cache:
+        headers["x-packhorse-cache"] = ", ".join(sorted({stream.mark for stream in streams}))
+    if ignored := dict.fromkeys(name for stream in streams for name in stream.ignored):
+        headers["x-packhorse-ignored"] = ", ".join(ignored)
+    asked = streams[0].request.sampling.max_tokens
+    lowest = min(stream.prompt.max_tokens for stream in streams)
+    if asked is not None and lowest < asked:
+        headers["x-packhorse-max-tokens"] = str(lowest)
+    return headers
 
 
 def names_of(streams: Sequence[Stream]) -> str:

@@ -8,6 +8,7 @@ ServeError
   NotFound           admin: no such thing
   Conflict           admin: it exists already, or is in use
   TooLarge           body above the limit
+  UnsupportedCoding  body compressed in a way that is not known here
   Cancelled          the caller left
   Overloaded         refused at once; try later
   DeadlineExceeded   took longer than the caller or the server allows
@@ -31,6 +32,7 @@ class ErrorKind(StrEnum):
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
     TOO_LARGE = "too_large"
+    UNSUPPORTED_CODING = "unsupported_coding"
     CANCELLED = "cancelled"
     OVERLOADED = "overloaded"
     DEADLINE = "deadline"
@@ -41,50 +43,71 @@ class ErrorKind(StrEnum):
 @dataclass(frozen=True)
 class Wire:
     """How one kind of error looks from outside. `grpc` is the name of a status code, so that this
-    stays a leaf.
+    stays a leaf. `openai_type` and `openai_code` are OpenAI's words, as far as it has any.
     """
 
     http: int
     grpc: str
     openai_type: str
+    openai_code: str | None = None
     retry: bool = False
 
 
 WIRE: dict[ErrorKind, Wire] = {
     ErrorKind.INVALID: Wire(400, "INVALID_ARGUMENT", "invalid_request_error"),
-    ErrorKind.UNAUTHENTICATED: Wire(401, "UNAUTHENTICATED", "authentication_error"),
-    ErrorKind.FORBIDDEN: Wire(403, "PERMISSION_DENIED", "permission_error"),
-    ErrorKind.UNKNOWN_MODEL: Wire(404, "NOT_FOUND", "invalid_request_error"),
+    ErrorKind.UNAUTHENTICATED: Wire(
+        401, "UNAUTHENTICATED", "invalid_request_error", "invalid_api_key"
+    ),
+    ErrorKind.FORBIDDEN: Wire(
+        403, "PERMISSION_DENIED", "invalid_request_error", "permission_denied"
+    ),
+    ErrorKind.UNKNOWN_MODEL: Wire(404, "NOT_FOUND", "invalid_request_error", "model_not_found"),
     ErrorKind.NOT_FOUND: Wire(404, "NOT_FOUND", "invalid_request_error"),
     ErrorKind.CONFLICT: Wire(409, "FAILED_PRECONDITION", "invalid_request_error"),
     ErrorKind.TOO_LARGE: Wire(413, "INVALID_ARGUMENT", "invalid_request_error"),
+    ErrorKind.UNSUPPORTED_CODING: Wire(415, "INVALID_ARGUMENT", "invalid_request_error"),
     # 499 never reaches anybody: the client is gone. It is what the log and the metrics show.
     ErrorKind.CANCELLED: Wire(499, "CANCELLED", "invalid_request_error"),
-    ErrorKind.OVERLOADED: Wire(429, "RESOURCE_EXHAUSTED", "rate_limit_error", retry=True),
-    ErrorKind.DEADLINE: Wire(504, "DEADLINE_EXCEEDED", "timeout_error", retry=True),
-    ErrorKind.UNAVAILABLE: Wire(503, "UNAVAILABLE", "service_unavailable_error", retry=True),
-    ErrorKind.INTERNAL: Wire(500, "INTERNAL", "internal_server_error"),
+    ErrorKind.OVERLOADED: Wire(
+        429, "RESOURCE_EXHAUSTED", "requests", "rate_limit_exceeded", retry=True
+    ),
+    # No retry: what took too long once would take as long again.
+    ErrorKind.DEADLINE: Wire(504, "DEADLINE_EXCEEDED", "timeout_error"),
+    ErrorKind.UNAVAILABLE: Wire(
+        503, "UNAVAILABLE", "server_error", "service_unavailable", retry=True
+    ),
+    ErrorKind.INTERNAL: Wire(500, "INTERNAL", "server_error"),
 }
 
 
 class ServeError(Exception):
-    """An error with a kind. `param` names the request field at fault; `retry_after_s` is for kinds
-    worth a retry.
+    """An error with a kind. `param` names the request field at fault; `code` is OpenAI's word for
+    it, where that is more exact than its kind's; `retry_after_s` is for kinds worth a retry.
     """
 
     kind = ErrorKind.INTERNAL
 
     def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: float = 1.0
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 1.0,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self._code = code
         self.retry_after_s = retry_after_s
 
     @property
     def wire(self) -> Wire:
         return WIRE[self.kind]
+
+    @property
+    def openai_code(self) -> str | None:
+        return self._code or self.wire.openai_code
 
 
 class Invalid(ServeError):
@@ -113,6 +136,10 @@ class Conflict(ServeError):
 
 class TooLarge(ServeError):
     kind = ErrorKind.TOO_LARGE
+
+
+class UnsupportedCoding(ServeError):
+    kind = ErrorKind.UNSUPPORTED_CODING
 
 
 class Cancelled(ServeError):

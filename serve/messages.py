@@ -113,8 +113,8 @@ AUTO_CACHE = CachePolicy()
 class Caller:
     """Who asks, and what they may. Names are for logs; the key itself is nowhere in here.
 
-    Callers of one `tenant` may see each other's cached answers. `adapters` None is all of them; a
-    limit of None is none.
+    Callers of one `tenant` may see each other's cached answers. `base` is whether they may use the
+    base model itself, `adapters` which of them; None is all. A limit of None is none.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Caller:
     max_concurrent: int | None = None
     tokens_per_minute: int | None = None
     requests_per_minute: int | None = None
+    base: bool = True
 
 
 # Everybody, on a server without keys.
@@ -151,8 +152,9 @@ class GenerateRequest:
     at the end; `echo` that the prompt's text is wanted too. `add_special_tokens` None is the
     endpoint's habit: no for chat (its template has them), yes for text. A lower `priority` goes
     first. `timeout_s` counts from its arrival at the service; None is the server's own. Requests of
-    another `cache_salt` share no blocks of the engine's prefix cache with it. `trace` is there when
-    the call is traced.
+    another `cache_salt` share neither blocks of the engine's prefix cache nor answers with it.
+    `ignored` are fields that were sent and have no effect. `trace` is there when the call is
+    traced.
     """
 
     request_id: str
@@ -170,6 +172,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     cache: CachePolicy = AUTO_CACHE
     cache_salt: str | None = None
+    ignored: tuple[str, ...] = field(default=(), compare=False)
     trace: Trace | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -203,13 +206,14 @@ class Route:
     """Where a request goes: a served model and, on top of it, an adapter or none; and whether the
     request named it, or which stage of routing chose it.
 
-    Only requests of one `partition` share blocks of the engine's prefix cache.
+    Only requests with the same `prefix_cache_salt` share blocks of the engine's prefix cache and
+    kept answers, see `tenancy`.
     """
 
     model: str
     adapter: AdapterVersion | None = None
     stage: RouteStage = "explicit"
-    partition: str | None = None
+    prefix_cache_salt: str | None = None
 
     @property
     def name(self) -> str:
@@ -240,7 +244,8 @@ class Prompt:
 
     `is_parsed`: reasoning or tool calls are read out of the answer, for which it matters whether it
     is streamed. `is_lasting`: the same request renders to the same at any other time; a template
-    that writes today's date does not.
+    that writes today's date does not. `ignored` are fields of the request that have no effect on
+    this model.
     """
 
     token_ids: Sequence[int]
@@ -250,6 +255,7 @@ class Prompt:
     settled: Settled = NEUTRAL
     is_parsed: bool = False
     is_lasting: bool = False
+    ignored: tuple[str, ...] = ()
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

@@ -18,6 +18,7 @@ from serve.cache.singleflight import Flight
 from serve.deadline import Deadline
 from serve.engines.base import Engine
 from serve.errors import Cancelled, ErrorKind, Internal, ServeError
+from serve.ignored import counted
 from serve.logs import RequestLog
 from serve.messages import CacheMark, Chunk, GenerateRequest, Prompt, Route, Usage
 from serve.sources import Source
@@ -146,6 +147,11 @@ class Stream:
             self.end(ErrorKind.CANCELLED)
 
     @property
+    def ignored(self) -> tuple[str, ...]:
+        """Fields of the request without effect: unknown ones, and those of no use to this model."""
+        return (*self.request.ignored, *self.prompt.ignored)
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far; complete after the last chunk."""
         return Usage(
@@ -241,6 +247,7 @@ class Stream:
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
+            **({"ignored": counted(self.ignored)} if self.ignored else {}),
             **self.timeline.fields(),
         )
 

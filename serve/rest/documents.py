@@ -16,7 +16,7 @@ from serve.errors import WIRE, ErrorKind
 from serve.messages import RouteStage
 from serve.schema.admin import AdapterBody, PinBody
 from serve.schema.chat import ChatBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
-from serve.schema.fields import CompletionBody
+from serve.schema.completions import CompletionBody
 
 BODIES = (
     ChatBody, CompletionBody, TokenizeChatBody, TokenizeTextBody, DetokenizeBody, AdapterBody,
@@ -48,8 +48,8 @@ MESSAGE = _object(
 ERROR = _object(
     {
         "error": _object(
-            {"message": STRING, "type": STRING, "code": STRING},
-            {"param": {"type": ["string", "null"]}},
+            {"message": STRING, "type": STRING, "kind": {"enum": [*map(str, ErrorKind)]}},
+            {"param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}},
         )
     }
 )

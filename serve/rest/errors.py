@@ -1,4 +1,6 @@
-"""Errors in OpenAI's JSON shape: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's JSON shape and words, `{"error": {"message", "type", "param", "code"}}`, and
+our own `kind` beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +11,31 @@ from http import HTTPStatus
 from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
-from serve.errors import ErrorKind, Internal, ServeError
+from serve.errors import ErrorKind, Internal, Invalid, NotFound, ServeError
+from serve.rest.coding import CODINGS
 
 
 def error_body(error: ServeError) -> bytes:
     """The JSON of an error; also the last event of a stream that fails after its first byte."""
-    return _body(error.message, error.wire.openai_type, error.param, str(error.kind))
-
-
-def _body(message: str, openai_type: str, param: str | None, code: str) -> bytes:
-    return json.dumps(
-        {"error": {"message": message, "type": openai_type, "param": param, "code": code}}
-    ).encode()
+    document = {
+        "message": error.message,
+        "type": error.wire.openai_type,
+        "param": error.param,
+        "code": error.openai_code,
+        "kind": str(error.kind),
+    }
+    return json.dumps({"error": document}).encode()
 
 
 def error_response(error: ServeError) -> Response:
     headers = {}
     if error.wire.retry:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    else:
+        # OpenAI's clients send again after 409 and every 5xx, unless told.
+        headers["x-should-retry"] = "false"
+    if error.kind is ErrorKind.UNSUPPORTED_CODING:
+        headers["accept-encoding"] = ", ".join(CODINGS)  # RFC 9110, section 15.5.16
     if error.kind is ErrorKind.UNAUTHENTICATED:
         headers["www-authenticate"] = "Bearer"  # RFC 6750, section 3
     return Response(error_body(error), error.wire.http, headers, media_type="application/json")
@@ -43,12 +52,8 @@ def on_http_error(request: Request, error: Exception) -> Response:
     message = (
         f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase.lower()}."
     )
-    body = _body(
-        message,
-        "invalid_request_error",
-        None,
-        "not_found" if error.status_code == 404 else "invalid",
-    )
+    known = NotFound(message) if error.status_code == 404 else Invalid(message)
+    body = error_body(known)
     return Response(body, error.status_code, error.headers, media_type="application/json")
 
 

@@ -6,21 +6,22 @@ import re
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from serve.answers import collect, names_of
+from serve.answers import collect, headers_of, names_of
 from serve.errors import Invalid, ServeError
 from serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
-from serve.rest.body import BodyLimits, read_body, unless_disconnected
+from serve.rest.body import BodyLimits, begun, read_body, read_object, unless_disconnected
 from serve.rest.documents import answers, body_document
 from serve.rest.shapes import ChatShape, Shape, TextShape, common_fields, whole_document
 from serve.rest.sse import EventStream
 from serve.schema.chat import ChatBody
-from serve.schema.fields import CacheOptions, CompletionBody
+from serve.schema.completions import CompletionBody
+from serve.schema.fields import CacheOptions
+from serve.schema.validation import validated
 from serve.sections import HttpSettings
 from serve.service import Service
 from serve.stream import Stream
@@ -43,7 +44,9 @@ class PlainRoute(APIRoute):
 def routes(service: Service, settings: HttpSettings) -> APIRouter:
     """Both endpoints over one service."""
     router = APIRouter(route_class=PlainRoute)
-    limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s)
+    limits = BodyLimits(
+        settings.max_body_bytes, settings.stalled_client_timeout_s, service.admission.bodies
+    )
 
     @router.post(
         "/v1/chat/completions",
@@ -63,17 +66,36 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         body = await checked(request, CompletionBody)
         return await answer(request, body, TextShape(body))
 
+    @router.post("/invocations", include_in_schema=False)
+    async def invocations(request: Request) -> Response:
+        """SageMaker's one path for all: the body says what it is."""
+        try:
+            document = await read_object(request, limits)
+            if "messages" in document:
+                chat = validated(document, ChatBody, settings.unknown_fields)
+            else:
+                text = validated(document, CompletionBody, settings.unknown_fields)
+        except ServeError as error:
+            service.refused(request.state.request_id, error, request.state.caller)
+            raise
+        if "messages" in document:
+            return await answer(request, chat, ChatShape(chat))
+        return await answer(request, text, TextShape(text))
+
     @router.post("/v1/route", responses=answers("Decision"), openapi_extra=body_document(ChatBody))
     async def route(request: Request) -> Response:
         """Where this chat completion would go, and why; nothing is generated."""
         body = await checked(request, ChatBody)
-        (asked,) = body.to_requests(request.state.request_id, request.state.caller)
-        decision = service.decide(asked)
+        caller: Caller = request.state.caller
+        (asked,) = body.to_requests(
+            request.state.request_id, caller, default_model=service.models.default(caller)
+        )
+        decision = service.models.decide(asked)
         return JSONResponse({"model": decision.adapter or service.model, **asdict(decision)})
 
     async def checked(request: Request, schema: type[Body]) -> Body:
         try:
-            return await read_body(request, schema, limits)
+            return await read_body(request, schema, limits, settings.unknown_fields)
         except ServeError as error:
             service.refused(request.state.request_id, error, request.state.caller)
             raise
@@ -87,6 +109,7 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
                 caller,
                 timeout_of(request, body.timeout_s),
                 cache_policy(request, body.cache),
+                default_model=service.models.default(caller),
             )
         except ServeError as error:
             service.refused(request_id, error, caller)
@@ -95,15 +118,15 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         if trace is not None:
             asked = [replace(one, trace=trace) for one in asked]
         if body.stream:
-            streams = await unless_disconnected(request.receive, service.start_all(asked))
             return EventStream(
-                streams,
+                await begun(request.receive, service.start_all(asked), settings.heartbeat_s),
                 shape,
-                common_fields(shape, request_id, names_of(streams)),
+                lambda streams: common_fields(shape, request_id, names_of(streams)),
                 include_usage=body.include_usage,
                 continuous_usage=body.continuous_usage,
                 stalled_client_timeout_s=settings.stalled_client_timeout_s,
-                headers=marks(streams),
+                heartbeat_s=settings.heartbeat_s,
+                headers=headers,
             )
         return await unless_disconnected(request.receive, whole(asked, shape, request_id))
 
@@ -116,21 +139,12 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
                 await stream.close()
         common = common_fields(shape, request_id, names_of(streams))
         document = whole_document(shape, common, choices, streams)
-        return Response(document, media_type="application/json", headers=marks(streams))
+        return Response(document, media_type="application/json", headers=headers(streams))
 
-    def marks(streams: Sequence[Stream]) -> dict[str, str]:
-        """Headers that say who answers, which stage of routing chose it, and what the result cache
-        had to do with it; one call's prompts may differ in each.
-        """
-        headers = {}
-        if service.has_adapters:
-            # Headers are ASCII, names of folders need not be.
-            headers["x-packhorse-model"] = quote(names_of(streams), safe="/:,@ ")
-            stages = sorted({stream.route.stage for stream in streams})
-            headers["x-packhorse-route"] = ", ".join(stages)
-        if service.has_cache:
-            headers["x-packhorse-cache"] = ", ".join(sorted({stream.mark for stream in streams}))
-        return headers
+    def headers(streams: Sequence[Stream]) -> dict[str, str]:
+        return headers_of(
+            streams, has_adapters=service.models.has_adapters, has_cache=service.has_cache
+        )
 
     return router
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from serve.answers import Answer, sum_of
 from serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
 from serve.schema.chat import ChatBody
-from serve.schema.fields import CompletionBody
+from serve.schema.completions import CompletionBody
 from serve.stream import Stream
 
 

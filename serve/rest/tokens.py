@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from serve.rest.body import BodyLimits, read_body, read_object
 from serve.rest.documents import answers, body_document
 from serve.schema.chat import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from serve.schema.lenient import LenientBody
 from serve.schema.validation import validated
 from serve.sections import HttpSettings
 from serve.service import Service
@@ -20,7 +21,9 @@ from serve.service import Service
 def routes(service: Service, settings: HttpSettings) -> APIRouter:
     """The small endpoints, in vLLM's shapes."""
     router = APIRouter()
-    limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s)
+    limits = BodyLimits(
+        settings.max_body_bytes, settings.stalled_client_timeout_s, service.admission.bodies
+    )
 
     def card(name: str) -> dict[str, Any]:
         parent = {} if name == service.model else {"parent": service.model}
@@ -36,12 +39,12 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
     @router.get("/v1/models", responses=answers("Models"))
     async def list_models(request: Request) -> dict[str, Any]:
         """The model, and the adapters that this key may use."""
-        names = service.models(request.state.caller)
+        names = service.models.names(request.state.caller)
         return {"object": "list", "data": [card(name) for name in names]}
 
     @router.get("/v1/models/{model:path}", responses=answers("Model"))
     async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
-        service.check_model(model, request.state.caller)
+        service.models.check(model, request.state.caller)
         return card(model)
 
     @router.post(
@@ -53,11 +56,12 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         document = await read_object(request, limits)
         body: TokenizeChatBody | TokenizeTextBody
         if "messages" in document:
-            body = validated(document, TokenizeChatBody)
+            body = validated(document, TokenizeChatBody, settings.unknown_fields)
         else:
-            body = validated(document, TokenizeTextBody)
-        asked = body.to_request(request.state.request_id, service.model)
-        asked = replace(asked, caller=request.state.caller)
+            body = validated(document, TokenizeTextBody, settings.unknown_fields)
+        caller = request.state.caller
+        asked = body.to_request(request.state.request_id, service.models.default(caller))
+        asked = replace(asked, caller=caller)
         token_ids = list(await service.tokenize(asked))
         strings = None
         if body.return_token_strs:
@@ -68,16 +72,18 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
                 "max_model_len": service.engine.max_model_len,
                 "tokens": token_ids,
                 "token_strs": strings,
-            }
+            },
+            body,
         )
 
     @router.post(
         "/detokenize", responses=answers("Text"), openapi_extra=body_document(DetokenizeBody)
     )
     async def detokenize(request: Request) -> Response:
-        body = await read_body(request, DetokenizeBody, limits)
-        service.check_model(body.model or service.model, request.state.caller)
-        return _json({"prompt": await service.engine.detokenize(body.tokens)})
+        body = await read_body(request, DetokenizeBody, limits, settings.unknown_fields)
+        caller = request.state.caller
+        service.models.check(body.model or service.models.default(caller), caller)
+        return _json({"prompt": await service.engine.detokenize(body.tokens)}, body)
 
     @router.get("/version", responses=answers("Version"))
     async def versions() -> dict[str, str | None]:
@@ -86,8 +92,9 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
     return router
 
 
-def _json(document: dict[str, Any]) -> Response:
-    return Response(json.dumps(document), media_type="application/json")
+def _json(document: dict[str, Any], body: LenientBody) -> Response:
+    headers = {"x-packhorse-ignored": ", ".join(body.ignored)} if body.ignored else None
+    return Response(json.dumps(document), headers=headers, media_type="application/json")
 
 
 def _version(package: str) -> str | None:

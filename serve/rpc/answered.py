@@ -11,7 +11,7 @@ from serve.messages import Chunk, Prompt, TokenLogprob, ToolCall
 from serve.routing.base import Decision
 from serve.rpc.pb import inference_pb2 as pb
 from serve.schema.chat import ChatBody
-from serve.schema.fields import CompletionBody
+from serve.schema.completions import CompletionBody
 from serve.stream import Stream
 
 REASONS = {

@@ -10,7 +10,8 @@ from typing import Any
 from serve.errors import Invalid
 from serve.rpc.pb import inference_pb2 as pb
 from serve.schema.chat import ChatBody, TokenizeChatBody, TokenizeTextBody
-from serve.schema.fields import CompletionBody, refuse_half_characters
+from serve.schema.completions import CompletionBody
+from serve.schema.fields import refuse_half_characters
 from serve.schema.validation import validated
 
 TOOL_CHOICES = ("none", "auto", "required")

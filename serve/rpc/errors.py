@@ -33,9 +33,12 @@ def _text(text: str) -> str:
 
 
 def details_of(error: ServeError, request_id: str) -> bytes:
-    """A google.rpc.Status: ErrorInfo (the kind), RequestInfo, RetryInfo and BadRequest as fits."""
+    """A google.rpc.Status: ErrorInfo (the kind, and OpenAI's words for it), RequestInfo, RetryInfo
+    and BadRequest as fits.
+    """
+    openai = {"openai_type": error.wire.openai_type, "openai_code": error.openai_code or ""}
     found: list[Message] = [
-        details.ErrorInfo(reason=str(error.kind).upper(), domain=DOMAIN),
+        details.ErrorInfo(reason=str(error.kind).upper(), domain=DOMAIN, metadata=openai),
         details.RequestInfo(request_id=request_id),
     ]
     if error.wire.retry:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
-from urllib.parse import quote
 
-from serve.answers import Answer, collect, names_of
+from serve.answers import Answer, collect, headers_of
 from serve.errors import ServeError
 from serve.messages import AUTO_CACHE, GenerateRequest
 from serve.rpc.answered import ChatAnswers, CompleteAnswers, decided, opening, usage
@@ -16,7 +15,7 @@ from serve.rpc.asked import chat_body, complete_body, tokenize_body
 from serve.rpc.calls import Call, Handler
 from serve.rpc.pb import inference_pb2 as pb
 from serve.schema.chat import ChatBody, DetokenizeBody
-from serve.schema.fields import CompletionBody
+from serve.schema.completions import CompletionBody
 from serve.schema.validation import validated
 from serve.service import Service
 from serve.stream import Stream, merged
@@ -123,14 +122,11 @@ class Inference:
                 await stream.close()
 
     def _mark(self, call: Asked, streams: Sequence[Stream]) -> None:
-        """Trailers that say who answers, and how that came about."""
-        if self._service.has_adapters:
-            call.marks["x-packhorse-model"] = quote(names_of(streams), safe="/:,@ ")
-            stages = sorted({stream.route.stage for stream in streams})
-            call.marks["x-packhorse-route"] = ", ".join(stages)
-        if self._service.has_cache:
-            marks = sorted({stream.mark for stream in streams})
-            call.marks["x-packhorse-cache"] = ", ".join(marks)
+        """What HTTP says in headers, in trailers."""
+        service = self._service
+        call.marks |= headers_of(
+            streams, has_adapters=service.models.has_adapters, has_cache=service.has_cache
+        )
 
     async def list_models(self, call: Call[pb.ListModelsRequest]) -> pb.ListModelsResponse:
         service = self._service
@@ -142,13 +138,14 @@ class Inference:
                     max_model_len=service.engine.max_model_len,
                     parent=None if name == service.model else service.model,
                 )
-                for name in service.models(call.caller)
+                for name in service.models.names(call.caller)
             ]
         )
 
     async def tokenize(self, call: Call[pb.TokenizeRequest]) -> pb.TokenizeResponse:
         service, body = self._service, tokenize_body(call.request)
-        asked = replace(body.to_request(call.request_id, service.model), caller=call.caller)
+        asked = body.to_request(call.request_id, service.models.default(call.caller))
+        asked = replace(asked, caller=call.caller)
         token_ids = list(await service.tokenize(asked))
         return pb.TokenizeResponse(
             count=len(token_ids),
@@ -165,9 +162,10 @@ class Inference:
             asked["model"] = call.request.model  # type: ignore[assignment]
         body = validated(asked, DetokenizeBody)
         service = self._service
-        service.check_model(body.model or service.model, call.caller)
+        model = body.model or service.models.default(call.caller)
+        service.models.check(model, call.caller)
         return pb.DetokenizeResponse(prompt=await service.engine.detokenize(body.tokens))
 
     async def route(self, call: Call[pb.ChatRequest]) -> pb.RouteResponse:
         _, (asked,) = self._checked(call, chat_body, stream=False)
-        return decided(self._service.decide(asked), self._service.model)
+        return decided(self._service.models.decide(asked), self._service.model)

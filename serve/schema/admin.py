@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from serve.schema.fields import StrictBody
+from serve.schema.lenient import LenientBody
 
 
 class AdapterBody(StrictBody):
@@ -19,3 +20,17 @@ class PinBody(StrictBody):
     """PATCH /admin/adapters/NAME."""
 
     pinned: bool
+
+
+class LoadAdapterBody(LenientBody):
+    """POST /v1/load_lora_adapter, as vLLM has it."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadAdapterBody(LenientBody):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str

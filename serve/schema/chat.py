@@ -2,90 +2,148 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
-from serve.errors import Invalid
 from serve.messages import (
     ANONYMOUS,
     AUTO_CACHE,
     CachePolicy,
     Caller,
     ChatOptions,
+    Constraint,
     GenerateRequest,
     Message,
     Sampling,
     ToolChoice,
 )
-from serve.schema.fields import INT32_MAX, GenerateBody, StrictBody, TokenId
+from serve.schema.fields import INT32_MAX, INT64_MAX, GenerateBody, TokenId
+from serve.schema.lenient import LenientBody, Unsupported
 
 ToolName = Annotated[str, Field(min_length=1, max_length=256)]
+Role = Annotated[str, Field(pattern=r"^[A-Za-z_-]{1,32}$")]
+# Kinds of content that are text, with the field that has it.
+TEXTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
 
 
-class TextPart(StrictBody):
-    type: Literal["text"]
+class TextPart(LenientBody):
+    type: Literal["text"] = "text"
     text: str
 
+    @classmethod
+    def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Every kind of text as `text`; a part of another kind stays, to be refused."""
+        kind = document.get("type", "text")
+        name = TEXTS.get(kind) if isinstance(kind, str) else None
+        if name is None or kind == "text":
+            return document
+        return {**document, "type": "text", "text": document.get(name)}
 
-class ToolCallFunction(StrictBody):
+
+class ToolCallFunction(LenientBody):
     name: str
-    arguments: str
+    arguments: str = "{}"
+
+    @classmethod
+    def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Arguments as an object, as some clients keep them, are its text."""
+        if not isinstance(document.get("arguments"), dict):
+            return document
+        return {**document, "arguments": json.dumps(document["arguments"], ensure_ascii=False)}
 
 
-class ToolCall(StrictBody):
-    id: str
-    type: Literal["function"]
+class ToolCall(LenientBody):
+    index: int | None = None
+    """Of streamed pieces, which some clients put together with it."""
+    id: str = ""
+    type: Literal["function"] = "function"
     function: ToolCallFunction
 
 
-class ChatMessage(StrictBody):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+class ChatMessage(LenientBody):
+    unsupported: ClassVar = {
+        "images": Unsupported(([],), "this server reads text alone"),
+        "function_call": Unsupported((), "send tool_calls, its present form"),
+        "audio": Unsupported((), "send its transcript as content"),
+    }
+
+    role: Role
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    reasoning: str | None = None
+    reasoning: str | None = Field(
+        None, validation_alias=AliasChoices("reasoning", "reasoning_content")
+    )
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # Empty in every answer of ours, and clients send answers back whole.
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
+    # In answers, which clients send back whole: none of it is part of a prompt.
+    refusal: str | None = None
+    annotations: Any = None
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role in ("user", "system", "developer"):
             raise ValueError(f"a message of role {self.role} needs content")
         return self
 
+    def as_message(self) -> Message:
+        """OpenAI's shape, without what is absent."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.content is None:
+            message["content"] = self.refusal or ""
+        elif not isinstance(self.content, str):
+            message["content"] = [{"type": "text", "text": part.text} for part in self.content]
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {"name": call.function.name, "arguments": call.function.arguments},
+                }
+                for call in self.tool_calls
+            ]
+            if self.content is None and not self.refusal:
+                del message["content"]
+        for name in ("name", "reasoning", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        return message
 
-class ToolFunction(StrictBody):
+
+class ToolFunction(LenientBody):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(StrictBody):
-    type: Literal["function"]
+class Tool(LenientBody):
+    type: Literal["function"] = "function"
     function: ToolFunction
 
 
-class NamedFunction(StrictBody):
+class NamedFunction(LenientBody):
     name: ToolName
 
 
-class NamedTool(StrictBody):
-    type: Literal["function"]
+class NamedTool(LenientBody):
+    type: Literal["function"] = "function"
     function: NamedFunction
 
 
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
-Tools = Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=128)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=128)]
 
 
-class _Conversation(StrictBody):
+class _Conversation(LenientBody):
     """What decides the prompt of a conversation."""
 
     messages: Messages
@@ -107,10 +165,7 @@ class _Conversation(StrictBody):
         return self
 
     def as_messages(self) -> tuple[Message, ...]:
-        return tuple(
-            message.model_dump(exclude_none=True, exclude={"annotations"})
-            for message in self.messages
-        )
+        return tuple(message.as_message() for message in self.messages)
 
     def as_tools(self) -> tuple[dict[str, Any], ...]:
         return tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
@@ -119,7 +174,7 @@ class _Conversation(StrictBody):
 class ChatBody(_Conversation, GenerateBody):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    max_completion_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=-1, le=INT32_MAX)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -134,14 +189,12 @@ class ChatBody(_Conversation, GenerateBody):
     @model_validator(mode="after")
     def _tools_and_logprobs(self) -> ChatBody:
         choice = self.tool_choice
-        if self.return_tokens_as_token_ids and not self.logprobs:
-            raise ValueError("return_tokens_as_token_ids is about logprobs; ask for them too")
+        if 0 in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens=0 leaves no answer; ask for at least one token")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
-        if choice not in (None, "none") and not self.tools:
+        if choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools; send them, or leave it out")
-        if self.parallel_tool_calls is not None and not self.tools:
-            raise ValueError("parallel_tool_calls needs tools; send them, or leave it out")
         if not self.include_reasoning and (self.return_token_ids or self.logprobs):
             raise ValueError(
                 "include_reasoning=false hides tokens that return_token_ids and logprobs would show"
@@ -150,12 +203,26 @@ class ChatBody(_Conversation, GenerateBody):
             names = [tool.function.name for tool in self.tools or ()]
             if choice.function.name not in names:
                 raise ValueError("tool_choice names a tool that is not among tools")
-        if (isinstance(choice, NamedTool) or choice == "required") and self.constraint():
+        if self._forces_a_call and self.structured_outputs is not None:
             raise ValueError(
-                "a forced tool call has its own form; leave out response_format and "
-                "structured_outputs, or let tool_choice be 'auto'"
+                "a forced tool call has its own form; leave out structured_outputs, or let "
+                "tool_choice be 'auto'"
             )
         return self
+
+    @property
+    def _forces_a_call(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        names = list(super().ignored)
+        if self._forces_a_call and self.response_format is not None:
+            names.append("response_format")  # it is about content, and there will be none
+        return tuple(names)
+
+    def constraint(self) -> Constraint | None:
+        return None if self._forces_a_call else super().constraint()
 
     def to_requests(
         self,
@@ -163,33 +230,31 @@ class ChatBody(_Conversation, GenerateBody):
         caller: Caller = ANONYMOUS,
         timeout_s: float | None = None,
         cache: CachePolicy = AUTO_CACHE,
+        *,
+        default_model: str = "",
     ) -> list[GenerateRequest]:
         """Always one. Raises Invalid."""
-        limits = {
-            limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None
-        }
-        if len(limits) > 1:
-            raise Invalid(
-                f"max_tokens={self.max_tokens} and max_completion_tokens="
-                f"{self.max_completion_tokens} differ; send one of them.",
-                param="max_tokens",
-            )
+        limit = self.max_completion_tokens  # OpenAI's present name; vLLM prefers it, too
+        if limit is None:
+            limit = self.max_tokens
         sampling = self.sampling(
-            next(iter(limits), None),
+            None if limit == -1 else limit,
             default_max_tokens=None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,
         )
-        request = self.request(request_id, sampling, caller, timeout_s, cache)
+        request = self.request(request_id, sampling, caller, timeout_s, cache, default_model)
         return [replace(request, messages=self.as_messages(), chat=self._options())]
 
     def _options(self) -> ChatOptions:
         choice: ToolChoice
-        if isinstance(self.tool_choice, NamedTool):
+        if not self.tools:
+            choice = "none"
+        elif isinstance(self.tool_choice, NamedTool):
             choice = "named"
         else:
             # With tools and no word about them, the model decides, as OpenAI has it.
-            choice = self.tool_choice or ("auto" if self.tools else "none")
+            choice = self.tool_choice or "auto"
         named = self.tool_choice
         return ChatOptions(
             tools=self.as_tools(),
@@ -229,7 +294,7 @@ class TokenizeChatBody(_Conversation):
         )
 
 
-class TokenizeTextBody(StrictBody):
+class TokenizeTextBody(LenientBody):
     """POST /tokenize with a prompt."""
 
     model: str | None = None
@@ -247,7 +312,7 @@ class TokenizeTextBody(StrictBody):
         )
 
 
-class DetokenizeBody(StrictBody):
+class DetokenizeBody(LenientBody):
     """POST /detokenize."""
 
     model: str | None = None

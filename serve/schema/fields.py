@@ -1,19 +1,16 @@
-"""The request bodies: OpenAI's fields and vLLM's own, checked strictly. A field that is not here is
-refused, never dropped; those without effect are listed in docs/api.md.
+"""The request bodies: OpenAI's fields and vLLM's own. What becomes of fields that are not here is
+in lenient.py.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve.errors import Invalid
 from serve.messages import (
-    ANONYMOUS,
-    AUTO_CACHE,
     CacheMode,
     CachePolicy,
     Caller,
@@ -21,16 +18,15 @@ from serve.messages import (
     GenerateRequest,
     Sampling,
 )
+from serve.schema.lenient import LenientBody, Unsupported
 
 INT32_MAX = 2**31 - 1  # what the engine's own integers hold
 INT64_MAX = 2**63 - 1
-MAX_ANSWERS = 2048  # prompts x n of one call, OpenAI's own limit on prompts
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=4)]  # OpenAI's limit
+StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=64)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def refuse_half_characters(document: Any) -> None:
@@ -42,16 +38,18 @@ def refuse_half_characters(document: Any) -> None:
 
 
 class StrictBody(BaseModel):
+    """What operators send: a slip of the pen must not change a server."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(StrictBody):
+class StreamOptions(LenientBody):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
 
 
-class JsonSchema(StrictBody):
+class JsonSchema(LenientBody):
     """OpenAI's named schema; name and description are for people."""
 
     name: str = Field(max_length=256)
@@ -60,7 +58,7 @@ class JsonSchema(StrictBody):
     strict: bool | None = None
 
 
-class ResponseFormat(StrictBody):
+class ResponseFormat(LenientBody):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -71,7 +69,7 @@ class ResponseFormat(StrictBody):
         return self
 
 
-class StructuredOutputs(StrictBody):
+class StructuredOutputs(LenientBody):
     """vLLM's own form of a constraint: exactly one of these."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
@@ -113,7 +111,10 @@ class StructuredOutputs(StrictBody):
         return Constraint("json_object", True)
 
 
-class CacheOptions(StrictBody):
+GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
+
+
+class CacheOptions(LenientBody):
     """What to do with the result cache, see docs/caching.md."""
 
     mode: CacheMode = "auto"
@@ -123,15 +124,44 @@ class CacheOptions(StrictBody):
         return CachePolicy(self.mode, self.max_age_s)
 
 
-class GenerateBody(StrictBody):
+_TOOLS = "send tools and tool_choice, their present form"
+_CONSTRAINT = "send structured_outputs or response_format"
+
+
+class GenerateBody(LenientBody):
     """What chat and plain completions share."""
 
-    model: str
+    unsupported: ClassVar = {
+        "best_of": Unsupported((1,), "send n, and choose among the answers"),
+        "use_beam_search": Unsupported((False,), "leave it out, or send n"),
+        "suffix": Unsupported(("",), "put the text that follows into the prompt"),
+        "functions": Unsupported(([],), _TOOLS),
+        "function_call": Unsupported(("none", "auto"), _TOOLS),
+        "audio": Unsupported((), "this server answers in text"),
+        "web_search_options": Unsupported((), "this server does not search"),
+        "chat_template": Unsupported((), "templates are the server's to choose"),
+        "prompt_embeds": Unsupported(([],), "send text or token ids"),
+        "logits_processors": Unsupported(([],), "use logit_bias, bad_words or structured_outputs"),
+        "logprob_token_ids": Unsupported(([],), "send logprobs"),
+        "thinking_token_budget": Unsupported((-1,), "send max_tokens"),
+        "truncation_side": Unsupported(("left",), "the end of a prompt is kept here"),
+        "repetition_detection": Unsupported(({},), "send repetition_penalty"),
+        "watermarking": Unsupported((False,), "leave it out"),
+        "vllm_xargs": Unsupported(({},), "leave it out"),
+        "kv_transfer_params": Unsupported(({},), "prefill and decode run in one engine here"),
+        "ec_transfer_params": Unsupported(({},), "prefill and decode run in one engine here"),
+    }
+    no_effect: ClassVar = frozenset(
+        ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+    )
+
+    model: str | None = None
     n: int | None = Field(None, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    max_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
+    """At most so many; -1 is as many as fit."""
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -144,7 +174,7 @@ class GenerateBody(StrictBody):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    logit_bias: Annotated[dict[str, Bias], Field(fail_fast=True, max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(fail_fast=True, max_length=1024)] | None = None
     bad_words: Annotated[list[StopString], Field(fail_fast=True, max_length=256)] | None = None
     allowed_token_ids: TokenIds | None = None
     prompt_logprobs: int | None = Field(None, ge=-1, le=INT32_MAX)
@@ -160,13 +190,21 @@ class GenerateBody(StrictBody):
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Without effect here, taken so that existing clients work.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @classmethod
+    def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's names of before for a constraint."""
+        if not GUIDED.keys() & document.keys():
+            return document
+        kept = {name: value for name, value in document.items() if name not in GUIDED}
+        asked = {GUIDED[name]: value for name, value in document.items() if name in GUIDED}
+        return {**kept, "structured_outputs": {**(kept.get("structured_outputs") or {}), **asked}}
 
     @field_validator("logit_bias")
     @classmethod
@@ -178,8 +216,6 @@ class GenerateBody(StrictBody):
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerateBody:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true; remove it or stream")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs are not streamed; leave out one of the two")
         plain = self.response_format is None or self.response_format.type == "text"
@@ -192,6 +228,11 @@ class GenerateBody(StrictBody):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def max_answer_tokens(self) -> int | None:
+        """None: as many as fit, or the endpoint's habit."""
+        return None if self.max_tokens == -1 else self.max_tokens
 
     @property
     def continuous_usage(self) -> bool:
@@ -219,6 +260,9 @@ class GenerateBody(StrictBody):
         prompt_logprobs: int | None,
     ) -> Sampling:
         """The sampling fields as sent. Raises Invalid when they contradict each other."""
+        n, temperature, top_k, top_p = self.n or 1, self.temperature, self.top_k, self.top_p
+        if top_p == 0:  # the likeliest token alone; engines want that said in another way
+            temperature, top_k, top_p = (0.0 if n == 1 else temperature), 1, None
         if max_tokens is not None and self.min_tokens > max_tokens:
             raise Invalid(
                 f"min_tokens={self.min_tokens} is above max_tokens={max_tokens}; lower it.",
@@ -229,22 +273,26 @@ class GenerateBody(StrictBody):
             max_tokens=max_tokens,
             default_max_tokens=default_max_tokens,
             min_tokens=self.min_tokens,
-            n=self.n or 1,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
+            # -1 is "random" to vLLM, for clients that cannot leave the field out.
+            seed=None if self.seed == -1 else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             include_stop_str_in_output=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
             spaces_between_special_tokens=self.spaces_between_special_tokens,
-            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            logit_bias={
+                int(token): max(-100.0, min(100.0, bias))
+                for token, bias in (self.logit_bias or {}).items()
+            },
             bad_words=tuple(self.bad_words or ()),
             allowed_token_ids=None if allowed is None else tuple(allowed),
             logprobs=logprobs,
@@ -259,12 +307,14 @@ class GenerateBody(StrictBody):
         caller: Caller,
         timeout_s: float | None,
         cache: CachePolicy,
+        default_model: str,
     ) -> GenerateRequest:
         """What every request has; its prompt or messages are for the endpoint to add."""
         return GenerateRequest(
             request_id,
-            self.model,
+            self.model or default_model,
             sampling,
+            ignored=self.ignored,
             add_special_tokens=self.add_special_tokens,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             priority=self.priority,
@@ -274,69 +324,3 @@ class GenerateBody(StrictBody):
             cache=cache,
             cache_salt=self.cache_salt,
         )
-
-
-class CompletionBody(GenerateBody):
-    """POST /v1/completions."""
-
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_ANSWERS)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_ANSWERS)]
-    )
-    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
-    echo: bool | None = None
-    logprobs: int | None = Field(None, ge=-1, le=INT32_MAX)
-
-    @model_validator(mode="after")
-    def _fits(self) -> CompletionBody:
-        if self.return_tokens_as_token_ids and self.logprobs is None:
-            raise ValueError("return_tokens_as_token_ids is about logprobs; ask for them too")
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 needs echo=true; ask for at least one token")
-        choices = len(self.prompts()) * (self.n or 1)
-        if choices > MAX_ANSWERS:
-            raise ValueError(f"prompts x n is {choices}, above the limit of {MAX_ANSWERS}")
-        return self
-
-    def prompts(self) -> list[str | tuple[int, ...]]:
-        """The prompts of a batch; one where one was sent."""
-        sent: Any = self.prompt
-        if isinstance(sent, str) or isinstance(sent[0], int):
-            sent = [sent]
-        return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in sent]
-
-    @property
-    def echo_only(self) -> bool:
-        """Nothing but the prompt is wanted: one token is generated all the same, and dropped."""
-        return self.max_tokens == 0
-
-    def to_requests(
-        self,
-        request_id: str,
-        caller: Caller = ANONYMOUS,
-        timeout_s: float | None = None,
-        cache: CachePolicy = AUTO_CACHE,
-    ) -> list[GenerateRequest]:
-        """One request a prompt. Raises Invalid."""
-        prompt_logprobs = self.prompt_logprobs
-        if prompt_logprobs is None and self.echo:
-            prompt_logprobs = self.logprobs
-        sampling = self.sampling(
-            1 if self.echo_only else self.max_tokens,
-            default_max_tokens=16,  # OpenAI's for this endpoint; chat has none
-            logprobs=self.logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
-        request = self.request(request_id, sampling, caller, timeout_s, cache)
-        prompts = self.prompts()
-        return [
-            replace(
-                request,
-                request_id=request_id if len(prompts) == 1 else f"{request_id}-{number}",
-                prompt=prompt,
-                echo=bool(self.echo),
-            )
-            for number, prompt in enumerate(prompts)
-        ]

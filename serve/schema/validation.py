@@ -7,16 +7,27 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from serve.errors import Invalid
+from serve.schema.lenient import LenientBody, UnknownFields, accepted
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def validated(document: dict[str, Any], schema: type[Body]) -> Body:
-    """The object as `schema`. Raises Invalid with its first fault."""
+def validated(
+    document: dict[str, Any], schema: type[Body], unknown: UnknownFields = "ignore"
+) -> Body:
+    """The object as `schema`. Raises Invalid with its first fault. `unknown` is what becomes of
+    fields that a lenient schema does not have; others refuse them.
+    """
+    ignored: list[str] = []
+    if issubclass(schema, LenientBody):
+        document, ignored = accepted(document, schema, unknown)
     try:
-        return schema.model_validate(document)
+        body = schema.model_validate(document)
     except ValidationError as error:
         raise invalid_from(error) from error
+    if ignored and isinstance(body, LenientBody):
+        body._ignored = tuple(ignored)
+    return body
 
 
 def invalid_from(error: ValidationError) -> Invalid:

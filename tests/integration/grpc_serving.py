@@ -56,7 +56,7 @@ class Twins:
             error = response.json()["error"]
             after = response.headers.get("retry-after")
             retry_s = None if after is None else float(after)
-            return Failed("", error["code"], error["message"], error["param"], retry_s)
+            return Failed("", error["kind"], error["message"], error["param"], retry_s)
         return said_in_json(events(response) if body.get("stream") else [response.json()])
 
 

@@ -90,11 +90,11 @@ BAD: dict[str, tuple[str, bytes | dict[str, Any], int, str, str]] = {
     "not an object": (TEXT, b"[]", 400, "invalid", "must be a JSON object"),
     "surrogate bytes": (TEXT, b'{"model": "\xed\xa0\x80"}', 400, "invalid", "UTF-8"),
     "no messages": (CHAT, {"model": "echo"}, 400, "invalid", "messages"),
-    "no room": (CHAT, hello(max_tokens=9000), 400, "invalid", "lower max_tokens to 2045"),
     "bad max_tokens": (CHAT, hello(max_tokens=0), 400, "invalid", "max_tokens=0"),
-    "unknown field": (CHAT, hello(frob=1), 400, "invalid", "no such field"),
+    "unsupported field": (CHAT, hello(best_of=4), 400, "invalid", "best_of: not supported here"),
     "unknown model": (CHAT, {**hello(), "model": "x"}, 404, "unknown_model", "no model 'x'"),
-    "too long": (TEXT, {"model": "echo", "prompt": "w " * 3000}, 400, "invalid", "shorten it"),
+    "too long": (TEXT, {"model": "echo", "prompt": "w " * 3000}, 400, "invalid",
+                 "maximum context length is 2048 tokens"),
     "too large": (TEXT, b" " * 5_000_000, 413, "too_large", "limit of 4194304"),
     "engine gone": (CHAT, hello("!dead"), 503, "unavailable", "asked to fail"),
     "a bug": (CHAT, hello("!bug"), 500, "internal", "request id"),
@@ -102,29 +102,56 @@ BAD: dict[str, tuple[str, bytes | dict[str, Any], int, str, str]] = {
 }  # fmt: skip
 
 
+OPENAIS_CODES = {
+    "too long": "context_length_exceeded",
+    "unknown model": "model_not_found",
+    "engine gone": "service_unavailable",
+}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_request_gets_openais_error_shape(
     http: httpx.Client, fault: str, stream: bool
 ) -> None:
-    path, body, status, code, message = BAD[fault]
+    path, body, status, kind, message = BAD[fault]
     if isinstance(body, dict):
         body = json.dumps({**body, "stream": True} if stream else body).encode()
     response = http.post(path, content=body)
     assert response.status_code == status
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == code
+    assert set(error) == {"message", "type", "param", "code", "kind"}
+    assert error["kind"] == kind
+    assert error["code"] == OPENAIS_CODES.get(fault)
     assert message in error["message"]
     assert ("retry-after" in response.headers) == (status == 503)
     assert http.post(CHAT, json=hello()).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_had_no_effect_is_told(http: httpx.Client, stream: bool) -> None:
+    body = hello(stream=stream, max_tokens=9000, temprature=1, user="ada", prediction=None)
+    before = metric(http, 'packhorse_ignored_fields_total{field="user"}')
+    response = http.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    assert response.headers["x-packhorse-ignored"] == "temprature, user"
+    assert response.headers["x-packhorse-max-tokens"] == "2045", "what the prompt leaves"
+    assert metric(http, 'packhorse_ignored_fields_total{field="user"}') == before + 1
+    plain = http.post(CHAT, json=hello(stream=stream, max_tokens=9)).headers
+    assert not {"x-packhorse-ignored", "x-packhorse-max-tokens"} & set(plain)
+
+
+def test_tokenize_tells_it_too(http: httpx.Client) -> None:
+    response = http.post("/tokenize", json={"prompt": "a b", "unheard_of": 1})
+    assert response.json()["count"] == 2
+    assert response.headers["x-packhorse-ignored"] == "unheard_of"
+
+
 def test_an_error_after_the_first_byte_is_the_last_event(http: httpx.Client) -> None:
     *_, last = events(http.post(CHAT, json=hello("!dead-later", stream=True)))
-    assert last["error"]["code"] == "unavailable"
+    assert last["error"]["kind"] == "unavailable"
     *_, last = events(http.post(CHAT, json=hello("!bug-later", stream=True)))
-    assert last["error"]["code"] == "internal"
+    assert last["error"]["kind"] == "internal"
     assert http.post(CHAT, json=hello("!bug-later")).status_code == 500
 
 

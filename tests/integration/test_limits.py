@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import uvloop
+from openai import AsyncOpenAI, InternalServerError
 
 from serve import metrics
 from serve.engines.echo import EchoEngine
@@ -39,7 +40,7 @@ class Clock:
 
 
 def retry_after(response: httpx.Response) -> int:
-    assert response.json()["error"]["code"] == "overloaded"
+    assert response.json()["error"]["kind"] == "overloaded"
     return int(response.headers["retry-after"])
 
 
@@ -173,9 +174,26 @@ async def test_a_request_that_waits_past_its_deadline_is_a_504(
         body = hello(stream=stream, **fields)
         response = await server.http.post(CHAT, json=body, headers=headers)
         assert response.status_code == 504
-        assert response.json()["error"]["code"] == "deadline"
+        assert response.json()["error"]["kind"] == "deadline"
         assert "longer than its 0.1 s" in response.json()["error"]["message"]
+        # Sent again, it would take as long again.
+        assert "retry-after" not in response.headers
+        assert response.headers["x-should-retry"] == "false"
         await until(nothing_left(server))
+
+
+async def test_openais_client_does_not_send_a_deadline_again() -> None:
+    before = metrics.REQUESTS.labels("deadline")._value.get()
+    async with (
+        serving(delay_s=30) as server,
+        AsyncOpenAI(base_url=server.listeners.url + "/v1", api_key="-", max_retries=2) as client,
+    ):
+        with pytest.raises(InternalServerError) as failed:
+            await client.completions.create(
+                model="echo", prompt="one", extra_body={"timeout_s": 0.1}
+            )
+    assert failed.value.status_code == 504
+    assert metrics.REQUESTS.labels("deadline")._value.get() == before + 1
 
 
 class Halting(EchoEngine):
@@ -196,7 +214,7 @@ async def test_a_deadline_in_the_middle_of_a_stream_is_its_last_event(prompts: i
         assert response.status_code == 200
         *chunks, last = events(response)
         assert chunks
-        assert last["error"]["code"] == "deadline"
+        assert last["error"]["kind"] == "deadline"
         await until(nothing_left(server))
         assert (await server.http.post(TEXT, json=body)).status_code == 504
 
@@ -209,7 +227,7 @@ async def test_the_servers_own_deadline() -> None:
 BAD_TIMEOUTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
     ({"timeout_s": 0}, {}, "timeout_s=0"),
     ({"timeout_s": -1}, {}, "timeout_s=-1"),
-    ({"timeout_s": "9"}, {}, "timeout_s"),
+    ({"timeout_s": "soon"}, {}, "timeout_s"),
     ({"timeout_s": 4000}, {}, "timeout_s=4000 is not above 0 and at most this server's 3600"),
     ({}, {"x-request-timeout-s": "4000"}, "at most this server's 3600"),
     ({}, {"x-request-timeout-s": "0"}, "timeout_s=0 is not above 0"),
@@ -233,7 +251,7 @@ async def test_a_body_above_the_limit_leaves_its_place() -> None:
         for _ in range(3):
             response = await server.http.post(CHAT, content=b" " * 2000)
             assert response.status_code == 413
-            assert response.json()["error"]["code"] == "too_large"
+            assert response.json()["error"]["kind"] == "too_large"
         assert nothing_left(server)()
 
 

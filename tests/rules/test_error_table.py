@@ -26,5 +26,5 @@ def test_every_error_is_in_the_tree_at_the_top_of_the_file(error: type[ServeErro
 
 def test_retries_are_for_what_may_pass_later() -> None:
     assert {kind for kind in ErrorKind if WIRE[kind].retry} == {
-        ErrorKind.OVERLOADED, ErrorKind.DEADLINE, ErrorKind.UNAVAILABLE,
+        ErrorKind.OVERLOADED, ErrorKind.UNAVAILABLE,
     }  # fmt: skip

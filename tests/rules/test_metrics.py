@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 LABELS = {
     "adapter": "configuration",
     "direction": "prompt, completion",
+    "field": "what known clients send, and other",
     "gpu": "numbers",
     "kind": "total, available or used",
     "mode": "busy, idle",

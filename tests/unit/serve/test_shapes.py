@@ -8,7 +8,7 @@ from serve.answers import Answer
 from serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
 from serve.rest.shapes import ChatShape, TextShape, usage_json
 from serve.schema.chat import ChatBody
-from serve.schema.fields import CompletionBody
+from serve.schema.completions import CompletionBody
 from serve.schema.validation import validated
 
 PROMPT = Prompt((1, 2), 9, text="ab")

@@ -56,7 +56,7 @@ def read(tokenizer: Any, text: str, *, stream: bool, **options: Any) -> dict[str
     """What the reader makes of an answer."""
     talk = chat(tokenizer, tool_call_parser="hermes", reasoning_parser="qwen3")
     request = ask(stream=stream, **options)
-    reader = talk.reader(request, None, talk.params(request), [1, 2, 3])
+    reader = talk.reader(request, None, talk.params(request)[0], [1, 2, 3])
     assert reader is not None
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     if stream:
@@ -111,14 +111,14 @@ def test_one_call_at_most_when_they_may_not_be_parallel(tokenizer: Any, stream: 
 def test_an_answer_without_tools_or_reasoning_is_not_read(tokenizer: Any) -> None:
     talk = chat(tokenizer, tool_call_parser="hermes")
     request = ask(stream=False)
-    assert talk.reader(request, None, talk.params(request), [1]) is None
+    assert talk.reader(request, None, talk.params(request)[0], [1]) is None
 
 
 def test_tools_need_a_parser(tokenizer: Any) -> None:
     talk = chat(tokenizer)
     request = ask(stream=False, tools=(TOOL,), tool_choice="auto")
     with pytest.raises(Invalid, match="--tool-call-parser"):
-        talk.reader(request, None, talk.params(request), [1])
+        talk.reader(request, None, talk.params(request)[0], [1])
 
 
 def test_a_tools_schema_is_bounded_too(tokenizer: Any) -> None:
@@ -126,7 +126,7 @@ def test_a_tools_schema_is_bounded_too(tokenizer: Any) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"maxLength": 10**6}}}
     request = ask(stream=False, tools=(tool,), tool_choice="required")
     with pytest.raises(Invalid, match="maxLength=1000000"):
-        talk.reader(request, None, talk.params(request), [1])
+        talk.reader(request, None, talk.params(request)[0], [1])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,18 @@ def test_a_parser_or_template_that_is_not_there_stops_the_start(
 def test_a_template_can_come_from_a_file(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ messages[0].content }}{{ mood }}")
     talk = chat(tokenizer, chat_template=str(tmp_path / "t.jinja"))
-    assert "mood" in str(talk.params(ask(stream=False)).chat_template)
-    talk.params(ask(stream=False, template_variables={"mood": "!"}))
-    with pytest.raises(Invalid, match="has no use for temper"):
-        talk.params(ask(stream=False, template_variables={"temper": "!"}))
+    assert "mood" in str(talk.params(ask(stream=False))[0].chat_template)
+    variables = {"mood": "!", "temper": "!", "add_generation_prompt": False}
+    options = {"template_variables": variables, "reasoning_effort": "low"}
+    params, ignored = talk.params(ask(stream=False, **options))
+    assert ignored == (
+        "chat_template_kwargs.add_generation_prompt",
+        "chat_template_kwargs.temper",
+        "reasoning_effort",
+    )
+    assert params.chat_template_kwargs["mood"] == "!"
+    assert params.chat_template_kwargs["add_generation_prompt"] is True
+    assert "temper" not in params.chat_template_kwargs
+    assert "reasoning_effort" not in params.chat_template_kwargs
+    with pytest.raises(Invalid, match="no place for documents"):
+        talk.params(ask(stream=False, documents=({"text": "x"},)))
