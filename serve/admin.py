@@ -5,6 +5,7 @@ with the name of the key that made it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ class Admin:
         cache: Results | None = None,
         *,
         model: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """`model` is the base's name."""
+        """`model` is the base's name, `settings` what may be shown of them."""
         self._registry = adapters
         self._router = routing
         self._cache = cache
         self._model = model
+        self._settings = dict(settings or {})
+
+    def server_info(self) -> dict[str, Any]:
+        return {"model": self._model, "settings": self._settings}
 
     @property
     def _routing(self) -> Routing:

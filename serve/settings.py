@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,10 +111,28 @@ def _shown(fault: ErrorDetails) -> str:
     """The value at fault, unless it is a secret or may be one under a mistyped name, or a whole
     section.
     """
-    secretive = fault["type"] == "extra_forbidden" or {"auth", "cache", "tracing"} & {*fault["loc"]}
+    secrets = {"auth", "cache", "tracing", "hf_token"}
+    secretive = fault["type"] == "extra_forbidden" or secrets & {*fault["loc"]}
     if secretive or isinstance(fault["input"], dict):
         return ""
     return f" = {fault['input']!r}"
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """What operators may see: all of it, without secrets."""
+    return _masked(settings.model_dump(mode="json"))
+
+
+def _masked(section: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's own engine arguments are taken as they come, tokens among them."""
+    return {
+        name: _masked(value)
+        if isinstance(value, dict)
+        else "**********"
+        if value is not None and re.search("token$|secret|password|api_key|admin_key", name)
+        else value
+        for name, value in section.items()
+    }
 
 
 def _refuse_unknown_environment() -> None:

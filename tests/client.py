@@ -35,7 +35,8 @@ def request_lines(log: str | pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 def events(response: httpx.Response) -> list[Any]:
     assert response.headers["content-type"].startswith("text/event-stream")
-    parts = [part.removeprefix("data: ") for part in response.text.split("\n\n") if part]
+    found = (part for part in response.text.split("\n\n") if part)
+    parts = [part.removeprefix("data: ") for part in found if not part.startswith(":")]
     assert parts.pop() == "[DONE]"
     return [json.loads(part) for part in parts]
 

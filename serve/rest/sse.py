@@ -6,6 +6,8 @@ string and one send.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -22,8 +24,14 @@ from serve.rest.errors import error_body
 from serve.rest.shapes import Shape, usage_json
 from serve.stream import Stream, merged
 
-HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx passes events on as they come
+]
 DONE = b"data: [DONE]\n\n"
+# A comment, which clients skip: it keeps proxies from taking a long wait for an end.
+HEARTBEAT = b": waiting\n\n"
 # Text -> JSON string. C-accelerated, and escapes non-ASCII, which is safe in every client.
 _quote: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
@@ -31,35 +39,54 @@ _quote: Callable[[str], str] = json.encoder.encode_basestring_ascii
 class EventStream(Response):
     """Sends the openings, one event a chunk, the usage when asked for, and [DONE].
 
-    An error after the first byte becomes the last event but one. `common` are the fields that all
-    events share. With `include_usage` every event but the last has `"usage": null`, as OpenAI's do;
-    with `continuous_usage` each has the count of its own prompt so far.
+    An error after the first byte becomes the last event but one. With `include_usage` every event
+    but the last has `"usage": null`, as OpenAI's do; with `continuous_usage` each has the count of
+    its own prompt so far.
     """
 
     def __init__(
         self,
-        streams: Sequence[Stream],
+        starting: asyncio.Future[list[Stream]],
         shape: Shape,
-        common: dict[str, Any],
+        common: Callable[[Sequence[Stream]], dict[str, Any]],
         *,
         include_usage: bool,
         continuous_usage: bool,
         stalled_client_timeout_s: float,
-        headers: dict[str, str],
+        heartbeat_s: float | None,
+        headers: Callable[[Sequence[Stream]], dict[str, str]],
     ) -> None:
-        self._streams = streams
+        """`starting` gives the streams; if it is not done, comments are sent until it is. `common`
+        makes the fields that all events share, and `headers` those of the answer, which has none of
+        them when they are not known at its start. Raises ServeError when nothing could be started.
+        """
+        self._starting = starting
         self._shape = shape
-        more = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self._start_headers = [*HEADERS, *more]
+        self._common = common
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
-        self._prefix = json.dumps({**common, "object": shape.event_object})[:-1]
-        self._choices = streams[0].request.sampling.n
         self._look_every_s = stalled_client_timeout_s / 2
         # Goes up before and after each send, so it is odd while one is on its way.
         self._sends = 0
         self._seen_sends: tuple[int, ...] = ()
+        self._heartbeat_s = heartbeat_s
+        self._beat: asyncio.TimerHandle | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._beat_at_sends = -1
+        self._is_over = False
         self.background = None
+        self._streams: Sequence[Stream] = ()
+        self._start_headers = HEADERS
+        if starting.done():
+            self._opened(starting.result())
+            more = headers(self._streams)
+            self._start_headers = [*HEADERS, *((n.encode(), v.encode()) for n, v in more.items())]
+
+    def _opened(self, streams: Sequence[Stream]) -> None:
+        self._streams = streams
+        common = self._common(streams)
+        self._prefix = json.dumps({**common, "object": self._shape.event_object})[:-1]
+        self._choices = streams[0].request.sampling.n
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The server's own send: what wraps it looks at the start of a response only.
@@ -77,8 +104,34 @@ class EventStream(Response):
         except Cancelled:
             return
         finally:
+            self._is_over = True
+            for waiting in (self._beat, self._beating, self._starting):
+                if waiting is not None:
+                    waiting.cancel()
+            if not self._streams:
+                await asyncio.wait([self._starting])  # it ends what it has begun
+                if not self._starting.cancelled() and self._starting.exception() is None:
+                    self._streams = self._starting.result()
             for stream in self._streams:
                 await stream.close()
+
+    def _beats(self, send: Send) -> None:
+        """Comments in long silences, so that proxies do not take one for an end. `send` writes at
+        once or waits, so a comment never comes into an event.
+        """
+        if self._heartbeat_s is None or self._is_over:
+            return
+        is_quiet = self._beat_at_sends == self._sends and self._sends % 2 == 0
+        if is_quiet and (self._beating is None or self._beating.done()):
+            self._beating = asyncio.create_task(self._send_comment(send))
+        self._beat_at_sends = self._sends
+        loop = asyncio.get_running_loop()
+        self._beat = loop.call_later(self._heartbeat_s, self._beats, send)
+
+    async def _send_comment(self, send: Send) -> None:
+        if not self._is_over:
+            with contextlib.suppress(RuntimeError):  # the stream has ended while this waited
+                await send(_body(HEARTBEAT))
 
     def _look_for_progress(self) -> None:
         """Raises _Stalled when one send has been on its way at the last two looks, too."""
@@ -94,8 +147,15 @@ class EventStream(Response):
         self._sends += 1
         await send({"type": "http.response.start", "status": 200, "headers": self._start_headers})
         self._sends += 1
-        pending = b"".join(map(self._opening, range(len(self._streams) * self._choices)))
+        pending = b""
         try:
+            if not self._streams:
+                await body_send(_body(HEARTBEAT))
+                self._beats(body_send)
+                self._opened(await self._starting)
+            else:
+                self._beats(body_send)
+            pending = b"".join(map(self._opening, range(len(self._streams) * self._choices)))
             if len(self._streams) == 1:
                 pending = await self._write_one(self._streams[0], body_send, pending)
             else:
@@ -111,6 +171,7 @@ class EventStream(Response):
                 pending += self._wrap("[]", json.dumps(usage_json(usages)))
         except ServeError as error:
             pending += b"data: " + error_body(error) + b"\n\n"
+        self._is_over = True
         self._sends += 1
         await body_send({"type": "http.response.body", "body": pending + DONE, "more_body": False})
 

@@ -130,9 +130,9 @@ async def test_static_health_checks_are_answered(path: str, body: dict[str, Any]
         assert answer.json()["choices"]
 
 
-async def test_an_endpoint_without_sleep_mode_counts_as_awake() -> None:
+async def test_no_engine_sleeps() -> None:
     async with serving() as served:
-        assert (await served.http.get("/is_sleeping")).status_code == 404
+        assert (await served.http.get("/is_sleeping")).json() == {"is_sleeping": False}
 
 
 async def test_probes_need_no_key_and_tell_alive_from_ready(tmp_path: Path) -> None:
