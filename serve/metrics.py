@@ -46,17 +46,60 @@ BEFORE_ENGINE_SECONDS = Histogram(
 ADMISSION_REFUSALS = Counter(
     "packhorse_admission_refusals_total",
     "Requests refused at once, by the limit that was met: in_flight, running, queued_tokens, "
-    "key_concurrency, key_tokens, key_requests, adapter_waiting, adapters_in_use or engine_queue.",
+    "key_concurrency, key_tokens, key_requests, adapter_waiting, adapters_in_use, engine_queue or "
+    "body_bytes.",
     ["reason"],
+)
+# What known clients send, and engines have no use for. Labels come from here, never from a request.
+IGNORED_NAMES = frozenset((
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "best_of", "functions", "function_call", "suffix",
+    "use_beam_search", "length_penalty", "modalities", "prediction", "verbosity",
+    "stream_options", "response_format", "parallel_tool_calls", "priority", "reasoning_effort",
+    "reasoning", "thinking", "enable_thinking", "include", "session_id", "request_id",
+    "stream_interval", "return_prompt_text", "mm_processor_kwargs", "media_io_kwargs",
+    "guided_decoding_backend", "guided_whitespace_pattern",
+    "chat_template_kwargs.enable_thinking", "chat_template_kwargs.thinking", "n_predict",
+    "num_ctx", "options", "keep_alive", "format", "think", "template", "tfs_z", "top_a",
+    "typical_p", "typical", "mirostat", "mirostat_tau", "mirostat_eta", "dynatemp_range",
+    "dry_multiplier", "xtc_probability", "grammar", "cache_prompt", "id_slot", "samplers",
+    "add_bos_token", "ban_eos_token", "do_sample", "provider", "models", "transforms", "route",
+    "plugins", "usage", "messages.cache_control", "messages.content.cache_control",
+    "messages.content.annotations", "messages.content.logprobs", "messages.parsed", "messages.id",
+    "messages.status", "messages.timestamp", "messages.reasoning_details",
+    "messages.thinking_blocks", "messages.provider_specific_fields",
+    "messages.tool_calls.provider_specific_fields",
+    "messages.tool_calls.function.parsed_arguments", "messages.tool_calls.extra_content",
+    "messages.prefix", "messages.partial", "messages.weight", "messages.metadata",
+    "tools.cache_control", "tools.function.cache_control",
+))  # fmt: skip
+IGNORED_FIELDS = Counter(
+    "packhorse_ignored_fields_total",
+    "Fields of requests that had no effect, by name; `other` for those that no known client sends.",
+    ["field"],
 )
 WAITING = Gauge(
     "packhorse_requests_waiting", "Admitted requests of which nothing has been answered yet."
 )
 QUEUED_TOKENS = Gauge("packhorse_queued_tokens", "Prompt tokens of these.")
+BODY_BYTES = Gauge(
+    "packhorse_body_bytes", "What calls in progress hold of bodies (HTTP) and messages (gRPC)."
+)
+HTTP_CONNECTIONS = Gauge(
+    "packhorse_http_connections", "Open connections, TLS handshakes among them, on all ports."
+)
+CONNECTIONS_CUT = Counter(
+    "packhorse_http_connections_cut_total",
+    "Connections that were cut off, by reason: full (refused at the limit), made_room (longest "
+    "without a word, at the limit), slow (no whole header in time), large (header), pipelined (too "
+    "many requests at once), or unread (the client took nothing of its answer).",
+    ["reason"],
+)
 AUTH_FAILURES = Counter(
     "packhorse_auth_failures_total",
     "Requests without a right to what they ask, by reason: missing, malformed or unknown key, or "
-    "scope (a known key that may not).",
+    "scope (a known key that may not); without keys, operators' calls from another machine "
+    "(remote), by a proxy (forwarded), for another host, or from another origin's page.",
     ["reason"],
 )
 KEY_RELOAD_FAILURES = Counter(
@@ -90,6 +133,10 @@ REPLAYS = Counter(
     "Requests handed to a new engine because theirs died before they had streamed anything.",
 )
 POISON = Counter("packhorse_requests_poison_total", "Requests found to end the engine; refused.")
+POISON_REFUSED = Counter(
+    "packhorse_requests_poison_refused_total",
+    "Requests refused because they equal one that was found before; no engine had them.",
+)
 HELD = Gauge(
     "packhorse_requests_held", "Requests that wait for a new engine, or for their turn on it."
 )
@@ -105,6 +152,13 @@ ADAPTER_WAITING = Gauge(
     "packhorse_adapter_requests_waiting",
     "Requests that wait for their turn on an adapter.",
     ["adapter"],
+)
+ADAPTER_FOLDER_DOUBTS = Counter(
+    "packhorse_adapter_folder_doubts_total",
+    "Looks at the watched folder that missed adapters and removed none, by reason: away (it cannot "
+    "be read), empty, changed (another folder or mount is in its place), or unreadable (an adapter "
+    "is listed, and its files cannot be had).",
+    ["reason"],
 )
 ADAPTER_FAILURES = Counter(
     "packhorse_adapter_failures_total",
@@ -167,17 +221,25 @@ CACHE_STORE_FAILURES = Counter(
 )
 
 
+# What has series by adapter.
+BY_ADAPTER: tuple[Counter | Gauge, ...] = (ADAPTER_WAITING, ROUTES)
+
 # Every value that labels of a closed set can have. A rate of what happens for the first
 # time is seen only where there was a 0 before it.
 CLOSED: dict[Counter, tuple[str, ...]] = {
     REQUESTS: ("ok", *map(str, ErrorKind)),
     TOKENS: ("prompt", "completion"),
     ENGINE_FAILURES: ("died", "hung", "not_built"),
-    AUTH_FAILURES: ("missing", "malformed", "unknown", "scope"),
+    ADAPTER_FOLDER_DOUBTS: ("away", "empty", "changed", "unreadable"),
+    AUTH_FAILURES: (
+        "missing", "malformed", "unknown", "scope", "remote", "forwarded", "host", "origin",
+    ),
     ADMISSION_REFUSALS: (
         "in_flight", "running", "queued_tokens", "key_concurrency", "key_tokens", "key_requests",
-        "adapter_waiting", "adapters_in_use", "engine_queue",
+        "adapter_waiting", "adapters_in_use", "engine_queue", "body_bytes",
     ),
+    CONNECTIONS_CUT: ("full", "made_room", "slow", "large", "pipelined", "unread"),
+    IGNORED_FIELDS: ("other", *sorted(IGNORED_NAMES)),
     CACHE_STORES: ("kept", "too_large", "failed"),
     CACHE_STORE_FAILURES: ("timeout", "refused", "error"),
 }  # fmt: skip
@@ -188,6 +250,14 @@ for _counter, _values in CLOSED.items():
 MACHINE, GPUS = Machine(), Gpus()
 REGISTRY.register(MACHINE)
 REGISTRY.register(GPUS)
+
+
+def forget_adapter(name: str) -> None:
+    """Take the series of an adapter that is gone from every metric that has them. Not before its
+    last request has ended: that one would bring them back.
+    """
+    for metric in BY_ADAPTER:
+        metric.remove_by_labels({"adapter": name})
 
 
 def held() -> float:

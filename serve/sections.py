@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from serve.hosts import is_origin, parse_host
+from serve.outbound import CacheSettings as CacheSettings
+from serve.outbound import Section as Section
+from serve.outbound import TracingSettings as TracingSettings
+from serve.outbound import stripped as stripped
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+WithoutKeys = Literal["loopback", "inference", "everything"]
 
 
 class HttpSettings(Section):
@@ -22,14 +25,32 @@ class HttpSettings(Section):
     """0 lets the system choose; the start-up line says which."""
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     """Larger request bodies are refused with 413 before they are read whole."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """What becomes of fields of requests that this server does not know: ignored, and told in
+    x-packhorse-ignored, or refused with 400. Those that would change the answer are always refused.
+    """
     stalled_client_timeout_s: float = Field(60.0, gt=0)
     """A client that for so long takes nothing of a stream, or does not finish its request, is cut
     off.
+    """
+    heartbeat_s: float | None = Field(15.0, gt=0)
+    """A stream that has said nothing for so long gets a comment, before its first token too:
+    proxies cut off what is silent for a minute. null: never.
     """
     keep_alive_s: int = Field(75, ge=1)
     """An idle connection is closed after so long. Longer than the 60 s of most load balancers: they
     must close first, or they send a request into a connection that is closing.
     """
+    max_connections: int = Field(4096, ge=1)
+    """On all ports. One more takes the place of that from which nothing has been heard for longest;
+    where all have a request that is being answered, it gets 503.
+    """
+    header_timeout_s: float = Field(20.0, gt=0)
+    """How long the headers of a request may take to come, from a connection's opening or from the
+    first byte after an answer. TLS's handshake may take as long again.
+    """
+    max_header_bytes: int = Field(64 * 1024, ge=1024)
+    """Larger headers of a request get 431, and the connection is closed."""
     admin_port: int | None = Field(None, ge=0, le=65535)
     """A second port, for /metrics and /admin; they are then nowhere else."""
     admin_host: str = "127.0.0.1"
@@ -39,7 +60,11 @@ class HttpSettings(Section):
     tls_key: Path | None = None
     """PEM file with its private key, not encrypted."""
     cors_origins: tuple[str, ...] = ()
-    """Web pages that may call: `https://chat.example.org`, or `*`."""
+    """Web pages that may call: `https://chat.example.org`, `app://obsidian.md`, `null`, or `*`."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Without keys, Hosts under which operators' calls are answered: `ops.example`, with a port or
+    for any. Unset: localhost, 127.0.0.1 and [::1]; with auth.without_keys `everything`, all.
+    """
 
     @model_validator(mode="after")
     def _tls_has_both(self) -> HttpSettings:
@@ -51,10 +76,20 @@ class HttpSettings(Section):
     @classmethod
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
-            # Browsers send exactly this form; anything else would never match.
-            if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
-                raise ValueError(f"{origin!r} is no origin; write https://HOST[:PORT], or *")
+            if origin != "*" and not is_origin(origin):  # it would never match
+                raise ValueError(
+                    f"{origin!r} is no origin as browsers send it; write SCHEME://HOST[:PORT] "
+                    "without a path, a default port or capitals, or null, or *"
+                )
         return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for host in hosts or ():
+            if parse_host(host) is None:
+                raise ValueError(f"{host!r} is no host; write NAME[:PORT], an address, [IPV6]")
+        return hosts
 
 
 class RpcSettings(Section):
@@ -66,13 +101,25 @@ class RpcSettings(Section):
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     """Larger requests are refused."""
     stalled_client_timeout_s: float = Field(60.0, gt=0)
-    """A client that for so long takes nothing of a stream is cut off."""
+    """A client that for so long takes nothing of a stream, or sends no message, is cut off."""
     keep_alive_s: float = Field(60.0, ge=1)
     """How often a connection without traffic is tried."""
     admin: bool | None = None
     """Whether operators' calls are on this port. Unset: unless http.admin_port keeps them apart."""
     max_calls: int = Field(4096, ge=1)
     """Calls at once, health watches among them; more are refused before they are read."""
+    max_connections: int = Field(4096, ge=1)
+    """More are closed as they come."""
+    max_connection_age_s: float | None = Field(1800.0, gt=0)
+    """A connection of about this age is told to make place for a new one (GOAWAY), which may reach
+    another replica; no call fails by that. null: never.
+    """
+    max_connection_age_grace_s: float = Field(3600.0, gt=0)
+    """How long calls on such a connection may still run, then they are cut off. Not below
+    service.max_request_timeout_s, unless they may be.
+    """
+    max_connection_idle_s: float | None = Field(300.0, gt=0)
+    """A connection without a call for so long gets a GOAWAY, too. null: never."""
     reflection: bool = True
     """Whether clients may ask which services there are."""
     tls_certificate: Path | None = None
@@ -113,52 +160,26 @@ class ServiceSettings(Section):
         return self
 
 
-class TracingSettings(Section):
-    """Owner: tracing. OpenTelemetry, see docs/observability.md."""
-
-    endpoint: str | None = Field(None, pattern=r"^https?://")
-    """Where spans go, by OTLP: http://HOST:4317 for grpc, http://HOST:4318 for http/protobuf.
-    Unset: no tracing.
-    """
-    protocol: Literal["grpc", "http/protobuf"] = "grpc"
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
-    """Sent with them; keys of hosted collectors go here."""
-
-    @field_validator("endpoint")
-    @classmethod
-    def _has_no_secret(cls, endpoint: str | None) -> str | None:
-        """It is logged."""
-        parts = urlsplit(endpoint or "")
-        if parts.username is not None or parts.query:
-            raise ValueError("a user or a query in it would be logged; use tracing.headers")
-        return endpoint
-
-    @field_validator("headers")
-    @classmethod
-    def _can_be_sent(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
-        """gRPC drops spans, and HTTP's client logs the value, when one cannot."""
-        for name, value in headers.items():
-            if not re.fullmatch(r"[a-z0-9._-]+", name):
-                raise ValueError(f"the name {name!r} is not of a-z, 0-9, '.', '_' and '-'")
-            if not re.fullmatch(r"[ -~]+", value.get_secret_value()):
-                raise ValueError(f"the value of {name} is not of printable ASCII alone")
-        return headers
-
-    sample_ratio: float = Field(1.0, ge=0, le=1)
-    """How many of the calls are traced whose caller does not say (with `traceparent`)."""
-    service_name: str = "packhorse"
-    """What the spans are filed under."""
-
-
 class AuthSettings(Section):
-    """Owner: auth. Without either, everybody may do everything."""
+    """Owner: auth."""
 
     keys_file: Path | None = None
     """YAML or JSON list of keys, see docs/access.md; read again when it changes."""
     api_key: SecretStr | None = None
-    """One key that may do everything, for a server without a keys file."""
+    """One key for inference and metrics, for a server without a keys file."""
+    admin_key: SecretStr | None = None
+    """One that may do everything, beside it or alone."""
+    without_keys: WithoutKeys = "inference"
+    """What callers may do where there is no key at all. `inference`: infer and read /metrics;
+    operators' calls from this machine or on http.admin_port alone. `loopback`: the same, and the
+    server starts only where no other machine reaches it. `everything`: all of it, from anywhere.
+    """
     open_metrics: bool = False
     """GET /metrics needs no key: routers of several servers send none."""
+
+    @property
+    def has_keys(self) -> bool:
+        return any(key is not None for key in (self.keys_file, self.api_key, self.admin_key))
 
 
 class AdmissionSettings(Section):
@@ -166,6 +187,8 @@ class AdmissionSettings(Section):
 
     max_in_flight: int = Field(1024, ge=1)
     """HTTP or gRPC calls at once, checked before their bodies are read."""
+    max_bodies_bytes: int = Field(256 * 2**20, ge=2**20)
+    """Bytes of bodies and messages that all calls in progress hold; half of it for one key."""
     max_running: int | None = Field(None, ge=1)
     """Answers (prompts x n) that the engine has, waiting or running. Unset: half as many again as
     it runs at once.
@@ -186,59 +209,8 @@ class SupervisorSettings(Section):
     """Pause before the second rebuild of a window; doubles with each after it, up to a minute."""
     build_timeout_s: float = Field(1800.0, gt=0)
     """An engine that is not there after so long has failed: its processes are ended."""
-
-
-class CacheSettings(Section):
-    """Owner: cache/. The result cache, see docs/caching.md."""
-
-    enabled: bool = True
-    memory_bytes: int = Field(256 * 2**20, ge=0)
-    """Results in this process; the least recently used go first. 0: only the store has any."""
-    ttl_s: float = Field(24 * 3600.0, gt=0)
-    """Older results are not given out."""
-    max_entry_bytes: int = Field(2**20, ge=1)
-    """Larger results are not kept."""
-    store: SecretStr | None = None
-    """Shared by replicas: redis://HOST:PORT/DB, rediss:// (TLS), unix://PATH, or
-    memcached://HOST:PORT. Needs `secret`.
-    """
-    secret: SecretStr | None = None
-    """What tenants' marks and checksums are made with; the same for all replicas. Unset: a new one
-    at each start.
-    """
-    prefix: str = Field("packhorse", pattern=r"^[A-Za-z0-9._-]{1,64}$")
-    """What names in the store begin with."""
-    timeout_s: float = Field(0.1, gt=0, le=10)
-    """How long the store may take; the engine answers then."""
-    digests_file: Path | None = None
-    """Where digests of weight files are remembered, so that each is read once. Unset:
-    packhorse/digests.json in the user's cache folder.
-    """
-
-    @field_validator("store")
-    @classmethod
-    def _is_a_store(cls, store: SecretStr | None) -> SecretStr | None:
-        # Without the value in the message: it may have a password.
-        schemes = ("redis://", "rediss://", "unix://", "memcached://")
-        if store is not None and not store.get_secret_value().startswith(schemes):
-            raise ValueError(f"must begin with one of {', '.join(schemes)}")
-        return store
-
-    @field_validator("secret")
-    @classmethod
-    def _is_long(cls, secret: SecretStr | None) -> SecretStr | None:
-        if secret is not None and len(secret.get_secret_value()) < 16:
-            raise ValueError("must have at least 16 characters; `openssl rand -hex 32` makes one")
-        return secret
-
-    @model_validator(mode="after")
-    def _store_has_secret(self) -> CacheSettings:
-        if self.store is not None and self.secret is None:
-            raise ValueError(
-                "cache.store needs cache.secret, the same for all replicas, or nothing could be "
-                "shared; `openssl rand -hex 32` makes one"
-            )
-        return self
+    poison_ttl_s: float = Field(3600.0, gt=0)
+    """How long a request that two engines have died of, or one that equals it, is refused."""
 
 
 class RoutingSettings(Section):
@@ -264,6 +236,16 @@ class EngineSettings(Section):
     """`echo` answers with the last message and needs no model: for tests of everything around the
     engine.
     """
+    revision: str | None = None
+    """Branch, tag or commit, where the model is a hub's. It is looked up once: the server keeps to
+    one commit.
+    """
+    tokenizer_revision: str | None = None
+    """The same for the tokenizer, where it is another's (`tokenizer`) or of another revision."""
+    hf_token: SecretStr | None = None
+    """For the hub. Unset: HF_TOKEN of the environment, or the login that is stored."""
+    download_dir: Path | None = None
+    """Where downloads are kept. Unset: the hub's own cache folder."""
     dtype: str = "auto"
     max_model_len: int | None = Field(None, ge=16)
     max_num_seqs: int | None = Field(None, ge=1)
@@ -309,6 +291,15 @@ class EngineSettings(Section):
     echo_delay_s: float = Field(0.0, ge=0)
     """Echo engine only: pause before each chunk."""
 
+    @field_validator("hf_token")
+    @classmethod
+    def _can_be_sent(cls, token: SecretStr | None) -> SecretStr | None:
+        """HTTP's client quotes the value when one cannot."""
+        token = stripped(token) if token is not None else None
+        if token is not None and not re.fullmatch(r"[!-~]+", token.get_secret_value()):
+            raise ValueError("must be printable ASCII without blanks, and not empty")
+        return token
+
     @model_validator(mode="after")
     def _holds_what_a_batch_needs(self) -> EngineSettings:
         if self.max_cpu_loras <= self.max_loras:  # a new version needs a place beside those in use
@@ -332,6 +323,10 @@ class AdapterSettings(Section):
     store: Path | None = None
     """Where copies are kept, and what was registered, over restarts. Unset: `.store` in `folder`.
     """
+    allowed_roots: tuple[Path, ...] | None = None
+    """Folders that adapters may be added from, with all below them. `folder` is always one. Unset:
+    the Hub's cache is the only other.
+    """
     max_registered: int = Field(1000, ge=1)
     max_running: int | None = Field(None, ge=1)
     """Requests of one adapter in the engine; more wait. Unset: no limit."""
@@ -343,6 +338,15 @@ class AdapterSettings(Section):
     """What one adapter may use at a time while others wait to get into the engine."""
     max_bytes: int = Field(4 * 2**30, ge=2**20)
     """Larger adapters are refused."""
+
+    @field_validator("allowed_roots")
+    @classmethod
+    def _are_whole_paths(cls, roots: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
+        expanded = None if roots is None else tuple(root.expanduser() for root in roots)
+        for root in expanded or ():
+            if not root.is_absolute():
+                raise ValueError(f"{str(root)!r} is not absolute; give the folder's whole path")
+        return expanded
 
     @property
     def store_folder(self) -> Path | None:

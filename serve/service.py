@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
 import uuid
 from collections.abc import Sequence
-from functools import partial
 
 from serve import metrics
-from serve.adapters.base import Adapters, Lease
+from serve.adapters.base import Adapters
 from serve.admission import Admission, Demand, Place
 from serve.cache.base import Results
 from serve.cache.key import Key, Unkeyable
 from serve.engines.base import Engine
-from serve.errors import ErrorKind, Forbidden, Invalid, ServeError, Unavailable, UnknownModel
+from serve.errors import ErrorKind, Invalid, ServeError, Unavailable
 from serve.logs import RequestLog
-from serve.messages import ANONYMOUS, Caller, GenerateRequest, Message, Route, RouteStage
-from serve.routing.base import AUTO, Decision, Routing
+from serve.messages import ANONYMOUS, Caller, GenerateRequest, Route
+from serve.models import Models
+from serve.routing.base import Routing
 from serve.sources import Generation, Shared, Stored
 from serve.stream import Stream
+from serve.tenancy import Tenancy
 from serve.timeline import Timeline
 
 # Who has read nothing of a shared generation that ends like this may try again, so often: for the
@@ -46,10 +48,6 @@ def request_id_from(sent: str | bytes | None) -> str:
     return uuid.uuid4().hex
 
 
-def may_use(caller: Caller, adapter: str) -> bool:
-    return caller.adapters is None or adapter in caller.adapters
-
-
 class Service:
     """One engine behind one model name, and its adapters behind theirs. Answers "not yet" until the
     engine is attached.
@@ -63,16 +61,19 @@ class Service:
         adapters: Adapters | None = None,
         routing: Routing | None = None,
         cache: Results | None = None,
+        tenancy: Tenancy | None = None,
         log: RequestLog | None = None,
         request_timeout_s: float = 600.0,
         max_request_timeout_s: float = 3600.0,
     ) -> None:
-        """A request takes at most request_timeout_s, or what it asks for up to the maximum."""
+        """A request takes at most request_timeout_s, or what it asks for up to the maximum.
+        `tenancy` None: one with a secret of its own.
+        """
         self.model = model
+        self.models = Models(model, adapters, routing)
         self.admission = admission or Admission()
-        self._adapters = adapters
-        self._routing = routing
         self._cache = cache
+        self._tenancy = tenancy or Tenancy(secrets.token_bytes(32))
         self._log = log or RequestLog()
         self._request_timeout_s = request_timeout_s
         self.max_request_timeout_s = max_request_timeout_s
@@ -148,10 +149,10 @@ class Service:
         try:
             self._check_open()
             engine, timeout_s = self.engine, self._timeout_s(request)
-            lease, stage = self._lease(request)
+            lease, stage = self.models.lease(request)
             adapter = lease.adapter if lease else None
-            partition = self._cache.partition(request) if self._cache else None
-            route = Route(self.model, adapter, stage, partition)
+            salt = self._tenancy.prefix_cache_salt(request.caller.tenant, request.cache_salt)
+            route = Route(self.model, adapter, stage, salt)
             metrics.ROUTES.labels(route.adapter.name if route.adapter else "", stage).inc()
             timeline.routed_s = time.monotonic()
             stream = Stream(
@@ -304,64 +305,17 @@ class Service:
 
     async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
         """Token ids of the request's prompt, as its generation would see them."""
-        self.check_model(request.model, request.caller)
+        self.models.check(request.model, request.caller)
         return await self.engine.tokenize(request)
 
-    def _lease(self, request: GenerateRequest) -> tuple[Lease | None, RouteStage]:
-        """The adapter that the request names, or its text chooses. Raises ServeError."""
-        decision = self.decide(request)
-        if decision.adapter is None or self._adapters is None:
-            return None, decision.stage
-        return self._adapters.lease(decision.adapter), decision.stage
-
-    def decide(self, request: GenerateRequest) -> Decision:
-        """Where the request would go, and why. Raises UnknownModel, Forbidden."""
-        name, routing = request.model, self._routing
-        self.check_model(name, request.caller)
-        by_text = name == AUTO or (name == self.model and routing and routing.takes_base_name)
-        if not by_text or routing is None:
-            adapter = None if name == self.model else name
-            return Decision(adapter, "explicit", None, f"The request names {name!r}.", ())
-        messages: Sequence[Message] = request.messages or ()
-        if isinstance(request.prompt, str):
-            messages = ({"role": "user", "content": request.prompt},)
-        return routing.decide(messages, may_use=partial(may_use, request.caller))
-
     @property
-    def has_adapters(self) -> bool:
-        """Whether it could have any."""
-        return self._adapters is not None
+    def in_flight(self) -> int:
+        """Requests from their arrival to their last token."""
+        return self._in_flight
 
     @property
     def has_cache(self) -> bool:
         return self._cache is not None
-
-    def models(self, caller: Caller = ANONYMOUS) -> list[str]:
-        """The names that this caller can ask for, the base's first."""
-        adapters = self._adapters.names if self._adapters else ()
-        auto = [AUTO] if self._routing is not None else []
-        return [self.model, *auto, *(name for name in adapters if may_use(caller, name))]
-
-    def check_model(self, name: str, caller: Caller = ANONYMOUS) -> None:
-        """Raises UnknownModel for a name that is not served, Forbidden for one that this caller may
-        not use, whether it is served or not.
-        """
-        if name == self.model or (name == AUTO and self._routing is not None):
-            return
-        if not may_use(caller, name):
-            raise Forbidden(
-                f"This key may not use {name[:80]!r}, or there is no such model; GET /v1/models "
-                "lists what it may.",
-                param="model",
-            )
-        if self._adapters is None or name not in self._adapters:
-            known = self.models(caller)
-            more = f" and {len(known) - 5} more (GET /v1/models)" if len(known) > 5 else ""
-            raise UnknownModel(
-                f"There is no model {name[:80]!r} here; this server has "
-                f"{', '.join(map(repr, known[:5]))}{more}.",
-                param="model",
-            )
 
     def refused(self, request_id: str, error: ServeError, caller: Caller = ANONYMOUS) -> None:
         """Count and log a request that never became a stream; the edges call it for bad bodies."""

@@ -7,11 +7,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import redis
 
 from tests.programs import missing, path_of
 
@@ -70,9 +71,11 @@ class StoreServer:
 
 
 @contextmanager
-def running_store(kind: str, folder: Path, *options: str) -> Iterator[StoreServer]:
+def running_store(
+    kind: str, folder: Path, *options: str, port: int | None = None
+) -> Iterator[StoreServer]:
     """`redis` or `memcached`, which loses everything when it is killed."""
-    port = free_port()
+    port = port or free_port()
     if kind == "redis":
         command = [program("redis-server"), "--port", str(port), "--bind", "127.0.0.1"]
         command += ["--save", "", "--appendonly", "no", *options]
@@ -87,3 +90,37 @@ def running_store(kind: str, folder: Path, *options: str) -> Iterator[StoreServe
         yield server
     finally:
         server.kill()
+
+
+SLOTS = 16384
+
+
+@contextmanager
+def running_cluster(folder: Path, masters: int = 3) -> Iterator[list[StoreServer]]:
+    """A Redis Cluster without replicas; each master has its part of the slots, in order."""
+    with ExitStack() as running:
+        servers = []
+        for number in range(masters):
+            place = folder / str(number)
+            place.mkdir()
+            for _ in range(50):
+                port = free_port()
+                if port <= 55535:  # the nodes talk to each other on the port 10000 above
+                    break
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+            servers.append(
+                running.enter_context(running_store("redis", place, *options, port=port))
+            )
+        clients = [redis.Redis(port=server.port, decode_responses=True) for server in servers]
+        bounds = [SLOTS * number // masters for number in range(masters + 1)]
+        for client, first, end in zip(clients, bounds, bounds[1:], strict=False):
+            client.execute_command("CLUSTER ADDSLOTS", *range(first, end))
+            client.execute_command("CLUSTER MEET", "127.0.0.1", servers[0].port)
+        deadline_s = time.monotonic() + 30
+        while any(c.execute_command("CLUSTER INFO")["cluster_state"] != "ok" for c in clients):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("the cluster does not come up")
+            time.sleep(0.05)
+        for client in clients:
+            client.close()
+        yield servers

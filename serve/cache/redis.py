@@ -1,14 +1,23 @@
-"""Results in Redis, shared by replicas; also Valkey, and whatever else speaks its protocol."""
+"""Results in Redis, shared by replicas; also Valkey, and whatever else speaks its protocol.
+
+A server that says where else a key is (MOVED) is one of a cluster: from then on all of its nodes
+are asked, each for what it has.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
-from typing import TypeVar
+import contextlib
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -17,7 +26,10 @@ from serve.cache.epochs import checked
 from serve.cache.key import EVERYTHING, Key
 from serve.cache.names import name_of, pattern_of
 
+logger = logging.getLogger("packhorse.cache")
+
 Reply = TypeVar("Reply")
+Client = Any  # Redis, or RedisCluster: what they have in common has no type
 
 MAX_CONNECTIONS = 64
 # Keys looked at for an estimate: others may have millions in the same server.
@@ -35,6 +47,15 @@ return redis.call('HGETALL', KEYS[1])
 """
 
 
+class _Moving(StoreError):
+    """A cluster's nodes are handing the key's slot over. redis-py sends ASKING on one connection
+    and the command on another, so that nobody has it meanwhile; nothing else is wrong.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("error", "the key is on its way from one node to another")
+
+
 class RedisStore:
     """Satisfies the Store protocol."""
 
@@ -46,6 +67,11 @@ class RedisStore:
         self.name = f"{place.scheme}://{place.hostname or ''}:{place.port or 6379}"
         self._prefix = prefix
         self._timeout_s = timeout_s
+        self._url = url
+        self._cluster: RedisCluster | None = None
+        self._cannot_follow: str | None = None
+        self._was_partly_away = False
+        self._places = asyncio.Semaphore(MAX_CONNECTIONS)  # a cluster's pools do not wait
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
@@ -57,19 +83,26 @@ class RedisStore:
         self._client: Redis = Redis.from_pool(pool)
 
     async def get(self, key: Key) -> bytes | None:
-        reply = await self._asked(self._client.get(name_of(self._prefix, key)))
+        name = name_of(self._prefix, key)
+        try:
+            reply = await self._asked(lambda client: client.get(name))
+        except _Moving:
+            return None
         if reply is not None and not isinstance(reply, bytes):
             raise StoreError("error", "the reply is no value")
         return reply
 
     async def put(self, key: Key, value: bytes, ttl_s: float) -> None:
-        name = name_of(self._prefix, key)
-        await self._asked(self._client.set(name, value, px=max(1, int(ttl_s * 1000))))
+        name, ttl_ms = name_of(self._prefix, key), max(1, int(ttl_s * 1000))
+        with contextlib.suppress(_Moving):
+            await self._asked(lambda client: client.set(name, value, px=ttl_ms))
 
     async def merge_epochs(self, seen: Mapping[str, str]) -> dict[str, str]:
+        if self._was_partly_away:
+            await self._all_masters()
         arguments = [text for pair in seen.items() for text in pair]
-        asked = self._client.eval(_MERGE, 1, f"{self._prefix}:epochs", *arguments)
-        reply = await self._asked(asked)
+        name = f"{self._prefix}:epochs"
+        reply = await self._asked(lambda client: client.eval(_MERGE, 1, name, *arguments))
         if not isinstance(reply, list) or len(reply) % 2:
             raise StoreError("error", "the reply is no list of epochs")
         try:
@@ -78,14 +111,31 @@ class RedisStore:
         except (AttributeError, ValueError) as error:
             raise StoreError("error", "the reply is no list of epochs") from error
 
+    async def _all_masters(self) -> None:
+        """Raises StoreError while one of a cluster's does not answer: with the epochs on another,
+        the store would seem to come and go with every look.
+        """
+        if self._cluster is not None:
+            every = RedisCluster.PRIMARIES
+            await self._asked(lambda client: client.ping(target_nodes=every))
+        self._was_partly_away = False
+
     async def count(self, scope: str) -> int | None:
         """Looks at some of the keys, and estimates the rest from how many there are."""
-        total = await self._asked(self._client.dbsize())
         pattern = pattern_of(self._prefix, None if scope == EVERYTHING else scope)
+        if self._cluster is None:
+            return await self._count_on({}, pattern)
+        masters = self._cluster.get_primaries()
+        return sum([await self._count_on({"target_nodes": node}, pattern) for node in masters])
+
+    async def _count_on(self, node: dict[str, Any], pattern: re.Pattern[str]) -> int:
+        total: int = await self._asked(lambda client: client.dbsize(**node))
+        asked = {"match": f"{self._prefix}:*", "count": KEYS_A_LOOK, **node}
         cursor, found = 0, 0
         for _ in range(LOOKS):
-            scanned = self._client.scan(cursor, match=f"{self._prefix}:*", count=KEYS_A_LOOK)
-            cursor, names = await self._asked(scanned)
+            cursor, names = await self._asked(partial(_scan, at=cursor, asked=asked))
+            if isinstance(cursor, dict):  # a cluster's, by node
+                (cursor,) = cursor.values()
             found += sum(bool(pattern.fullmatch(_text(name))) for name in names)
             if not cursor:
                 return found
@@ -93,22 +143,73 @@ class RedisStore:
 
     async def close(self) -> None:
         await self._client.aclose()
+        if self._cluster is not None:
+            await self._cluster.aclose()
 
-    async def _asked(self, reply: Awaitable[Reply]) -> Reply:
+    async def _asked(self, ask: Callable[[Client], Awaitable[Any]]) -> Any:
         """Raises StoreError."""
+        if self._cannot_follow is not None:
+            raise StoreError("error", self._cannot_follow)
         try:
             # Over all: the client's own limits are for each of connecting, writing and reading.
             async with asyncio.timeout(self._timeout_s):
-                return await _cancellable(reply)
+                if self._cluster is None:
+                    try:
+                        return await _cancellable(ask(self._client))
+                    except exceptions.AskError:  # of which MovedError is one
+                        self._follow()
+                async with self._places:
+                    return await _cancellable(self._of_cluster(ask))
         except (TimeoutError, exceptions.TimeoutError) as error:
+            self._was_partly_away = True
             raise StoreError("timeout", f"no answer within {self._timeout_s:g} s") from error
-        except (exceptions.ConnectionError, OSError) as error:
+        except (exceptions.ConnectionError, exceptions.RedisClusterException, OSError) as error:
             # Also of a server that is loading, or wants another password.
+            self._was_partly_away = True
             raise StoreError("refused", str(error)) from error
         except exceptions.RedisError as error:
+            if type(error) is exceptions.ClusterError:  # sent from node to node, too often
+                raise _Moving from error
             raise StoreError("error", str(error)) from error
+        except StoreError:
+            raise
         except Exception as error:  # what its parser makes of an answer that is not Redis'
             raise StoreError("error", f"{type(error).__name__}: {error}") from error
+
+    async def _of_cluster(self, ask: Callable[[Client], Awaitable[Any]]) -> Any:
+        assert self._cluster is not None
+        # Else the client would choose a node first, and get to know them then.
+        await self._cluster.initialize()
+        return await ask(self._cluster)
+
+    def _follow(self) -> None:
+        """Go on with a client that knows of clusters. Raises StoreError."""
+        if self._cluster is not None:
+            return
+        try:
+            self._cluster = RedisCluster.from_url(
+                self._url,
+                max_connections=MAX_CONNECTIONS,
+                socket_timeout=self._timeout_s,
+                # Less than all, so that nodes after a first that is away can be asked, too.
+                socket_connect_timeout=self._timeout_s / 3,
+                require_full_coverage=False,
+                # A slot that has moved is learnt alone: to learn all again, the client would close
+                # connections that others wait on.
+                reinitialize_steps=0,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except (exceptions.RedisClusterException, ValueError) as error:
+            self._cannot_follow = (
+                f"{self.name} is a Redis Cluster, which needs another URL: {error}"
+            )
+            raise StoreError("error", self._cannot_follow) from None
+        logger.info("%s is a Redis Cluster: all of its nodes are asked", self.name)
+
+
+def _scan(client: Client, *, at: int, asked: dict[str, Any]) -> Awaitable[Any]:
+    reply: Awaitable[Any] = client.scan(at, **asked)
+    return reply
 
 
 async def _cancellable(reply: Awaitable[Reply]) -> Reply:

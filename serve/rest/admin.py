@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from serve.admin import Admin
+from serve.bodies import Bodies
 from serve.errors import Invalid
 from serve.rest.body import BodyLimits, read_body
 from serve.rest.documents import answers, body_document
@@ -23,10 +24,10 @@ CACHE_QUERY: dict[str, Any] = {
 }
 
 
-def routes(admin: Admin, settings: HttpSettings) -> APIRouter:
+def routes(admin: Admin, settings: HttpSettings, bodies: Bodies) -> APIRouter:
     """Operators' endpoints; keys need the scope `admin`."""
     router = APIRouter(prefix="/admin")
-    limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s)
+    limits = BodyLimits(settings.max_body_bytes, settings.stalled_client_timeout_s, bodies)
 
     @router.get("/adapters", responses=answers("Adapters"))
     async def list_adapters() -> dict[str, Any]:

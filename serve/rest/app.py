@@ -17,9 +17,11 @@ from serve import metrics
 from serve.admin import Admin
 from serve.auth import Keys
 from serve.errors import ServeError
+from serve.exposure import Exposure
 from serve.rest import admin as operators
-from serve.rest import documents, errors, generate, tokens
-from serve.rest.access import Access
+from serve.rest import documents, errors, generate, names, tokens
+from serve.rest.access import Access, Guard
+from serve.rest.manners import Manners
 from serve.sections import HttpSettings
 from serve.service import Service, request_id_from
 
@@ -99,7 +101,8 @@ def build_app(
     app = _bare_app(service)
     for endpoints in (generate, tokens):
         app.include_router(endpoints.routes(service, settings))
-    documents.add_schemas(app, None if service.has_adapters else service.model)
+    app.include_router(names.routes(service))
+    documents.add_schemas(app, None if service.models.has_adapters else service.model)
     if settings.admin_port is None:
         _add_operators_routes(app, service, settings, admin)
     return _wrapped(app, service, settings, keys, tracing)
@@ -117,13 +120,13 @@ def build_admin_app(
     app = _bare_app(service)
     documents.add_schemas(app, None)
     _add_operators_routes(app, service, settings, admin)
-    return _wrapped(app, service, settings, keys)
+    return _wrapped(app, service, settings, keys, own_listener=settings.admin_host)
 
 
 def _bare_app(service: Service) -> FastAPI:
     """Errors and health."""
     # No /docs page: it would load its scripts from the internet. /openapi.json stays.
-    app = FastAPI(title="Packhorse", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Packhorse", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(ServeError, errors.on_serve_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(Exception, errors.on_unexpected)
@@ -148,7 +151,8 @@ def _bare_app(service: Service) -> FastAPI:
 def _add_operators_routes(
     app: FastAPI, service: Service, settings: HttpSettings, admin: Admin | None
 ) -> None:
-    app.include_router(operators.routes(admin or Admin(), settings))
+    for endpoints in (operators.routes, names.operators_routes):
+        app.include_router(endpoints(admin or Admin(), settings, service.admission.bodies))
 
     # A thread of its own: a driver that hangs in a scrape must not hold up what loads engines.
     scrapes = ThreadPoolExecutor(1, "scrape")
@@ -172,9 +176,11 @@ def _wrapped(
     settings: HttpSettings,
     keys: Keys | None,
     tracing: Tracing | None = None,
+    *,
+    own_listener: str | None = None,
 ) -> ASGIApp:
-    """From the inside out: access; CORS, whose preflights carry no key; request ids, so that even a
-    500 has one.
+    """From the inside out: access; CORS, whose preflights carry no key; without keys, the guard of
+    operators' calls; request ids, so that even a 500 has one; HEAD and slashes, for all of them.
     """
     app = Access(app, service, keys)
     if settings.cors_origins:
@@ -183,6 +189,17 @@ def _wrapped(
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after", "traceparent"),
+            expose_headers=(
+                "x-request-id", "retry-after", "traceparent", "x-packhorse-ignored",
+                "x-packhorse-max-tokens", "x-packhorse-cache", "x-packhorse-model",
+            ),
         )
-    return RequestIds(app, tracing)
+    if keys is not None and keys.without_keys is not None:
+        exposure = Exposure(
+            keys.without_keys,
+            allowed_hosts=settings.allowed_hosts,
+            cors_origins=settings.cors_origins,
+            own_listener=own_listener,
+        )
+        app = Guard(app, service, exposure)
+    return Manners(RequestIds(app, tracing))

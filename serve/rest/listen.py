@@ -1,4 +1,5 @@
-"""Where the server listens: the public port, the operators' own, TLS. The only user of uvicorn.
+"""Where the server listens: the public port, the operators' own, TLS. uvicorn is used here and in
+`connections` only.
 
 Called by `main`, which decides when to start and when to stop.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import resource
 import socket
 import ssl
 from collections.abc import Iterator
@@ -15,8 +18,15 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serve.errors import StartupError
+from serve.rest.accepting import Acceptor
+from serve.rest.connections import Connection, Connections
+from serve.rest.tolerant import TolerantConnection
 from serve.sections import HttpSettings
 
+logger = logging.getLogger("packhorse.http")
+
+# Of open files: what suits thousands of connections, and what everything else may need.
+ENOUGH_FILES, OTHER_FILES = 65536, 512
 # After the drain and the engine's end only the last words are left.
 LAST_WORDS_S = 2
 
@@ -32,7 +42,8 @@ class Listeners:
         """
         check_certificate(settings)
         self._sockets = [bind(settings.host, settings.port, fix="choose another --host or --port")]
-        self._servers = [_server(settings, app)]
+        self._connections = Connections(settings, connections_possible(settings.max_connections))
+        self._servers = [_server(settings, app, self._connections)]
         if admin_app is not None and settings.admin_port is not None:
             try:
                 self._sockets.append(
@@ -45,7 +56,7 @@ class Listeners:
             except StartupError:
                 self._sockets[0].close()
                 raise
-            self._servers.append(_server(settings, admin_app))
+            self._servers.append(_server(settings, admin_app, self._connections))
         scheme = "https" if settings.tls_certificate else "http"
         self._urls = [f"{scheme}://{_address(taken)}" for taken in self._sockets]
         self._running: list[asyncio.Task[None]] = []
@@ -67,6 +78,10 @@ class Listeners:
             for server, taken in zip(self._servers, self._sockets, strict=True)
         ]
 
+    def drain(self) -> None:
+        """Send clients to another server: from now on every answer closes its connection."""
+        self._connections.drain()
+
     async def stop(self) -> None:
         """Answer no more. What still runs has a moment to end, and is then cut off."""
         for server in self._servers:
@@ -77,25 +92,68 @@ class Listeners:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handling, because we drain first."""
+    """uvicorn without its own signal handling, because we drain first, and with our connections."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
 
-def _server(settings: HttpSettings, app: ASGIApp) -> _Uvicorn:
+        def make() -> Connection:
+            return TolerantConnection(
+                self._connections,
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+            )
+
+        self.servers = [
+            Acceptor(taken, self._connections, make, self.config.ssl)  # type: ignore[misc]
+            for taken in sockets or ()
+        ]
+        self.started = True
+
+
+def _server(settings: HttpSettings, app: ASGIApp, connections: Connections) -> _Uvicorn:
     config = uvicorn.Config(
         app,
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
+        proxy_headers=False,  # who calls is who has connected; a header would say what it likes
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=LAST_WORDS_S,
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
     )
-    return _Uvicorn(config)
+    return _Uvicorn(config, connections)
+
+
+def connections_possible(wanted: int) -> int:
+    """How many of them the system's limit on open files leaves, which is raised as far as it may be
+    and is useful.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = hard if hard != resource.RLIM_INFINITY else ENOUGH_FILES
+    if soft != resource.RLIM_INFINITY and soft < min(allowed, ENOUGH_FILES):
+        soft = min(allowed, ENOUGH_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != resource.RLIM_INFINITY and soft - OTHER_FILES < wanted:
+        possible = max(soft - OTHER_FILES, soft // 2)
+        logger.warning(
+            "http.max_connections is %d and the limit on open files %d: at most %d connections are "
+            "taken; raise the limit (ulimit -n)",
+            wanted, soft, possible,
+        )  # fmt: skip
+        return possible
+    return wanted
 
 
 def bind(host: str, port: int, *, fix: str) -> socket.socket:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -18,8 +19,10 @@ from google.protobuf.message import DecodeError, Message
 from serve import metrics
 from serve.auth import Keys, check_scope
 from serve.errors import Cancelled, Invalid, ServeError, TooLarge
+from serve.exposure import UNIX, Exposure, Sender
 from serve.messages import ANONYMOUS, Caller, Scope, Trace
 from serve.rpc.errors import DETAILS, code_of, details_of, message_of, unexpected
+from serve.rpc.reading import Reading
 from serve.sections import RpcSettings
 from serve.service import Service, request_id_from
 
@@ -69,6 +72,7 @@ class Calls:
         service: Service,
         keys: Keys | None,
         settings: RpcSettings,
+        reading: Reading,
         tracing: Tracing | None = None,
     ) -> None:
         """`keys` None: everybody may do everything."""
@@ -76,6 +80,11 @@ class Calls:
         self._service = service
         self._keys = keys
         self._settings = settings
+        self._reading = reading
+        # No hosts: gRPC's server does not tell them, and browsers cannot speak gRPC without TLS.
+        self._exposure: Exposure | None = None
+        if keys is not None and keys.without_keys is not None:
+            self._exposure = Exposure(keys.without_keys)
 
     def method(
         self,
@@ -91,11 +100,14 @@ class Calls:
         has.
         """
 
-        async def run(raw: bytes, context: Context) -> Message | None:
-            return await self._run(name, handler, request, raw, context, scope, counts=counts)
+        async def run(_: object, context: Context) -> Message | None:
+            return await self._run(name, handler, request, context, scope, counts=counts)
 
+        # As if requests were streams, see reading.py.
         made = (
-            grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+            grpc.stream_stream_rpc_method_handler
+            if streams
+            else grpc.stream_unary_rpc_method_handler
         )
         # Bytes are parsed in `_run`: what gRPC itself cannot parse it calls an internal error.
         return made(run, request_deserializer=bytes, response_serializer=_serialized)
@@ -105,7 +117,6 @@ class Calls:
         name: str,
         handler: Handler,
         kind: type[Message],
-        raw: bytes,
         context: Context,
         scope: Scope,
         *,
@@ -133,8 +144,11 @@ class Calls:
                     sent = metadata.get("authorization")
                     caller = self._keys.caller(None if sent is None else _bytes(sent))
                 check_scope(caller, scope)
+                if scope == "admin" and self._exposure is not None:
+                    self._exposure.check(_sender(context.peer(), sent_with))
                 if counts:
                     place = self._service.enter(caller)
+                raw = await self._reading.of_caller(context, caller)
                 call = Call(
                     self._parsed(kind, raw), request_id, caller, context,
                     context.time_remaining(), marks, span,
@@ -220,3 +234,11 @@ def _serialized(message: Message) -> bytes:
 
 def _bytes(value: str | bytes) -> bytes:
     return value if isinstance(value, bytes) else value.encode()
+
+
+def _sender(peer: str, metadata: Iterable[tuple[str, str | bytes]]) -> Sender:
+    """gRPC writes `ipv4:127.0.0.1:5000`, `ipv6:%5B::1%5D:5000` and `unix:PATH`."""
+    kind, _, rest = unquote(peer).partition(":")
+    address = rest.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    headers = [(name, value) for name, value in metadata if isinstance(value, str)]
+    return Sender(UNIX if kind.startswith(UNIX) else address, headers)

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from serve.admin import Admin
 from serve.auth import Keys
@@ -24,7 +22,9 @@ from serve.messages import Scope
 from serve.rpc.admin import Operators
 from serve.rpc.calls import Calls, Handler
 from serve.rpc.inference import Inference
+from serve.rpc.open import OpenCalls
 from serve.rpc.pb import admin_pb2, inference_pb2
+from serve.rpc.reading import Reading
 from serve.sections import RpcSettings
 from serve.service import Service
 
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("packhorse.rpc")
 
 LOOK_EVERY_S = 0.25
+# Between what health says and the GOAWAY, so that who watches can leave by itself.
+TOLD_FIRST_S = 0.1
+# `stop` ends it earlier.
+FOREVER_S = 1e6
+# Calls of one connection; clients open another for more.
+MAX_STREAMS = 1024
+HANDSHAKE_TIMEOUT_MS = 20_000
 # Calls that only tell, and take no place of admission's, as GET does over HTTP.
 UNCOUNTED = {"ListModels"}
 INFERENCE: ServiceDescriptor = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
@@ -56,10 +63,12 @@ class RpcServer:
         """
         assert settings.port is not None
         self._service = service
+        reading = Reading(settings, service.admission.bodies)
         self._server = grpc.aio.server(
-            options=_options(settings), maximum_concurrent_rpcs=settings.max_calls
+            options=_options(settings, reading.max_bytes),
+            maximum_concurrent_rpcs=settings.max_calls,
         )
-        calls = Calls(service, keys, settings, tracing)
+        calls = Calls(service, keys, settings, reading, tracing)
         methods = {
             INFERENCE: _methods(calls, INFERENCE, Inference(service).handlers(), "inference")
         }
@@ -68,14 +77,12 @@ class RpcServer:
         for descriptor, handlers in methods.items():
             made = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
             self._server.add_generic_rpc_handlers((made,))
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._names = ("", *(descriptor.full_name for descriptor in methods))
-        if settings.reflection:
-            shown = (*self._names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(shown, self._server)
+        names = ("", *(descriptor.full_name for descriptor in methods))
+        self._open = OpenCalls(reading, names, reflects=settings.reflection)
+        self._server.add_generic_rpc_handlers(self._open.handlers())
         self.address = self._listen(settings)
         self._watching: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     def _listen(self, settings: RpcSettings) -> str:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -109,13 +116,21 @@ class RpcServer:
 
     async def _look(self) -> None:
         """Tell who watches the health whether new requests are taken."""
-        status = health_pb2.HealthCheckResponse.SERVING
         try:
             await self._service.check_ready()
         except ServeError:
-            status = health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in self._names:
-            await self._health.set(name, status)
+            self._open.tell(serves=False)
+        else:
+            self._open.tell(serves=True)
+
+    async def drain(self) -> None:
+        """Send every client to another server: health says so first, then connections get a GOAWAY,
+        and new ones are not taken. Calls in flight go on until `stop`.
+        """
+        self._open.tell(serves=False, finally_=True)
+        await asyncio.sleep(TOLD_FIRST_S)
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._server.stop(FOREVER_S))
 
     async def stop(self, grace_s: float) -> None:
         """Answer no more. What still runs has this long to end."""
@@ -123,8 +138,10 @@ class RpcServer:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watching
-        await self._health.enter_graceful_shutdown()
+        self._open.tell(serves=False, finally_=True)
         await self._server.stop(grace_s)
+        if self._ending is not None:
+            await self._ending
 
 
 def _methods(
@@ -146,12 +163,26 @@ def _methods(
     }
 
 
-def _options(settings: RpcSettings) -> list[tuple[str, Any]]:
+def _options(settings: RpcSettings, max_bytes: int) -> list[tuple[str, Any]]:
     keep_alive_ms = round(settings.keep_alive_s * 1000)
+    ages = [
+        (f"grpc.max_connection_{what}_ms", round(seconds * 1000))
+        for what, seconds in (
+            ("age", settings.max_connection_age_s),
+            ("age_grace", settings.max_connection_age_grace_s),
+            ("idle", settings.max_connection_idle_s),
+        )
+        if seconds is not None
+    ]
     return [
-        # Above our own limit, so that it is we who refuse, and say why.
-        ("grpc.max_receive_message_length", 2 * settings.max_message_bytes + 2**20),
-        ("grpc.max_concurrent_streams", settings.max_calls),
+        ("grpc.max_receive_message_length", max_bytes),
+        # What a call may send before it is read: HTTP/2's least, and not more where the line is
+        # fast. A message that is being read gets a window of its own size.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.max_concurrent_streams", min(settings.max_calls, MAX_STREAMS)),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        *ages,
         ("grpc.max_send_message_length", -1),
         # Long answers have long pauses: pings find out whether the client is there.
         ("grpc.keepalive_time_ms", keep_alive_ms),

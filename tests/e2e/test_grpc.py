@@ -77,7 +77,7 @@ class OverHttp:
     def _failed(self, error: dict[str, Any], response: httpx.Response | None = None) -> Failed:
         after = response.headers.get("retry-after") if response is not None else None
         retry_s = None if after is None else float(after)
-        return Failed("", error["code"], error["message"], error["param"], retry_s)
+        return Failed("", error["kind"], error["message"], error["param"], retry_s)
 
 
 class OverGrpc:

@@ -36,7 +36,7 @@ def test_a_second_signal_ends_what_is_running(int8_server: Server) -> None:
         int8_server.process.send_signal(signal.SIGTERM)
         events = [line for line in lines if line]
     assert events[-1] == "data: [DONE]"
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["kind"] == "unavailable"
     assert int8_server.process.wait(10) == 0
     wait_for(lambda: not left(seen))
     assert "resource_tracker" not in int8_server.log(), "shared memory is freed by us"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import ssl
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from serve.errors import StartupError
 from serve.rest.listen import Listeners
 from serve.sections import HttpSettings
 from tests.client import CHAT, hello, request_lines
-from tests.conftest import running_server
+from tests.conftest import BIN, running_server
 from tests.integration.serving import bearer, serving, write_keys
 
 SCOPED = {
@@ -80,8 +82,8 @@ async def test_every_route_but_health_needs_a_key_with_its_scope(tmp_path: Path)
             assert ("www-authenticate" in response.headers) == (status == 401)
             if status in (401, 403):
                 error = response.json()["error"]
-                assert set(error) == {"message", "type", "param", "code"}
-                assert error["code"] == {401: "unauthenticated", 403: "forbidden"}[status]
+                assert set(error) == {"message", "type", "param", "code", "kind"}
+                assert error["kind"] == {401: "unauthenticated", 403: "forbidden"}[status]
 
 
 async def test_the_official_client_uses_its_api_key(tmp_path: Path) -> None:
@@ -141,6 +143,39 @@ def test_the_command_line_takes_a_keys_file(tmp_path: Path) -> None:
         assert httpx.get(server.url + "/v1/models").status_code == 401
         assert httpx.get(server.url + "/v1/models", headers=bearer("user")).status_code == 200
         assert "3 API keys from" in server.log()
+
+
+def test_keys_of_the_environment_may_end_with_a_line(tmp_path: Path) -> None:
+    """What `echo KEY | base64` leaves in a Secret."""
+    key, admin_key = "ph-0123456789abcdef", "ph-operators-0123456789"
+    environment = {
+        "PACKHORSE_AUTH__API_KEY": f"{key}\n",
+        "PACKHORSE_AUTH__ADMIN_KEY": f" {admin_key}\r\n",
+    }
+    with running_server(tmp_path, "--engine", "echo", environment=environment) as server:
+        for sent, path, status in [
+            (None, "/v1/models", 401), (key, "/v1/models", 200), (admin_key, "/v1/models", 200),
+            (key, "/metrics", 200), (key, "/admin/cache", 403), (admin_key, "/admin/routes", 404),
+        ]:  # fmt: skip
+            headers = {"authorization": f"Bearer {sent}"} if sent else {}
+            answer = httpx.get(server.url + path, headers=headers)
+            assert answer.status_code == status, (sent, path)
+            if status == 403:
+                assert "auth.admin_key" in answer.json()["error"]["message"]
+        log = server.log()
+        for name in ("auth.api_key", "auth.admin_key"):
+            assert f"{name} has white space or an end of line around it" in log
+        assert key not in log
+        # And on the client's side: this server has no routes, which it says to known keys alone.
+        asked = subprocess.run(
+            [BIN / "packhorse", "route", "a question", "--url", server.url],
+            env={**os.environ, "OPENAI_API_KEY": f"{key}\n"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert f"{server.url} answered 40" in asked.stderr.replace("\n", " ")
+        assert "unauthenticated" not in asked.stderr
 
 
 async def test_one_request_id_end_to_end(caplog: pytest.LogCaptureFixture) -> None:
@@ -285,10 +320,30 @@ async def test_a_web_page_of_an_allowed_origin_may_call(tmp_path: Path) -> None:
         assert "access-control-allow-origin" not in response.headers
 
 
-@pytest.mark.parametrize("origin", ["chat.example.org", "https://a.b/", "ftp://a.b", "https://"])
-def test_what_is_no_origin_is_refused(origin: str) -> None:
-    with pytest.raises(ValueError, match=r"write https://HOST\[:PORT\]"):
-        HttpSettings(cors_origins=(origin,))
+@pytest.mark.parametrize(
+    "origin",
+    ["app://obsidian.md", "chrome-extension://abcdefghijklmnop", "tauri://localhost", "null"],
+)
+async def test_apps_and_extensions_may_be_named_and_call(tmp_path: Path, origin: str) -> None:
+    keys = write_keys(tmp_path / "keys.yaml", **SCOPED)
+    async with serving(keys=keys, http={"cors_origins": (origin,)}) as server:
+        preflight = {
+            "origin": origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        response = await server.http.options(CHAT, headers=preflight)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == origin
+        asked = {"origin": origin, **bearer("user")}
+        response = await server.http.post(CHAT, json=hello(), headers=asked)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == origin
+        scheme, _, host = origin.partition("://")
+        for other in (f"{scheme}://other", f"https://{host or origin}"):
+            response = await server.http.options(CHAT, headers={**preflight, "origin": other})
+            assert response.status_code == 400, other
+            assert "access-control-allow-origin" not in response.headers
 
 
 async def test_an_unsent_body_does_not_hold_a_refusal_back(tmp_path: Path) -> None:
@@ -299,5 +354,5 @@ async def test_an_unsent_body_does_not_hold_a_refusal_back(tmp_path: Path) -> No
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         assert b"401 Unauthorized" in head
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0])
-        assert json.loads(await reader.readexactly(length))["error"]["code"] == "unauthenticated"
+        assert json.loads(await reader.readexactly(length))["error"]["kind"] == "unauthenticated"
         writer.close()

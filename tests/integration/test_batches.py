@@ -64,7 +64,7 @@ def test_one_bad_prompt_refuses_the_call(http: httpx.Client) -> None:
 def test_a_failure_in_one_stream_ends_the_call_with_it(http: httpx.Client) -> None:
     response = http.post(TEXT, json=complete(["a b c", "!dead-later"], stream=True))
     assert response.status_code == 200
-    assert '"code": "unavailable"' in response.text
+    assert '"kind": "unavailable"' in response.text
     assert response.text.endswith("data: [DONE]\n\n")
     assert http.post(TEXT, json=complete(["a b c", "!dead-later"])).status_code == 503
     wait_for(lambda: metric(http, "packhorse_requests_in_flight") == 0)

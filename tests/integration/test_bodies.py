@@ -18,4 +18,4 @@ async def test_a_body_in_chunks_is_limited_as_a_whole() -> None:
         for parts, code in ((1, "invalid"), (2, "too_large"), (50, "too_large")):
             response = await server.http.post(CHAT, content=spaces(parts))
             assert "content-length" not in response.request.headers
-            assert response.json()["error"]["code"] == code, parts
+            assert response.json()["error"]["kind"] == code, parts

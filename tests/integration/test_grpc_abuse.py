@@ -95,7 +95,7 @@ async def test_a_client_that_reads_nothing_is_cut_off() -> None:
         del reader
 
 
-def hello_and_ask(path: str, message: Any) -> bytes:
+def hello_and_ask(path: str, message: Any, window: int = 100) -> bytes:
     """The bytes of an HTTP/2 connection with one gRPC request and a window of nearly nothing."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -118,7 +118,7 @@ def hello_and_ask(path: str, message: Any) -> bytes:
         )
     )
     content = message.SerializeToString()
-    settings = struct.pack(">HI", 4, 100)  # SETTINGS_INITIAL_WINDOW_SIZE
+    settings = struct.pack(">HI", 4, window)  # SETTINGS_INITIAL_WINDOW_SIZE
     data = b"\x00" + struct.pack(">I", len(content)) + content
     return (
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

@@ -98,3 +98,12 @@ def test_a_line_without_a_request(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     RequestLog().line("r-3", ANONYMOUS, "invalid")
     assert json.loads(line_of(caplog.records[0]))["outcome"] == "invalid"
+
+
+@pytest.mark.usefixtures("roots")
+def test_addresses_of_downloads_are_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    """They may be signed."""
+    logs.set_up("info", "text", prompts=False)
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).info("HTTP Request: GET https://cdn.example/x?Signature=s")
+    assert "Signature" not in capsys.readouterr().err

@@ -36,6 +36,14 @@ def test_any_vllm_field_goes_through(tiny_checkpoint: Path) -> None:
     assert args.served_model_name == "m"
 
 
+def test_a_model_that_was_found_has_no_revision_left(tiny_checkpoint: Path) -> None:
+    """Its code may be another repository's, which is read with a token, at a revision."""
+    asked = settings(revision="v2", code_revision="v1", hf_token="hf_token", download_dir="/x")
+    args = engine_args(tiny_checkpoint, "m", asked)
+    assert (args.model, args.revision) == (str(tiny_checkpoint), None)
+    assert (args.code_revision, args.hf_token) == ("v1", "hf_token")
+
+
 @pytest.mark.parametrize(
     ("fields", "at_work"),
     [
