@@ -93,6 +93,11 @@ class Engine(Protocol):
         ...
 
 
+# The words of Anthropic, then of OpenAI and vLLM: agents look for one or another of them, and then
+# shorten the conversation.
+TOO_LONG = "The prompt is too long"
+
+
 def answer_budget(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> int:
     """How many tokens the answer may have: what the request says is an upper bound, and so is what
     the prompt leaves of the context. Raises Invalid when that is nothing.
@@ -102,7 +107,13 @@ def answer_budget(request: GenerateRequest, num_prompt_tokens: int, max_model_le
         raise Invalid("The prompt is empty; send at least one token.", param=param)
     room = max_model_len - num_prompt_tokens
     if room <= 0:
-        raise too_long(param, max_model_len, num_prompt_tokens)
+        raise Invalid(
+            f"{TOO_LONG}: This model's maximum context length is {max_model_len} tokens. However, "
+            f"your prompt has {num_prompt_tokens}, which leaves no room for an answer. Please "
+            "reduce the length of the prompt.",
+            param=param,
+            code="context_length_exceeded",
+        )
     sampling = request.sampling
     asked = sampling.max_tokens or sampling.default_max_tokens or room
     if sampling.min_tokens > room:
@@ -112,14 +123,3 @@ def answer_budget(request: GenerateRequest, num_prompt_tokens: int, max_model_le
             param="min_tokens",
         )
     return min(asked, room)
-
-
-def too_long(param: str, max_model_len: int, num_prompt_tokens: int | None = None) -> Invalid:
-    """In OpenAI's words: agents look for them, and shorten the conversation."""
-    has = "is longer" if num_prompt_tokens is None else f"has {num_prompt_tokens} tokens"
-    return Invalid(
-        f"This model's maximum context length is {max_model_len} tokens. However, your {param} "
-        f"{has}, which leaves no room for an answer. Please reduce the length of the {param}.",
-        param=param,
-        code="context_length_exceeded",
-    )

@@ -230,17 +230,18 @@ def test_errors_are_of_the_clients_types_and_have_its_fields(client: OpenAI) -> 
     assert "temperature" in body["message"]
     assert body["type"] == bad.value.type == "invalid_request_error"
     assert body["param"] == bad.value.param == "temperature"
-    assert isinstance(bad.value.code, str)
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model=MODEL, prompt="word " * 9000)
+    assert long.value.code == "context_length_exceeded"
+    assert "maximum context length is" in long.value.message
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="other", messages=CAPITAL)
-    assert missing.value.param == "model"
+    assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     assert "other" in missing.value.message
 
 
 async def test_errors_of_the_async_client_are_the_same(aclient: AsyncOpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="unheard_of"):
-        await aclient.chat.completions.create(
-            **GREEDY, messages=CAPITAL, extra_body={"unheard_of": 1}
-        )
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        await aclient.chat.completions.create(**GREEDY, messages=CAPITAL, extra_body={"best_of": 3})
     with pytest.raises(openai.NotFoundError, match="other"):
         await aclient.completions.create(model="other", prompt="a", stream=True)

@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from serve.engines.base import TOO_LONG
 from serve.errors import Invalid
 from serve.messages import GenerateRequest, Settled
 
@@ -89,5 +90,5 @@ def invalid(error: Exception, param: str | None = None) -> Invalid:
     else:
         message = str(error.args[0]) if error.args else type(error).__name__
     if message.startswith("This model's maximum context length"):
-        return Invalid(message, param=param, code="context_length_exceeded")
+        return Invalid(f"{TOO_LONG}: {message}", param=param, code="context_length_exceeded")
     return Invalid(message, param=getattr(error, "parameter", None) or param)

@@ -66,7 +66,7 @@ async def test_max_tokens_ends_with_length() -> None:
     ("request_", "error", "message"),
     [
         (ask("hi", model="gpt"), UnknownModel, "no model 'gpt' here; this server has 'echo'"),
-        (ask("w " * 3000), Invalid, "3000 tokens, which leaves no room"),
+        (ask("w " * 3000), Invalid, "your prompt has 3000, which leaves no room"),
         (ask(""), Invalid, "prompt is empty"),
         (ask("!dead"), Unavailable, "asked to fail"),
         (ask("!bug"), Internal, "request id"),

@@ -1,0 +1,138 @@
+"""Every client of tests/clients against plain vLLM and against ours, on the same checkpoint, one
+server after the other. Writes docs/clients.md and ends in one line of JSON.
+
+    python bench/clients.py                 # 5 minutes; needs what `make clients` makes
+    python bench/clients.py --client llm    # some of them, without docs/clients.md
+
+Loopback only. What counts as answered is said in the programs of tests/clients/programs; both
+servers get the same key, tool parser and length of context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from servers import ENGINE, MODEL, Server, packhorse_with, plain_vllm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.clients.catalogue import CLIENTS, Client, Outcome  # noqa: E402
+from tests.clients.page import page  # noqa: E402
+
+KEY = "ph-a-key-of-the-clients-bench"
+MAX_MODEL_LEN = 2048
+PARSER = "hermes"
+NO_SPACE = {"backend": "xgrammar", "disable_any_whitespace": True}
+Outcomes = dict[str, dict[str, Outcome]]
+
+
+@contextmanager
+def ours(folder: Path, work_folder: Path) -> Iterator[Server]:
+    engine = {**ENGINE, "max_model_len": MAX_MODEL_LEN, "tool_call_parser": PARSER}
+    settings: dict[str, Any] = {"engine": engine, "auth": {"api_key": KEY}}
+    with packhorse_with(folder, work_folder, settings) as server:
+        yield server
+
+
+@contextmanager
+def plain(folder: Path, work_folder: Path) -> Iterator[Server]:
+    more = ["--max-model-len", MAX_MODEL_LEN, "--api-key", KEY]
+    # Ours bounds white space by itself. Without a bound the demo model fills its JSON with it.
+    more += ["--structured-outputs-config", json.dumps(NO_SPACE)]
+    more += ["--enable-auto-tool-choice", "--tool-call-parser", PARSER]
+    with plain_vllm(folder, work_folder, more) as server:
+        yield server
+
+
+SERVERS = {"vllm": plain, "packhorse": ours}
+
+
+def matrix(server: Server, clients: list[Client]) -> Outcomes:
+    found: Outcomes = {}
+    for client in clients:
+        found[client.name] = client.run(server.target.url + "/v1", MODEL, KEY)
+        good = sum(outcome.ok for outcome in found[client.name].values())
+        print(f"  {client.name}: {good} of {len(client.calls)}", file=sys.stderr, flush=True)
+    return found
+
+
+def summary(found: dict[str, Outcomes]) -> dict[str, Any]:
+    """Counts, and each call that is not answered: by ours alone, by vLLM alone, by both."""
+    calls = [(name, call) for name in next(iter(found.values())) for call in _calls(found, name)]
+
+    def good(server: str, name: str, call: str) -> bool:
+        return found[server][name][call].ok
+
+    counts: dict[str, Any] = {"calls": len(calls)}
+    for server in found:
+        counts[server] = sum(good(server, *call) for call in calls)
+    for title, vllm, packhorse in (
+        ("packhorse_alone_fails", True, False),
+        ("vllm_alone_fails", False, True),
+        ("both_fail", False, False),
+    ):
+        if len(found) == len(SERVERS):
+            counts[title] = [
+                " ".join(call)
+                for call in calls
+                if (good("vllm", *call), good("packhorse", *call)) == (vllm, packhorse)
+            ]
+    return counts
+
+
+def _calls(found: dict[str, Outcomes], name: str) -> list[str]:
+    return list(next(iter(found.values()))[name])
+
+
+def vllm_version() -> str:
+    """Of whichever build is installed."""
+    return metadata.version(metadata.packages_distributions()["vllm"][0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "out/demo-int8", help="made by make demo"
+    )
+    parser.add_argument("--client", action="append", help="a part of a client's name; several")
+    parser.add_argument("--server", action="append", choices=list(SERVERS), help="one of both")
+    parser.add_argument("--out", type=Path, help="what was said in every call, as JSON")
+    options = parser.parse_args()
+    wanted = [c for c in CLIENTS if not options.client or any(p in c.name for p in options.client)]
+    clients = []
+    for client in wanted:
+        if lacking := client.missing():
+            print(f"{client.name}: left out, there is no {lacking}", file=sys.stderr, flush=True)
+        else:
+            clients.append(client)
+    found: dict[str, Outcomes] = {}
+    for name in options.server or SERVERS:
+        with tempfile.TemporaryDirectory() as made:
+            print(f"{name}: starting", file=sys.stderr, flush=True)
+            with SERVERS[name](options.model.resolve(), Path(made)) as server:
+                found[name] = matrix(server, clients)
+    if options.out:
+        plain_data = {
+            server: {
+                name: {call: vars(outcome) for call, outcome in outcomes.items()}
+                for name, outcomes in by_client.items()
+            }
+            for server, by_client in found.items()
+        }
+        options.out.write_text(json.dumps(plain_data, indent=1) + "\n", encoding="utf-8")
+    if clients == list(CLIENTS) and len(found) == len(SERVERS):
+        (ROOT / "docs/clients.md").write_text(page(found, vllm_version()), encoding="utf-8")
+    print(json.dumps(summary(found)))
+
+
+if __name__ == "__main__":
+    main()
