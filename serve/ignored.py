@@ -1,14 +1,24 @@
-"""Fields of requests without effect, as metrics and the log name them: from a closed set, because a
-client may send any name.
+"""Fields of requests without effect: their names as clients are told them, and as metrics and the
+log have them, from a closed set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from serve import metrics
 
 OTHER = "other"
+MAX_TOLD = 32
+# What goes into headers: an unknown name may be anything.
+PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,95}")
+
+
+def told(names: Iterable[str]) -> tuple[str, ...]:
+    """Each once, and no more than a header can hold."""
+    plain = (name if PLAIN.fullmatch(name) else OTHER for name in names)
+    return tuple(dict.fromkeys(plain))[:MAX_TOLD]
 
 
 def counted(names: Sequence[str]) -> list[str]:

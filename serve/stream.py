@@ -18,7 +18,7 @@ from serve.cache.singleflight import Flight
 from serve.deadline import Deadline
 from serve.engines.base import Engine
 from serve.errors import Cancelled, ErrorKind, Internal, ServeError
-from serve.ignored import counted
+from serve.ignored import counted, told
 from serve.logs import RequestLog
 from serve.messages import CacheMark, Chunk, GenerateRequest, Prompt, Route, Usage
 from serve.sources import Source
@@ -149,7 +149,7 @@ class Stream:
     @property
     def ignored(self) -> tuple[str, ...]:
         """Fields of the request without effect: unknown ones, and those of no use to this model."""
-        return (*self.request.ignored, *self.prompt.ignored)
+        return told((*self.request.ignored, *self.prompt.ignored))
 
     @property
     def usage(self) -> Usage:

@@ -77,11 +77,24 @@ class Model:
                 arguments[argument] = draft
             else:
                 arguments[argument] = str(found)
+        for name, _ in self._named().values():  # of this machine: they decide answers, too
+            if isinstance(name, str) and not is_hub_name(name):
+                place = Path(name).expanduser()
+                if place.is_dir() and place != folder:
+                    folders.append(place)
         commit = self._commits.get((self._name, settings.revision))
         return Found(folder, commit, arguments, tuple(folders))
 
     def _others(self) -> dict[str, tuple[str, str | None]]:
         """vLLM's arguments that name something else on the hub, with its revision."""
+        return {
+            argument: (name, revision)
+            for argument, (name, revision) in self._named().items()
+            if isinstance(name, str) and is_hub_name(name)
+        }
+
+    def _named(self) -> dict[str, tuple[object, str | None]]:
+        """vLLM's arguments that name something beside the model, with its revision."""
         settings, extra = self._settings, _extra(self._settings)
         named: dict[str, tuple[object, str | None]] = {
             # vLLM takes the tokenizer from the model, but may take that of another revision.
@@ -95,11 +108,7 @@ class Model:
         draft = extra.get("speculative_config")
         if isinstance(draft, dict):
             named["speculative_config"] = (draft.get("model"), draft.get("revision"))
-        return {
-            argument: (name, revision)
-            for argument, (name, revision) in named.items()
-            if isinstance(name, str) and is_hub_name(name)
-        }
+        return named
 
     def _refuse_without_effect(self, names: Sequence[str]) -> None:
         """Raises StartupError for what the user believes in and nobody reads."""

@@ -20,6 +20,7 @@ logger = logging.getLogger("packhorse.http")
 
 ACCEPTS_AT_ONCE = 64  # before others have a turn in the event loop
 ACCEPT_AGAIN_S = 1.0  # after the system had no file descriptor left
+SHUTDOWN_S = 1.0  # for the other side's last word of TLS
 
 
 class Acceptor:
@@ -110,7 +111,11 @@ class Handshake:
         with contextlib.suppress(OSError):  # ssl.SSLError is one
             self._peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().connect_accepted_socket(
-                protocol, self._peer, ssl=certificate
+                protocol,
+                self._peer,
+                ssl=certificate,
+                # Whoever is cut off may not answer, and would keep its place until then.
+                ssl_shutdown_timeout=SHUTDOWN_S if certificate else None,
             )
 
     def _ended(self, _: asyncio.Task[None]) -> None:

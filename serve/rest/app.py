@@ -190,8 +190,13 @@ def _wrapped(
             allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
             allow_headers=("*",),
             expose_headers=(
-                "x-request-id", "retry-after", "traceparent", "x-packhorse-ignored",
-                "x-packhorse-max-tokens", "x-packhorse-cache", "x-packhorse-model",
+                "x-request-id",
+                "retry-after",
+                "traceparent",
+                "x-packhorse-ignored",
+                "x-packhorse-max-tokens",
+                "x-packhorse-cache",
+                "x-packhorse-model",
             ),
         )
     if keys is not None and keys.without_keys is not None:

@@ -12,7 +12,8 @@ from serve.errors import Invalid, TooLarge, UnsupportedCoding
 
 CODINGS = ("gzip", "deflate", "zstd")
 MAX_CODINGS = 2  # one over the other
-PIECE_BYTES = 64 * 1024
+# 128 bytes may become 4 MiB: a block of zstd has at least three, and at most 128 KiB of content.
+PIECE_BYTES = 128
 
 
 def decoded(raw: bytes, encoding: str, max_bytes: int) -> bytes:
@@ -40,23 +41,35 @@ def _zlib(raw: bytes, name: str, max_bytes: int) -> bytes:
         window = 31
     else:  # what is called deflate comes with a zlib header, or without
         window = 15 if raw[:1] and raw[0] & 0x0F == 8 and raw[0] >> 4 <= 7 else -15
-    decoder = zlib.decompressobj(window)
-    found = decoder.decompress(raw, max_bytes + 1)
-    _check(len(found), max_bytes)
-    if not decoder.eof:
-        raise EOFError
-    return found
+    found = bytearray()
+    while True:
+        decoder = zlib.decompressobj(window)
+        found += decoder.decompress(raw, max_bytes + 1 - len(found))
+        _check(len(found), max_bytes)
+        if not decoder.eof:
+            raise EOFError
+        raw = decoder.unused_data
+        if not raw or (name == "gzip" and not raw.strip(b"\0")):  # gzip may be filled up
+            return bytes(found)
+        if name != "gzip":  # which alone may have several members
+            raise EOFError
 
 
 def _zstd(raw: bytes, max_bytes: int) -> bytes:
-    found = bytearray()
     # A frame's window is memory that it asks for: 8 MiB is what RFC 8878 has every decoder take.
-    reader = zstandard.ZstdDecompressor(max_window_size=8 * 2**20).stream_reader(
-        raw, read_across_frames=True
-    )
-    while piece := reader.read(min(PIECE_BYTES, max_bytes + 1)):
-        found += piece
-        _check(len(found), max_bytes)
+    library = zstandard.ZstdDecompressor(max_window_size=8 * 2**20)
+    decoder, found, is_over = library.decompressobj(), bytearray(), False
+    for start in range(0, len(raw), PIECE_BYTES):
+        piece = raw[start : start + PIECE_BYTES]
+        while piece:
+            if is_over:  # another frame
+                decoder = library.decompressobj()
+            found += decoder.decompress(piece)
+            _check(len(found), max_bytes)
+            is_over = decoder.eof
+            piece = decoder.unused_data if is_over else b""
+    if not is_over:
+        raise EOFError
     return bytes(found)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serve import metrics
 from serve.errors import DeadlineExceeded, ServeError, TooLarge
@@ -20,6 +21,7 @@ from serve.rest.errors import error_body
 from serve.sections import HttpSettings
 
 MAX_PIPELINED = 64  # requests of one connection before the first is answered
+MAX_HEADERS = 256  # each costs far more memory than its bytes
 
 
 class Cuttable(Protocol):
@@ -127,6 +129,9 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._is_cut = False
         self._reading: asyncio.TimerHandle | None = None
+        # Requests without a whole answer, the one that is being answered first. uvicorn's own
+        # `cycle` is the one that came last.
+        self._unanswered: deque[RequestResponseCycle] = deque()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -135,6 +140,11 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.closed(self)
         super().connection_lost(exc)
+        self.pipeline.clear()
+        for cycle in self._unanswered:  # uvicorn tells the last one alone
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unanswered.clear()
 
     def data_received(self, data: bytes) -> None:
         if self._is_cut:
@@ -154,8 +164,11 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # else it comes after a body, where uvicorn would add it to the headers
-            super().on_header(name, value)
+        if not self._in_head:  # it comes after a body, where uvicorn would add it to the headers
+            return
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS and not self._is_cut:
+            self._refuse_header()
 
     def on_headers_complete(self) -> None:
         self._in_head, self._dull_bytes = False, 0
@@ -171,6 +184,7 @@ class Connection(HttpToolsProtocol):
             return
         self._all.works(self)
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
         if self._all.is_draining and self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -192,11 +206,16 @@ class Connection(HttpToolsProtocol):
             )
 
     def on_response_complete(self) -> None:
+        if self._unanswered:
+            self._unanswered.popleft()
         super().on_response_complete()
         if self._is_idle():
             self.cycle.body = bytearray()  # else what nobody has read stays until the next request
         if self.transport.is_closing():
             self._see_read()
+        elif self._is_idle() and self._in_head:  # of the next request, a part has come already
+            self._unset_keepalive_if_required()
+            self._all.waits(self)
         elif self._is_idle():
             self._all.rests(self)
 
@@ -245,7 +264,8 @@ class Connection(HttpToolsProtocol):
         self._say(
             HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
             TooLarge(
-                f"The headers are above the limit of {self._all.max_header_bytes} bytes; send less."
+                f"The headers are above the limit of {self._all.max_header_bytes} bytes or "
+                f"{MAX_HEADERS} of them; send less."
             ),
         )
         self._close_now()

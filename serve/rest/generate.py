@@ -71,14 +71,15 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
         """SageMaker's one path for all: the body says what it is."""
         try:
             document = await read_object(request, limits)
-            if "messages" in document:
+            is_chat = document.get("messages") is not None
+            if is_chat:
                 chat = validated(document, ChatBody, settings.unknown_fields)
             else:
                 text = validated(document, CompletionBody, settings.unknown_fields)
         except ServeError as error:
             service.refused(request.state.request_id, error, request.state.caller)
             raise
-        if "messages" in document:
+        if is_chat:
             return await answer(request, chat, ChatShape(chat))
         return await answer(request, text, TextShape(text))
 

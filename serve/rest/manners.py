@@ -5,7 +5,11 @@ Pure ASGI, around everything else, so that what is inside sees plain paths and m
 
 from __future__ import annotations
 
+import re
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Manners:
@@ -22,10 +26,19 @@ class Manners:
             await self._app(scope, receive, send)
             return
         path, method = scope["path"], scope["method"]
-        if method != "HEAD" and method != "OPTIONS" and not path.endswith("/"):  # nearly all
+        is_odd = _CONTROL.search(path)
+        if (
+            method not in ("HEAD", "OPTIONS") and not path.endswith("/") and not is_odd
+        ):  # nearly all
             await self._app(scope, receive, send)
             return
+        if method == "OPTIONS" and path == "*":  # of the server as a whole
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
         inner = dict(scope)
+        if is_odd:  # routes match before a line's end, too: nothing is called like this
+            path = inner["path"] = _CONTROL.sub("\ufffd", path)
         if len(path) > 1 and path.endswith("/") and not path.endswith("//"):
             inner["path"] = path[:-1]
             inner["raw_path"] = (scope.get("raw_path") or path.encode()).removesuffix(b"/")

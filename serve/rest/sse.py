@@ -90,7 +90,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The server's own send: what wraps it looks at the start of a response only.
-        body_send: Send = scope.get("state", {}).get("send", send)
+        state = scope.get("state", {})
+        body_send: Send = state.get("send", send)
+        state["is_event_stream"] = True
         try:
             await unless_disconnected(
                 receive,

@@ -55,7 +55,7 @@ def routes(service: Service, settings: HttpSettings) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         document = await read_object(request, limits)
         body: TokenizeChatBody | TokenizeTextBody
-        if "messages" in document:
+        if document.get("messages") is not None:
             body = validated(document, TokenizeChatBody, settings.unknown_fields)
         else:
             body = validated(document, TokenizeTextBody, settings.unknown_fields)

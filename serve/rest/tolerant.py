@@ -15,11 +15,13 @@ from typing import Any
 import httptools
 
 from serve.rest.connections import Connection
+from serve.rest.sse import HEARTBEAT
 
 # Of struct tcp_info, its first byte; Linux' numbers for a connection that a reset has ended.
 TCP_CLOSE = 7
 LOOK_FIRST_S, LOOK_EVERY_S = 0.05, 0.25
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+COMMENT = b"%x\r\n%s\r\n" % (len(HEARTBEAT), HEARTBEAT)
 OFFERS = {b"upgrade", b"http2-settings"}
 
 
@@ -55,6 +57,8 @@ class TolerantConnection(Connection):
         """Called with the parser's exception at hand: read the request again without the offer."""
         offer = sys.exception()
         while isinstance(offer, httptools.HttpParserUpgrade) and self._is_offer:
+            if self._is_cut or self.transport.is_closing():
+                return
             self._data = self._without_offer() + self._data[offer.args[0] :]
             self._is_offer, offer = False, None
             self.parser = httptools.HttpRequestParser(self)
@@ -68,7 +72,8 @@ class TolerantConnection(Connection):
                 self.send_400_response("Invalid HTTP request received.")
 
     def _without_offer(self) -> bytes:
-        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/1.1"]
+        version = b" HTTP/" + self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + version]
         for name, value in self.headers:
             if name in OFFERS:
                 continue
@@ -87,18 +92,20 @@ class TolerantConnection(Connection):
         reset. So it is sent what every client passes over, and then looked at until the answer is
         there. Where that cannot be done, the connection is closed.
         """
-        cycle = self.cycle
-        awaits_answer = (
-            cycle is not None
-            and not cycle.response_started
-            and not cycle.more_body
+        can_wait = (
+            bool(self._unanswered)
+            and not self.cycle.more_body
             and self.scope.get("http_version") == "1.1"
             and self.scheme == "http"
         )
-        if not awaits_answer or self._state() in (None, TCP_CLOSE):
+        if not can_wait or self._state() in (None, TCP_CLOSE):
             return None
-        cycle.keep_alive = False
-        self.transport.write(CONTINUE)
+        self.cycle.keep_alive = False
+        running = self._unanswered[0]
+        if not running.response_started:
+            self.transport.write(CONTINUE)
+        elif running.chunked_encoding and running.scope["state"].get("is_event_stream"):
+            self.transport.write(COMMENT)  # what is written, is written in whole chunks
         self._looking = self.loop.call_later(LOOK_FIRST_S, self._look_whether_left)
         return True
 

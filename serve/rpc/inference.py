@@ -79,7 +79,10 @@ class Inference:
             left_s = min(max(call.timeout_s, 0.001), self._service.max_request_timeout_s)
             timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
         policy = body.cache.policy() if body.cache else AUTO_CACHE
-        asked = body.to_requests(call.request_id, call.caller, timeout_s, policy)
+        default = self._service.models.default(call.caller)
+        asked = body.to_requests(
+            call.request_id, call.caller, timeout_s, policy, default_model=default
+        )
         return [replace(one, trace=call.trace) for one in asked] if call.trace else asked
 
     async def _whole(

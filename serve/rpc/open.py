@@ -42,7 +42,10 @@ class OpenCalls:
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         methods = {
-            "Check": self._method(self._check, health_pb2.HealthCheckRequest, streams=False),
+            # Never refused for others' watches: it decides whether this server lives.
+            "Check": self._method(
+                self._check, health_pb2.HealthCheckRequest, streams=False, lasts=False
+            ),
             "Watch": self._method(self._watch, health_pb2.HealthCheckRequest, streams=True),
         }
         made = [grpc.method_handlers_generic_handler(health.SERVICE_NAME, methods)]
@@ -63,14 +66,16 @@ class OpenCalls:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _method(self, call: Method, kind: Any, *, streams: bool) -> grpc.RpcMethodHandler:
+    def _method(
+        self, call: Method, kind: Any, *, streams: bool, lasts: bool = True
+    ) -> grpc.RpcMethodHandler:
         async def run(_: Any, context: Context) -> Any:
-            if self._calls >= MAX_CALLS:
+            if lasts and self._calls >= MAX_CALLS:
                 await context.abort(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"{MAX_CALLS} calls for health and reflection are there, the limit; try again.",
                 )
-            self._calls += 1
+            self._calls += lasts
             try:
                 return await call(context)
             except DecodeError:
@@ -79,7 +84,7 @@ class OpenCalls:
                     f"The message is not a valid {kind.DESCRIPTOR.name}.",
                 )
             finally:
-                self._calls -= 1
+                self._calls -= lasts
 
         made = (
             grpc.stream_stream_rpc_method_handler

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
+from serve.errors import Invalid
 from serve.messages import (
     ANONYMOUS,
     AUTO_CACHE,
@@ -24,7 +25,8 @@ from serve.schema.fields import INT32_MAX, INT64_MAX, GenerateBody, TokenId
 from serve.schema.lenient import LenientBody, Unsupported
 
 ToolName = Annotated[str, Field(min_length=1, max_length=256)]
-Role = Annotated[str, Field(pattern=r"^[A-Za-z_-]{1,32}$")]
+Role = Annotated[str, Field(pattern=r"^[A-Za-z0-9_. -]{1,64}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # Kinds of content that are text, with the field that has it.
 TEXTS = {
     "text": "text",
@@ -38,6 +40,9 @@ TEXTS = {
 class TextPart(LenientBody):
     type: Literal["text"] = "text"
     text: str
+    # In parts of answers.
+    annotations: Any = None
+    logprobs: Any = None
 
     @classmethod
     def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +51,8 @@ class TextPart(LenientBody):
         name = TEXTS.get(kind) if isinstance(kind, str) else None
         if name is None or kind == "text":
             return document
-        return {**document, "type": "text", "text": document.get(name)}
+        kept = {each: value for each, value in document.items() if each != name}
+        return {**kept, "type": "text", "text": document.get(name)}
 
 
 class ToolCallFunction(LenientBody):
@@ -58,7 +64,11 @@ class ToolCallFunction(LenientBody):
         """Arguments as an object, as some clients keep them, are its text."""
         if not isinstance(document.get("arguments"), dict):
             return document
-        return {**document, "arguments": json.dumps(document["arguments"], ensure_ascii=False)}
+        try:
+            arguments = json.dumps(document["arguments"], ensure_ascii=False)
+        except RecursionError as error:
+            raise Invalid("The arguments of a tool call are nested too deeply.") from error
+        return {**document, "arguments": arguments}
 
 
 class ToolCall(LenientBody):
@@ -87,6 +97,15 @@ class ChatMessage(LenientBody):
     # In answers, which clients send back whole: none of it is part of a prompt.
     refusal: str | None = None
     annotations: Any = None
+
+    @classmethod
+    def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Content as a list may have plain strings among its parts."""
+        content = document.get("content")
+        if not isinstance(content, list) or not any(isinstance(part, str) for part in content):
+            return document
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        return {**document, "content": parts}
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
@@ -159,7 +178,7 @@ class _Conversation(LenientBody):
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         if self.continue_final_message:
             self.add_generation_prompt = False
-        for name in ("chat_template", "tokenize"):
+        for name in ("chat_template", "tokenize", "messages", "tools"):
             if name in (self.chat_template_kwargs or ()):
                 raise ValueError(f"chat_template_kwargs.{name} is the server's to decide")
         return self
@@ -174,22 +193,27 @@ class _Conversation(LenientBody):
 class ChatBody(_Conversation, GenerateBody):
     """POST /v1/chat/completions."""
 
+    unsupported: ClassVar = {
+        **GenerateBody.unsupported,
+        "echo": Unsupported((False,), "the last message is in the request"),
+    }
+
     max_completion_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=-1, le=INT32_MAX)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: Effort | None = None
     documents: list[dict[str, str]] | None = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _tools_and_logprobs(self) -> ChatBody:
         choice = self.tool_choice
-        if 0 in (self.max_tokens, self.max_completion_tokens):
+        if (self.max_completion_tokens is None and self.max_tokens == 0) or (
+            self.max_completion_tokens == 0
+        ):
             raise ValueError("max_tokens=0 leaves no answer; ask for at least one token")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
@@ -273,6 +297,10 @@ class ChatBody(_Conversation, GenerateBody):
 class TokenizeChatBody(_Conversation):
     """POST /tokenize with messages: the prompt that chat would see."""
 
+    unsupported: ClassVar = {"chat_template": GenerateBody.unsupported["chat_template"]}
+
+    documents: list[dict[str, str]] | None = None
+    reasoning_effort: Effort | None = None
     model: str | None = None
     add_special_tokens: bool = False
     return_token_strs: bool | None = None
@@ -280,8 +308,10 @@ class TokenizeChatBody(_Conversation):
     def to_request(self, request_id: str, model: str) -> GenerateRequest:
         options = ChatOptions(
             tools=self.as_tools(),
+            reasoning_effort=self.reasoning_effort,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
+            documents=tuple(self.documents or ()),
             template_variables=self.chat_template_kwargs or {},
         )
         return GenerateRequest(

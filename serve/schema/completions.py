@@ -73,6 +73,7 @@ class CompletionBody(GenerateBody):
                 request,
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{number}",
                 prompt=prompt,
+                ignored=request.ignored if number == 0 else (),  # counted once a call
                 echo=bool(self.echo),
             )
             for number, prompt in enumerate(prompts)

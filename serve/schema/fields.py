@@ -63,14 +63,19 @@ class ResponseFormat(LenientBody):
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _schema_fits_type(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("type 'json_schema', and only that, comes with a json_schema")
+    def _has_its_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type 'json_schema' comes with a json_schema")
         return self
 
 
 class StructuredOutputs(LenientBody):
     """vLLM's own form of a constraint: exactly one of these."""
+
+    unsupported: ClassVar = {
+        "structural_tag": Unsupported((), "send regex or grammar"),
+        "whitespace_pattern": Unsupported((), "white space is the server's to bound"),
+    }
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = Field(None, min_length=1)
@@ -184,7 +189,7 @@ class GenerateBody(LenientBody):
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT32_MAX)
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
+    priority: int = Field(0, ge=-(2**63), le=INT64_MAX)
     timeout_s: float | None = Field(None, gt=0)
     cache: CacheOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
@@ -202,9 +207,14 @@ class GenerateBody(LenientBody):
         """vLLM's names of before for a constraint."""
         if not GUIDED.keys() & document.keys():
             return document
+        asked = {
+            kind: document[name] for name, kind in GUIDED.items() if document.get(name) is not None
+        }
         kept = {name: value for name, value in document.items() if name not in GUIDED}
-        asked = {GUIDED[name]: value for name, value in document.items() if name in GUIDED}
-        return {**kept, "structured_outputs": {**(kept.get("structured_outputs") or {}), **asked}}
+        constraint = kept.get("structured_outputs") or {}
+        if asked and isinstance(constraint, dict):
+            kept["structured_outputs"] = {**constraint, **asked}
+        return kept
 
     @field_validator("logit_bias")
     @classmethod
@@ -247,7 +257,7 @@ class GenerateBody(LenientBody):
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return None
-        if wanted.json_schema is not None:
+        if wanted.type == "json_schema" and wanted.json_schema is not None:
             return Constraint("json", wanted.json_schema.schema_)
         return Constraint("json_object", True)
 

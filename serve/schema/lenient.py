@@ -4,7 +4,6 @@ the answer. `null` is the same as absent, at every level that has a class.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -12,12 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import AliasChoices, BaseModel, ConfigDict, PrivateAttr
 
 from serve.errors import Invalid
+from serve.ignored import OTHER, PLAIN, told
 
 UnknownFields = Literal["ignore", "refuse"]
-
-MAX_TOLD = 32
-# What goes into headers: an unknown name may be anything.
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,95}")
 
 
 class Unsupported(NamedTuple):
@@ -44,8 +40,7 @@ class LenientBody(BaseModel):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Names of what was sent and has no effect: `user`, `messages.cache_control`."""
-        names = (*self._ignored, *sorted(self.no_effect & self.model_fields_set))
-        return tuple(dict.fromkeys(names))[:MAX_TOLD]
+        return told((*self._ignored, *sorted(self.no_effect & self.model_fields_set)))
 
 
 def accepted(
@@ -95,8 +90,8 @@ def _dropped(
 ) -> str:
     """The name to tell. Raises Invalid when it cannot be dropped."""
     shown = f"{place}{name}"
-    if not _PLAIN.fullmatch(shown):
-        shown = "other"
+    if not PLAIN.fullmatch(shown):
+        shown = OTHER
     known = issubclass(schema, LenientBody) and schema.unsupported.get(name)
     if known and value not in known.harmless:
         raise Invalid(

@@ -227,6 +227,21 @@ async def test_answers_to_requests_at_once_must_be_read() -> None:
         await until(nothing_left(server))
 
 
+async def test_many_headers_of_few_bytes(connect: Connect) -> None:
+    async with serving() as server:
+        ends = await connect(server, b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 300)
+        assert (await rest_of(ends)).startswith(b"HTTP/1.1 431 ")
+        some = await connect(server, GET_LIVE[:-2] + b"a:\r\n" * 200 + b"\r\n")
+        assert (await answer_of(some))[0] == 200
+
+
+async def test_a_header_that_begins_behind_a_request(connect: Connect) -> None:
+    async with serving(http={"header_timeout_s": 0.3, "keep_alive_s": 60}) as server:
+        ends = await connect(server, GET_LIVE + GET_LIVE[:20])
+        assert (await answer_of(ends))[0] == 200
+        assert (await rest_of(ends)).startswith(b"HTTP/1.1 408 ")
+
+
 async def test_few_requests_may_wait_on_one_connection(connect: Connect) -> None:
     async with serving() as server:
         some = await connect(server, GET_LIVE * 20)

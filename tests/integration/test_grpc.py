@@ -61,7 +61,7 @@ BAD = [
     chat(min_tokens=5, max_tokens=3),
     chat(reasoning_effort="enormous"),
     (CHAT, {"model": "echo", "messages": []}),
-    (CHAT, {"model": "echo", "messages": [{"role": "an oracle", "content": "x"}]}),
+    (CHAT, {"model": "echo", "messages": [{"role": "oracle!", "content": "x"}]}),
     (CHAT, {"model": "echo", "messages": [{"role": "user"}]}),
     (TEXT, {"model": "echo"}),
     text(""),

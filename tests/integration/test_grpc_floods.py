@@ -160,6 +160,8 @@ async def test_health_watches_leave_places_for_calls(monkeypatch: pytest.MonkeyP
         extra = health.Watch(health_pb2.HealthCheckRequest())
         assert await code_of(extra) == "RESOURCE_EXHAUSTED"
         assert (await both.ask(*chat())).choices[0].text == "one two three"
+        # What a probe asks is answered, or strangers' watches would have the server restarted.
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
         for watch in watches:
             watch.cancel()
 

@@ -300,7 +300,7 @@ def stalled_clients() -> float:
     )
 
 
-async def stall(prompt: str | list[str]) -> None:
+async def stall(prompt: str | list[str], *, requests: int = 1) -> None:
     before = stalled_clients()
     engine = Flood(EngineSettings(kind="echo"))
     async with serving(engine=engine, http={"stalled_client_timeout_s": 0.2}) as server:
@@ -308,7 +308,7 @@ async def stall(prompt: str | list[str]) -> None:
         body = {"model": "echo", "prompt": prompt, "max_tokens": 10**6, "stream": True}
         content = json.dumps(body).encode()
         head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
-        writer.write(head.encode() + content)
+        writer.write((head.encode() + content) * requests)
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         await until(lambda: engine.running > 0)
         await until(nothing_left(server))
@@ -320,13 +320,13 @@ async def stall(prompt: str | list[str]) -> None:
         writer.close()
 
 
-@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+@pytest.mark.parametrize(("prompt", "requests"), [("a", 1), ("a", 2), (["a", "b"], 1)])
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_client_that_stops_reading_is_cut_off(
-    loop: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+    loop: Any, prompt: Any, requests: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(stall(prompt))
+        runner.run(stall(prompt, requests=requests))
     assert not caplog.records  # uvicorn has nothing to complain about
 
 

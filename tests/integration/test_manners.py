@@ -71,6 +71,8 @@ GOOD: list[tuple[str, bytes]] = [
     ("", BODY),
     ("gzip, identity", gzip.compress(BODY)),
     ("deflate, gzip", gzip.compress(zlib.compress(BODY))),
+    ("gzip", gzip.compress(BODY[:20]) + gzip.compress(BODY[20:]) + bytes(9)),
+    ("zstd", zstandard.compress(BODY[:20]) + zstandard.compress(BODY[20:])),
 ]
 
 
@@ -90,6 +92,9 @@ BAD: list[tuple[str, bytes, int, str]] = [
     ("gzip", gzip.compress(BODY)[:-9], 400, "not valid gzip"),
     ("deflate", b"", 400, "not valid deflate"),
     ("zstd", BODY, 400, "not valid zstd"),
+    ("zstd", zstandard.compress(BODY)[:-2], 400, "not valid zstd"),
+    ("gzip", gzip.compress(BODY) + b"garbage", 400, "not valid gzip"),
+    ("deflate", zlib.compress(BODY) * 2, 400, "not valid deflate"),
     ("gzip", gzip.compress(b"\xff{}"), 400, "not valid UTF-8"),
     ("gzip", gzip.compress(BOMB), 413, "decoded"),
     ("deflate", zlib.compress(BOMB), 413, "decoded"),

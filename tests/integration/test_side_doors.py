@@ -21,6 +21,8 @@ SIDE_DOORS = [
     "/Admin/adapters", "/admin/adapters/", "/admin//adapters", "/metrics/", "//metrics",
     "/%6detrics", "/health/../admin/cache", "/health/%2e%2e/admin/cache", "/health//admin/cache",
     "/./admin/adapters", "/admin;x/adapters", "/admin%2fadapters", "/v1/../admin/adapters",
+    "/admin/cache%0A", "/metrics%0A", "/server_info%0A", "/v1/load_lora_adapter%0A", "/admin%0D",
+    "/v1/unload_lora_adapter%0a", "/%0Aadmin/cache", "/admin/%09cache", "/metrics%00",
     "/docs", "/load", "/server_info", "/reset_prefix_cache", "/v1/load_lora_adapter",
 ]  # fmt: skip
 

@@ -80,6 +80,39 @@ async def test_who_closes_a_half_gets_the_answer(fields: dict[str, Any]) -> None
         assert (b"data: [DONE]" in answer) == bool(fields)
 
 
+@pytest.mark.parametrize("after", [1, 2, 3])
+async def test_nor_does_it_matter_when_it_is_closed(after: int) -> None:
+    """After some of the answer has come."""
+    async with serving(delay_s=0.05) as server, connecting() as connect:
+        ends = await connect(server, post(hello("a b c d e f", stream=True)))
+        said = b""
+        while said.count(b"data: ") < after:
+            said += await ends[0].read(2**16)
+        ends[1].write_eof()
+        said += await rest_of(ends)
+        assert b'"f"' in said.replace(b'" f"', b'"f"')
+        assert b"data: [DONE]" in said
+
+
+async def test_a_closed_half_behind_a_second_request_spoils_no_stream() -> None:
+    async with serving(delay_s=0.05) as server, connecting() as connect:
+        both = post(hello("a b c d", stream=True)) + post(hello("second"))
+        ends = await connect(server, both)
+        said = await ends[0].read(2**16)
+        ends[1].write_eof()
+        said += await rest_of(ends)
+        first, _, second = said.partition(b"data: [DONE]")
+        assert b"HTTP/1.1 100" not in first
+        assert b"second" in second
+
+
+@pytest.mark.parametrize("first", [hello(), hello(stream=True)])
+async def test_who_leaves_two_requests_is_waited_for_by_neither(first: dict[str, Any]) -> None:
+    async with serving(engine=Held()) as server, connecting() as connect:
+        await left(server, connect, post(first) + post(hello("second")), reset=False)
+        await until(nothing_left(server))
+
+
 async def left(server: Served, connect: Any, sent: bytes, *, reset: bool) -> None:
     """Sends this, waits until the engine has it, and leaves."""
     engine = server.engine
@@ -154,3 +187,17 @@ async def test_many_connections_that_stay(count: int) -> None:
                 ends[1].write(post(hello("a")))
             for ends in everybody:
                 assert said(await answer_of(ends)) == "a"
+
+
+async def test_the_version_of_an_offer_stays() -> None:
+    async with serving() as server, connecting() as connect:
+        request = post(hello(), *OFFER).replace(b"HTTP/1.1", b"HTTP/1.0")
+        ends = await connect(server, request)
+        assert said(await answer_of(ends)) == "one two three"
+        assert await rest_of(ends) == b"", "1.0 is closed"
+
+
+async def test_options_of_everything() -> None:
+    async with serving() as server, connecting() as connect:
+        ends = await connect(server, b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await answer_of(ends))[0] == 204

@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "serve.adapters": LEAVES,
     "serve.admin": LEAVES
     | {"serve.adapters.base", "serve.cache.base", "serve.cache.key", "serve.routing.base"},
-    "serve.schema": LEAVES,
+    "serve.schema": LEAVES | {"serve.ignored"},
     "serve.answers": LEAVES | {"serve.stream"},
     "serve.rpc": LEAVES
     | {

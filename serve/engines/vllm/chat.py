@@ -36,7 +36,7 @@ from serve.sections import EngineSettings
 
 # Template variables that other fields of a request, or the tokenizer, decide.
 OURS = frozenset(
-    ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+    ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
 )
 PATHS = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path")
 # What a template can call that does not answer the same each time.
@@ -161,7 +161,7 @@ class Chat:
         if not (asked or options.reasoning_effort or options.documents):
             return ()
         known = set(_cached_resolve_chat_template_kwargs(self._resolved(options) or ""))
-        if options.documents and "documents" not in known:
+        if (options.documents or "documents" in asked) and "documents" not in known:
             raise Invalid(
                 "The model's chat template has no place for documents, and would answer without "
                 "them; put their text into a message.",

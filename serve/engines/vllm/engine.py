@@ -204,8 +204,11 @@ class VllmEngine:
         is_chat = request.messages is not None
         special = request.add_special_tokens
         truncate = request.truncate_prompt_tokens
-        if truncate == -1:  # to what leaves room for the answer
-            wanted = request.sampling.max_tokens or request.sampling.default_max_tokens or 1
+        if truncate == -1:  # to what leaves room for the answer, if any does
+            sampling = request.sampling
+            wanted = sampling.max_tokens or sampling.default_max_tokens or 1
+            if wanted >= self.max_model_len:  # an upper bound, and no demand
+                wanted = max(1, sampling.min_tokens)
             truncate = max(1, self.max_model_len - wanted)
         renderer = self._llm.renderer
         prompt = request.prompt

@@ -115,6 +115,12 @@ def test_what_else_comes_from_a_hub_keeps_to_its_commit_too(hub: Hub, tmp_path: 
     assert (Path(speculative["model"]) / "model.safetensors").read_bytes() == b"new"
 
 
+def test_folders_beside_the_model_decide_answers_too(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "tokens").mkdir()
+    found = model(tokenizer=str(tmp_path / "tokens"), generation_config="vllm").found()
+    assert found.others == (tmp_path / "tokens",)
+
+
 def test_downloads_go_where_they_are_wanted(hub: Hub, tmp_path: Path) -> None:
     found = model(download_dir=tmp_path / "there").found()
     assert found.folder.is_relative_to(tmp_path / "there")

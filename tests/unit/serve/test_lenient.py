@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
+from serve.errors import Invalid
+from serve.ignored import PLAIN, told
 from serve.messages import GenerateRequest
-from serve.schema.chat import ChatBody
+from serve.schema.chat import ChatBody, TokenizeChatBody
 from serve.schema.completions import CompletionBody
 from serve.schema.validation import validated
 
@@ -135,7 +138,10 @@ def test_what_has_no_effect_is_told(fields: dict[str, Any], names: tuple[str, ..
          {"role": "tool", "content": [], "tool_call_id": "call_1"}),
         ({"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}]},
          {"role": "assistant", "content": "x"}),
-        ({"role": "critic", "content": "x"}, {"role": "critic", "content": "x"}),
+        ({"role": "critic 2", "content": "x"}, {"role": "critic 2", "content": "x"}),
+        ({"role": "user", "content": ["a", {"type": "text", "text": "b"}]},
+         {"role": "user",
+          "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
     ],
 )  # fmt: skip
 def test_history_comes_back_as_clients_keep_it(
@@ -163,6 +169,15 @@ def test_an_answer_as_openais_client_dumps_it_can_be_sent_back() -> None:
         ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
         ({"guided_json": {"type": "object"}}, {"structured_outputs": {"json": {"type": "object"}}}),
         ({"guided_choice": ["a", "b"]}, {"structured_outputs": {"choice": ["a", "b"]}}),
+        (
+            {"guided_json": None, "guided_regex": None, "response_format": {"type": "json_object"}},
+            {"response_format": {"type": "json_object"}},
+        ),
+        ({"max_tokens": 0, "max_completion_tokens": 5}, {"max_completion_tokens": 5}),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}},
+            {"response_format": {"type": "text"}},
+        ),
         ({"max_tokens": -1}, {}),
         ({"max_tokens": "9"}, {"max_tokens": 9}),
         ({"max_tokens": 3, "max_completion_tokens": 4}, {"max_completion_tokens": 4}),
@@ -191,3 +206,50 @@ def test_as_many_tokens_as_fit() -> None:
 def test_without_a_model_the_servers_own_is_meant() -> None:
     assert chat(model=None).model == "default"
     assert chat(model="m").model == "m"
+
+
+def test_what_is_read_is_not_told_as_ignored() -> None:
+    parts = [
+        {"type": "refusal", "refusal": "No."},
+        {"type": "output_text", "text": "hi", "annotations": [], "logprobs": []},
+    ]
+    body = {"model": "m", "messages": [{"role": "assistant", "content": parts}]}
+    assert validated(body, ChatBody, "refuse").ignored == ()
+
+
+@pytest.mark.parametrize("depth", [100, 900, 950, 960, 990, 2000])
+def test_arguments_may_be_deep(depth: int) -> None:
+    arguments: Any = {}
+    for _ in range(depth):
+        arguments = {"a": arguments}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    with contextlib.suppress(Invalid):  # and nothing else
+        chat(messages=[ASKED, {"role": "assistant", "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize("other", ["x", [1], 5, {"regex": "b", "json": 1}])
+def test_a_constraint_by_two_names_is_refused_and_no_more(other: Any) -> None:
+    with pytest.raises(Invalid):
+        chat(guided_regex="a", structured_outputs=other)
+
+
+def test_a_batch_counts_what_it_ignores_once() -> None:
+    body = {"model": "m", "prompt": ["a", "b", "c"], "user": "u"}
+    requests = validated(body, CompletionBody).to_requests("id")
+    assert [request.ignored for request in requests] == [("user",), (), ()]
+
+
+def test_tokenize_refuses_what_would_give_other_tokens() -> None:
+    with pytest.raises(Invalid, match="chat_template"):
+        validated({"messages": [ASKED], "chat_template": "x"}, TokenizeChatBody)
+    body = {"messages": [ASKED], "reasoning_effort": "low", "documents": [{"text": "x"}]}
+    asked = validated(body, TokenizeChatBody).to_request("id", "m")
+    assert (asked.chat.reasoning_effort, asked.chat.documents) == ("low", ({"text": "x"},))
+
+
+def test_names_are_told_as_a_header_can_hold_them() -> None:
+    names = ("user", "日本", "a\r\nb: c", "x" * 200, "user", *(f"f{n}" for n in range(99)))
+    found = told(names)
+    assert found[:2] == ("user", "other")
+    assert len(found) == 32
+    assert all(PLAIN.fullmatch(name) for name in found)

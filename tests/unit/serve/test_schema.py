@@ -178,7 +178,7 @@ def test_echo_alone_asks_the_engine_for_one_token() -> None:
         ),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "is the server's to decide", None),
         ({"messages": []}, "messages", "messages"),
-        ({"messages": [{"role": "a b", "content": "x"}]}, "messages.0.role", "messages.0.role"),
+        ({"messages": [{"role": "a\nb", "content": "x"}]}, "messages.0.role", "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "a message of role user needs content", "messages.0"),
         ({"top_k": 10**30}, "top_k", "top_k"),
         ({"stop": [""]}, "stop.0: ", "stop.0"),
