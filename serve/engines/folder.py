@@ -77,9 +77,9 @@ class Model:
                 arguments[argument] = draft
             else:
                 arguments[argument] = str(found)
-        for name, _ in self._named().values():  # of this machine: they decide answers, too
-            if isinstance(name, str) and not is_hub_name(name):
-                place = Path(name).expanduser()
+        for local, _ in self._named().values():  # of this machine: they decide answers, too
+            if isinstance(local, str) and not is_hub_name(local):
+                place = Path(local).expanduser()
                 if place.is_dir() and place != folder:
                     folders.append(place)
         commit = self._commits.get((self._name, settings.revision))

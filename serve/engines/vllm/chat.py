@@ -35,9 +35,7 @@ from serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
 from serve.sections import EngineSettings
 
 # Template variables that other fields of a request, or the tokenizer, decide.
-OURS = frozenset(
-    ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
-)
+OURS = frozenset(("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"))
 PATHS = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path")
 # What a template can call that does not answer the same each time.
 CHANGING = ("strftime_now", "lipsum", "| random", "|random")
