@@ -222,6 +222,17 @@ def test_completions_take_lists_of_prompts(client: OpenAI) -> None:
     assert texts == [choice.text for choice in answer.choices]
 
 
+def test_a_forced_call_of_a_strict_tool_ends(client: OpenAI) -> None:
+    """Its grammar is another than that of a format."""
+    tool = openai.pydantic_function_tool(City, name="final_result")
+    answer = client.chat.completions.create(
+        **ENDING, messages=CAPITAL, tools=[tool], tool_choice="required"
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert City.model_validate_json(call.function.arguments)
+
+
 def test_errors_are_of_the_clients_types_and_have_its_fields(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=MODEL, messages=CAPITAL, temperature=9)

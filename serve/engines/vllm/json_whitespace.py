@@ -40,16 +40,39 @@ def _bound_of(backend: Any) -> int | None:
 
 def _bounded_xgrammar(compile_grammar: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compile_grammar)
-    def bounded(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    def bounded(
+        self: Any,
+        request_type: StructuredOutputOptions,
+        grammar_spec: str,
+        *rest: Any,
+        **keywords: Any,
+    ) -> Any:
         compile_schema = self.compiler.compile_json_schema
         bound = _bound_of(self)
         if bound is not None and not isinstance(compile_schema, functools.partial):
             self.compiler.compile_json_schema = functools.partial(
                 compile_schema, max_whitespace_cnt=bound
             )
-        return compile_grammar(self, *arguments, **keywords)
+        if bound is not None and request_type == StructuredOutputOptions.STRUCTURAL_TAG:
+            tags = json.loads(grammar_spec)
+            _bound_schemas(tags, bound)
+            grammar_spec = json.dumps(tags)
+        return compile_grammar(self, request_type, grammar_spec, *rest, **keywords)
 
     return bounded
+
+
+def _bound_schemas(tags: Any, bound: int) -> None:
+    """Those of a structural tag: vLLM makes one of strict tools, with JSON among other text."""
+    if isinstance(tags, list):
+        for each in tags:
+            _bound_schemas(each, bound)
+    elif isinstance(tags, dict):
+        if tags.get("type") == "json_schema" and "json_schema" in tags:
+            if tags.get("max_whitespace_cnt") is None:
+                tags["max_whitespace_cnt"] = bound
+        else:
+            _bound_schemas(list(tags.values()), bound)
 
 
 def _bounded_guidance(compile_grammar: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +83,11 @@ def _bounded_guidance(compile_grammar: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(compile_grammar)
     def bounded(
-        self: Any, request_type: StructuredOutputOptions, grammar_spec: str, *rest: Any
+        self: Any,
+        request_type: StructuredOutputOptions,
+        grammar_spec: str,
+        *rest: Any,
+        **keywords: Any,
     ) -> Any:
         bound = _bound_of(self)
         none_wanted = self.disable_any_whitespace  # which vLLM does by itself
@@ -77,6 +104,6 @@ def _bounded_guidance(compile_grammar: Callable[..., Any]) -> Callable[..., Any]
                 }
                 schema["x-guidance"] = {**options, **schema.get("x-guidance", {})}
                 request_type, grammar_spec = StructuredOutputOptions.JSON, json.dumps(schema)
-        return compile_grammar(self, request_type, grammar_spec, *rest)
+        return compile_grammar(self, request_type, grammar_spec, *rest, **keywords)
 
     return bounded

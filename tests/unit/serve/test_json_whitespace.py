@@ -49,6 +49,7 @@ def takes(
     *,
     bound: int | None = 3,
     kind: StructuredOutputOptions = StructuredOutputOptions.JSON,
+    grammar: str = SCHEMA,
 ) -> bool:
     """Whether a model could write the whole text."""
     config = SimpleNamespace(
@@ -61,7 +62,8 @@ def takes(
     )
     made = backend(config, tokenizer=tokenizer, vocab_size=len(tokenizer))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return len(made.compile_grammar(kind, SCHEMA).validate_tokens(tokens)) == len(tokens)
+    compiled = made.compile_grammar(kind, grammar, stop_token_ids=None)  # as vLLM calls it
+    return len(compiled.validate_tokens(tokens)) == len(tokens)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,3 +92,20 @@ def test_any_object_is_bounded_as_well(backend: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_bound_the_grammar_is_vllms(backend: Any, tokenizer: Any) -> None:
     assert takes(backend, tokenizer, '{"a":' + " " * 40 + '1, "b": true}', bound=None)
+
+
+def test_calls_of_strict_tools_are_bounded(tokenizer: Any) -> None:
+    """vLLM makes a structural tag of them, which has the schema inside."""
+    schema = json.loads(SCHEMA)
+    content = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": None}
+    call = {"type": "tag", "begin": "<tool_call>", "content": content, "end": "</tool_call>"}
+    tags = {"type": "structural_tag", "format": {"type": "sequence", "elements": [call]}}
+    kind = StructuredOutputOptions.STRUCTURAL_TAG
+    for count, expected in ((0, True), (3, True), (4, False), (40, False)):
+        text = f'<tool_call>{{"a":{" " * count}1, "b": true}}</tool_call>'
+        assert (
+            takes(XgrammarBackend, tokenizer, text, kind=kind, grammar=json.dumps(tags)) is expected
+        ), count
+    text = text.replace(" " * 40, " " * 400)
+    unbounded = {"bound": None, "kind": kind, "grammar": json.dumps(tags)}
+    assert takes(XgrammarBackend, tokenizer, text, **unbounded)  # type: ignore[arg-type]
