@@ -58,7 +58,7 @@ def test_one_bad_prompt_refuses_the_call(http: httpx.Client) -> None:
     for stream in (False, True):
         response = http.post(TEXT, json=complete(["a", "w " * 3000], stream=stream))
         assert response.status_code == 400
-        assert "3000 tokens" in response.json()["error"]["message"]
+        assert "your prompt has 3000" in response.json()["error"]["message"]
 
 
 def test_a_failure_in_one_stream_ends_the_call_with_it(http: httpx.Client) -> None:
