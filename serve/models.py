@@ -42,6 +42,8 @@ class Models:
 
     def default(self, caller: Caller) -> str:
         """What is meant where a caller names no model."""
+        if caller.base:
+            return self.base
         return next(iter(self.names(caller)), self.base)
 
     def check(self, name: str, caller: Caller = ANONYMOUS) -> None:

@@ -149,7 +149,8 @@ class Stream:
     @property
     def ignored(self) -> tuple[str, ...]:
         """Fields of the request without effect: unknown ones, and those of no use to this model."""
-        return told((*self.request.ignored, *self.prompt.ignored))
+        names = (*self.request.ignored, *self.prompt.ignored)
+        return told(names) if names else ()
 
     @property
     def usage(self) -> Usage:
@@ -247,7 +248,7 @@ class Stream:
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
-            **({"ignored": counted(self.ignored)} if self.ignored else {}),
+            **({"ignored": counted(ignored)} if (ignored := self.ignored) else {}),
             **self.timeline.fields(),
         )
 

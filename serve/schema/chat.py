@@ -240,10 +240,10 @@ class ChatBody(_Conversation, GenerateBody):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        names = list(super().ignored)
-        if self._forces_a_call and self.response_format is not None:
-            names.append("response_format")  # it is about content, and there will be none
-        return tuple(names)
+        names = super().ignored
+        if self.response_format is not None and self._forces_a_call:
+            return (*names, "response_format")  # it is about content, and there will be none
+        return names
 
     def constraint(self) -> Constraint | None:
         return None if self._forces_a_call else super().constraint()

@@ -4,11 +4,11 @@ the answer. `null` is the same as absent, at every level that has a class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, PrivateAttr
+from pydantic import AliasChoices, BaseModel, ConfigDict
 
 from serve.errors import Invalid
 from serve.ignored import OTHER, PLAIN, told
@@ -30,7 +30,8 @@ class LenientBody(BaseModel):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
     # Known to the class, and of no effect.
     no_effect: ClassVar[frozenset[str]] = frozenset()
-    _ignored: tuple[str, ...] = PrivateAttr(())
+    # What was dropped. No private attribute of pydantic's, which every message would pay for.
+    dropped: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +41,10 @@ class LenientBody(BaseModel):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Names of what was sent and has no effect: `user`, `messages.cache_control`."""
-        return told((*self._ignored, *sorted(self.no_effect & self.model_fields_set)))
+        without_effect = self.no_effect & self.model_fields_set
+        if not self.dropped and not without_effect:
+            return ()
+        return told((*self.dropped, *sorted(without_effect)))
 
 
 def accepted(
@@ -60,27 +64,33 @@ def _accepted(
     place: str,
     ignored: list[str],
 ) -> dict[str, Any]:
-    fields, kept = _fields(schema), {}
-    if issubclass(schema, LenientBody):
-        document = schema.reshaped(document)
-    for name, value in document.items():
-        if value is None:
-            continue
-        if name not in fields:
-            ignored.append(_dropped(name, value, schema, unknown, place))
-            continue
-        inner = fields[name]
-        if inner is not None:
+    known = _known(schema)
+    if known.reshapes is not None:
+        document = known.reshapes(document)
+    kept = document
+    if not document.keys() <= known.names or None in document.values():  # seldom
+        kept = {}
+        for name, value in document.items():
+            if value is None:
+                continue
+            if name in known.names:
+                kept[name] = value
+            else:
+                ignored.append(_dropped(name, value, schema, unknown, place))
+    for name, inner in known.inner:
+        value = kept.get(name)
+        if isinstance(value, dict):
+            value = _accepted(value, inner, unknown, f"{place}{name}.", ignored)
+        elif isinstance(value, list):
             below = f"{place}{name}."
-            if isinstance(value, dict):
-                value = _accepted(value, inner, unknown, below, ignored)
-            elif isinstance(value, list):
-                value = [
-                    _accepted(each, inner, unknown, below, ignored)
-                    if isinstance(each, dict)
-                    else each
-                    for each in value
-                ]
+            value = [
+                _accepted(each, inner, unknown, below, ignored) if isinstance(each, dict) else each
+                for each in value
+            ]
+        else:
+            continue
+        if kept is document:
+            kept = dict(document)
         kept[name] = value
     return kept
 
@@ -104,16 +114,31 @@ def _dropped(
     return shown
 
 
+class _Known(NamedTuple):
+    """Of a class: its names, those of them that hold another class or a list of it, and how it
+    wants its document.
+    """
+
+    names: frozenset[str]
+    inner: tuple[tuple[str, type[BaseModel]], ...]
+    reshapes: Callable[[dict[str, Any]], dict[str, Any]] | None
+
+
 @cache
-def _fields(schema: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The names that a class knows; with each the class of what is in it, or in its items."""
+def _known(schema: type[BaseModel]) -> _Known:
     found: dict[str, type[BaseModel] | None] = {}
     for name, field in schema.model_fields.items():
         names = [field.alias or name]
         if isinstance(field.validation_alias, AliasChoices):
             names = [str(choice) for choice in field.validation_alias.choices]
         found.update(dict.fromkeys(names, _class_in(field.annotation)))
-    return found
+    inner = tuple((name, below) for name, below in found.items() if below is not None)
+    reshapes = None
+    if issubclass(schema, LenientBody) and "reshaped" in {
+        name for base in schema.__mro__ if base is not LenientBody for name in vars(base)
+    }:
+        reshapes = schema.reshaped
+    return _Known(frozenset(found), inner, reshapes)
 
 
 def _class_in(annotation: Any) -> type[BaseModel] | None:

@@ -26,7 +26,7 @@ def validated(
     except ValidationError as error:
         raise invalid_from(error) from error
     if ignored and isinstance(body, LenientBody):
-        body._ignored = tuple(ignored)
+        object.__setattr__(body, "dropped", tuple(ignored))
     return body
 
 
