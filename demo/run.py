@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -58,7 +59,11 @@ def start_server(port: int) -> tuple[subprocess.Popen[bytes], str]:
     log_path = ROOT / "out/serve.log"
     with log_path.open("wb") as log:
         command = [BIN / "packhorse", *SERVE.split()[1:], "--port", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        # Step 5 adds an adapter by its path, which operators allow by folder.
+        allowed = {"PACKHORSE_ADAPTERS__ALLOWED_ROOTS": json.dumps([str(ROOT / "demo/adapters")])}
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **allowed}
+        )
     deadline_s = time.monotonic() + 300
     with console.status("vLLM is starting (about half a minute on a CPU) ..."):
         while process.poll() is None and time.monotonic() < deadline_s:
