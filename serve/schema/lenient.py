@@ -79,6 +79,8 @@ def _accepted(
                 ignored.append(_dropped(name, value, schema, unknown, place))
     for name, inner in known.inner:
         value = kept.get(name)
+        if value is None:
+            continue
         if isinstance(value, dict):
             value = _accepted(value, inner, unknown, f"{place}{name}.", ignored)
         elif isinstance(value, list):
