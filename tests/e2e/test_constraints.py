@@ -44,6 +44,22 @@ def tool(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
 
 
+def test_a_schema_that_only_the_second_backend_knows_is_kept_to(demo_server: Server) -> None:
+    """xgrammar does not know multipleOf; vLLM takes llguidance then. Its white space ends, too."""
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "multipleOf": 7, "minimum": 7, "maximum": 700}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with httpx.Client(base_url=demo_server.url, timeout=60) as http:
+        answer = ask(http, "Hello!", max_tokens=200, response_format=response_format)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert json.loads(message["content"])["n"] % 7 == 0, answer.text
+
+
 HOSTILE: dict[str, dict[str, Any]] = {
     "slow pattern": {"json": {"type": "string", "pattern": "a{9999}"}},
     "many patterns": {"json": {"anyOf": [{"type": "string", "pattern": "b{99}"}] * 20}},
