@@ -1,5 +1,5 @@
-"""The only place that builds things: settings -> engine -> service -> listeners. Also signals and
-the drain.
+"""The only place that builds things: settings -> engine -> service -> listeners. Also the order of
+a drain.
 """
 
 from __future__ import annotations

@@ -273,6 +273,8 @@ class Failed:
     message: str
     param: str | None = None
     retry_s: float | None = None
+    openai: tuple[str, str | None] | None = field(default=None, compare=False)
+    """OpenAI's type and code."""
 
 
 def failed_in_grpc(error: grpc.RpcError | grpc.aio.AioRpcError) -> Failed:
@@ -286,6 +288,8 @@ def failed_in_grpc(error: grpc.RpcError | grpc.aio.AioRpcError) -> Failed:
                 continue
             if kind is details.ErrorInfo:
                 made.kind = found.reason.lower()
+                words = found.metadata
+                made.openai = words["openai_type"], words["openai_code"] or None
             elif kind is details.BadRequest:
                 made.param = found.field_violations[0].field
             else:

@@ -1,7 +1,8 @@
 """Bounds on connections: how many, how long one may take to say what it wants, in how many bytes.
 
 uvicorn has none of them: whoever connects may stay, and what has been sent of a header is kept.
-`listen` builds these; `Connection` is uvicorn's own protocol, with its callbacks followed.
+`Connection` is uvicorn's own protocol, with its callbacks followed; `listen` builds the kind of it
+that is in `tolerant`.
 """
 
 from __future__ import annotations
@@ -250,9 +251,6 @@ class Connection(HttpToolsProtocol):
             )
         self._unset_keepalive_if_required()
         self._close_now()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Nothing: the request is answered as if it had not asked for another protocol."""
 
     def _is_idle(self) -> bool:
         """Whether no request is there to be answered."""

@@ -56,7 +56,8 @@ class Twins:
             error = response.json()["error"]
             after = response.headers.get("retry-after")
             retry_s = None if after is None else float(after)
-            return Failed("", error["kind"], error["message"], error["param"], retry_s)
+            words = error["type"], error["code"]
+            return Failed("", error["kind"], error["message"], error["param"], retry_s, words)
         return said_in_json(events(response) if body.get("stream") else [response.json()])
 
 

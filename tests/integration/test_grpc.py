@@ -90,6 +90,8 @@ async def test_bad_requests_are_refused_alike(path: str, body: dict[str, Any]) -
         assert isinstance(refused, Failed), refused
         assert (refused.kind, refused.message) == (over_http.kind, over_http.message)
         assert refused.param == over_http.param
+        assert refused.openai == over_http.openai
+        assert refused.openai is not None
         assert (await both.ask(*chat())).choices[0].text == "one two three"
         assert await both.served.service.drain(10)
 
