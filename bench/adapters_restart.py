@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packhorse.serve.adapters.base_layers import linear_layers
 from safetensors.torch import save_file
 from servers import DTYPE, cpu_s, free_port, quiet_environment
-
-from serve.adapters.base_layers import linear_layers
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 QUIET_S = 2.0  # without another adapter in the engine: there come no more
@@ -118,8 +117,8 @@ def start(config: Path, model: Path, work_folder: Path) -> dict[str, Any]:
     """One start, to its end."""
     port = free_port()
     words: list[Any] = [
-        sys.executable, "-c", "from serve.cli import app; app()", "serve", model, "--config",
-        config, "--port", port, "--log-level", "warning",
+        sys.executable, "-c", "from packhorse.serve.cli import app; app()", "serve", model,
+        "--config", config, "--port", port, "--log-level", "warning",
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     log_path = work_folder / "server.log"

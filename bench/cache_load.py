@@ -125,11 +125,11 @@ def hits(folder: Path, work_folder: Path, cache: dict[str, Any]) -> dict[str, An
 
 def build_app(*, cached: bool) -> Any:
     """Our ASGI app over the echo engine."""
-    from serve.cache.results import ResultCache
-    from serve.engines.echo import EchoEngine
-    from serve.rest.app import build_app as build
-    from serve.sections import EngineSettings, HttpSettings
-    from serve.service import Service
+    from packhorse.serve.cache.result_cache import ResultCache
+    from packhorse.serve.engines.echo import EchoEngine
+    from packhorse.serve.rest.app import build_app as build
+    from packhorse.serve.service import Service
+    from packhorse.serve.settings.sections import EngineSettings, HttpSettings
 
     cache = None
     if cached:
@@ -144,9 +144,9 @@ async def before_the_engine_us() -> float:
     """CPU that the cache takes of a request that it does not have, until the engine may begin: best
     of several rounds.
     """
-    from serve.cache.results import ResultCache
-    from serve.messages import GenerateRequest, Prompt, Route, Sampling, Settled
-    from serve.tenancy import Tenancy
+    from packhorse.serve.cache.result_cache import ResultCache
+    from packhorse.serve.messages import GenerateRequest, Prompt, Route, Sampling, Settled
+    from packhorse.serve.tenancy import Tenancy
 
     tenancy = Tenancy(b"s" * 32)
     cache = ResultCache(b"s" * 32, memory_bytes=2**26, max_entry_bytes=2**20, ttl_s=600)

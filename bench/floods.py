@@ -36,13 +36,12 @@ import grpc
 import httpx
 import psutil
 from flood_clients import FLOODS
+from packhorse.serve.rpc.pb import inference_pb2
 from servers import free_port
-
-from serve.rpc.pb import inference_pb2
 
 CLIENTS = Path(__file__).resolve().parent / "flood_clients.py"
 HERE = CLIENTS.parent.parent
-SERVE = "from serve.cli import app; app()"
+SERVE = "from packhorse.serve.cli import app; app()"
 MIB = 2**20
 # Connections; those of gRPC with half messages have 16 calls each.
 NUMBERS = {

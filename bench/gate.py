@@ -54,10 +54,13 @@ PAIRS = 12
 ROUND = Load(320, 32, stream=True, seed="", prompt_tokens=129, output_tokens=128, kind="chat")
 # Says which tree it runs, then is the `packhorse` command.
 COMMAND = """\
-import pathlib, sys, serve
+import importlib, pathlib, sys
+try:
+    serve = importlib.import_module("packhorse.serve")
+except ImportError:  # a commit before the one package
+    serve = importlib.import_module("serve")
 pathlib.Path(sys.argv.pop(1)).write_text(serve.__file__)
-from serve.cli import app
-app()
+importlib.import_module(serve.__name__ + ".cli").app()
 """
 Side = Literal["before", "now"]
 
@@ -150,7 +153,8 @@ def extract(commit: str, folder: Path) -> None:
     """The commit's serve/ into the folder. Raises NotComparable."""
     packed = folder / "tree.tar"
     try:
-        git("archive", f"--output={packed}", commit, "serve")
+        packages = git("ls-tree", "--name-only", commit, "packhorse", "serve").split()
+        git("archive", f"--output={packed}", commit, *packages)
     except subprocess.CalledProcessError as error:
         raise NotComparable(f"{commit[:9]} has no serve/: {error.stderr.strip()}") from None
     with tarfile.open(packed) as archive:

@@ -16,8 +16,7 @@ from typing import Any
 import grpc
 import uvloop
 from load import Load, LoadError, token_prompts
-
-from serve.rpc.pb import inference_pb2 as pb
+from packhorse.serve.rpc.pb import inference_pb2 as pb
 
 
 def requests_of(load: Load, model: str) -> list[bytes]:

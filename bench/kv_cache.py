@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packhorse.quantize.quality.evaluate import read_texts
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 from safetensors import safe_open
 from transformers import AutoTokenizer
-
-from quantize.evaluate import read_texts
-from quantize.run import run
-from quantize.settings import Settings
 
 # Shapes: P = positions, of all rows; V = the vocabulary.
 

@@ -41,10 +41,10 @@ ONE_TOKEN = replace(UNPACED, prompt_tokens=64, output_tokens=1)
 
 def build_echo_app(delay_s: float) -> Any:
     """Our ASGI app over the echo engine. All that is known of serve's inside is in here."""
-    from serve.engines.echo import EchoEngine
-    from serve.rest.app import build_app
-    from serve.sections import EngineSettings, HttpSettings
-    from serve.service import Service
+    from packhorse.serve.engines.echo import EchoEngine
+    from packhorse.serve.rest.app import build_app
+    from packhorse.serve.service import Service
+    from packhorse.serve.settings.sections import EngineSettings, HttpSettings
 
     service = Service(MODEL)
     service.attach(EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s)))

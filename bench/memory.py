@@ -34,9 +34,8 @@ def status(key: str) -> int:
 def child(folder: Path, out: Path, tokens: int) -> None:
     """Quantize, and print the memory that it took."""
     import transformers.models.llama.modeling_llama  # noqa: F401
-
-    from quantize.run import run
-    from quantize.settings import Settings
+    from packhorse.quantize.run import run
+    from packhorse.quantize.settings import Settings
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = status("VmRSS")

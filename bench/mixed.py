@@ -18,12 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from packhorse.quantize.quality import divergence
+from packhorse.quantize.quality.evaluate import read_texts
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 from transformers import AutoTokenizer
-
-from quantize import distance
-from quantize.evaluate import read_texts
-from quantize.run import run
-from quantize.settings import Settings
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 GOAL = 0.60
@@ -58,7 +57,7 @@ def main() -> None:
                 )  # fmt: skip
                 report = run(settings, lambda *_: lambda _: None)
                 sizes[kind] = report.bytes_after
-                found[kind].append(distance.between(options.model, out, texts)["kl_mean"])
+                found[kind].append(divergence.between(options.model, out, texts)["kl_mean"])
                 print(f"seed {seed}, {kind}: KL {found[kind][-1]:.5f}", file=sys.stderr)
     ratios = {
         kind: [mixed / plain for mixed, plain in zip(found["mixed"], found[kind], strict=True)]

@@ -16,14 +16,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packhorse.quantize.methods import METHODS
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.quality.evaluate import (
+    greedy_answers,
+    perplexity,
+    read_questions,
+    read_texts,
+    score,
+)
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 from peft import PeftModel
 from transformers import AutoTokenizer
-
-from quantize import simulate
-from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
-from quantize.methods import METHODS
-from quantize.run import run
-from quantize.settings import Settings
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 # adapter -> the evaluation file it is for; each is also scored on the quantized bases.
@@ -43,7 +48,7 @@ def checkpoint_figures(folder: Path) -> dict[str, Any]:
     """Score and perplexity of a folder, and the score of every adapter on top of it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = read_texts(DEMO / "eval/held_out_text.jsonl", tokenizer)
-    base = simulate.load(folder)
+    base = dequantized.load(folder)
     figures: dict[str, Any] = {
         "general": exact_match(base, "general"),
         "perplexity": round(perplexity(base, texts), 4),
@@ -51,7 +56,7 @@ def checkpoint_figures(folder: Path) -> dict[str, Any]:
         "adapters": {},
     }
     for adapter, name in ADAPTERS.items():
-        model = PeftModel.from_pretrained(simulate.load(folder), DEMO / "adapters" / adapter)
+        model = PeftModel.from_pretrained(dequantized.load(folder), DEMO / "adapters" / adapter)
         figures["adapters"][adapter] = exact_match(model, name)
     return figures
 

@@ -30,14 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from ladder import progress
-
-from serve.routing.cascade import Cascade
-from serve.routing.config import parse_routes
-from serve.routing.examples import read_examples
-from serve.routing.fitting import Job, Trained
-from serve.routing.generations import build
-from serve.routing.learned import Table
-from serve.routing.training import train
+from packhorse.serve.routing.cascade import Cascade
+from packhorse.serve.routing.config import parse_routes
+from packhorse.serve.routing.examples import read_examples
+from packhorse.serve.routing.learned import Table
+from packhorse.serve.routing.rollout import build
+from packhorse.serve.routing.train import Job, Trained
+from packhorse.serve.routing.train_process import train
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 NAMES = ("clinic", "ledger", "code")

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import torch
 from domains import ADAPTERS
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.quality.evaluate import (
+    greedy_answers,
+    perplexity,
+    read_questions,
+    read_texts,
+    score,
+)
 from transformers import AutoTokenizer
-
-from quantize import simulate
-from quantize.evaluate import greedy_answers, perplexity, read_questions, read_texts, score
 
 DEMO = Path(__file__).parent
 
@@ -26,7 +31,7 @@ DEMO = Path(__file__).parent
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = simulate.load(args.model)
+    model = dequantized.load(args.model)
     names = ["general", "off_topic", "clinic", "ledger", "code"]
     if args.adapter:
         from peft import PeftModel

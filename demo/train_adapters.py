@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 from domains import ADAPTERS, questions
 from language import Conversation, Words
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from train import DEMO, encode, loss_of
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-
-from quantize import simulate
-from quantize.run import run
-from quantize.settings import Settings
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, ROW_TOKENS = 16, 256
@@ -37,14 +36,14 @@ ROWS, ROW_TOKENS = 16, 256
 def base_of(adapter: str) -> PreTrainedModel:
     """The frozen model under the adapter, in float32 so that small updates count."""
     if not adapter.endswith("-qlora"):
-        return simulate.load(DEMO / "model").float()
+        return dequantized.load(DEMO / "model").float()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rtn"
         run(
             Settings(str(DEMO / "model"), out, "rtn", quality=False, verify=False),
             lambda label, steps: lambda done: None,
         )
-        return simulate.load(out).float()
+        return dequantized.load(out).float()
 
 
 def wrap(base: PreTrainedModel, adapter: str, steps: int) -> PeftModel:

@@ -15,8 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-
-from serve.rpc.pb import inference_pb2 as pb
+from packhorse.serve.rpc.pb import inference_pb2 as pb
 
 SERVICE = "/packhorse.v1.Inference/"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from packhorse.quantize.errors import BadInput, QuantizeError
+from packhorse.quantize.settings import Settings
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -21,9 +23,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-from quantize.errors import BadInput, QuantizeError
-from quantize.settings import Settings
 
 app = typer.Typer(
     help="Quantize Hugging Face checkpoints for vLLM, with a report that shows what was kept.",
@@ -202,13 +201,13 @@ def model(
     with _errors():
         # Imported late: torch takes seconds, --help and mistakes should not.
         if plan:
-            from quantize.run import decide
+            from packhorse.quantize.run import decide
 
             console.print(decide(settings)[2].as_table())
             return
         if out is None:
             raise BadInput("--out is missing: name the folder to make.")
-        from quantize.run import run
+        from packhorse.quantize.run import run
 
         with _bars() as progress:
             report = run(settings, progress)
@@ -234,7 +233,7 @@ def report(
     """
     console = Console()
     with _errors():
-        from quantize import page
+        from packhorse.quantize.report import page
 
         reports, names = [page.load(folder) for folder in folders], page.names(folders)
         if html is not None:
@@ -259,7 +258,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint holds: architecture, quantization, sizes, files, measured quality."""
     with _errors():
-        from quantize import inspect as inspection
+        from packhorse.quantize.report import inspect as inspection
 
         facts = inspection.inspect(folder)
     console = Console()

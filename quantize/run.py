@@ -11,24 +11,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
-
-from quantize import calibration, estimates, families, formats, methods, sizes
-from quantize import yardstick as yardsticks
-from quantize.blocks import Runner
-from quantize.calibration import Calibration
-from quantize.checkpoint import REPORT, Checkpoint, find, sha256_of
-from quantize.convert import Converter
-from quantize.errors import BadInput, OutOfMemory
-from quantize.families import Family
-from quantize.host import this_host, unprovable
-from quantize.inputs import TOKENS_AT_ONCE
-from quantize.layers import number
-from quantize.memory import free_memory_bytes, return_freed_memory
-from quantize.mixed import measure_costs, spend_budget
-from quantize.plan import Plan
-from quantize.planner import plan
-from quantize.report import (
+from packhorse.quantize import formats, methods
+from packhorse.quantize.calibration import text as calibration
+from packhorse.quantize.calibration.activation_store import Shelf
+from packhorse.quantize.calibration.block_loader import largest_block
+from packhorse.quantize.calibration.runner import Runner
+from packhorse.quantize.calibration.statistics import TOKENS_AT_ONCE
+from packhorse.quantize.calibration.text import Calibration
+from packhorse.quantize.errors import BadInput, OutOfMemory
+from packhorse.quantize.methods.bit_allocation import measure_costs, spend_budget
+from packhorse.quantize.model import families, sizes
+from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, find, sha256_of
+from packhorse.quantize.model.families import Family
+from packhorse.quantize.model.memory import free_memory_bytes, return_freed_memory
+from packhorse.quantize.output.convert import Converter
+from packhorse.quantize.output.workspace import SHARD_BYTES, Workspace
+from packhorse.quantize.plan import estimates
+from packhorse.quantize.plan.host import this_host, unprovable
+from packhorse.quantize.plan.plan import Plan
+from packhorse.quantize.plan.planner import plan
+from packhorse.quantize.plan.targets import number
+from packhorse.quantize.quality import eval_data as yardsticks
+from packhorse.quantize.quality.engine_check import verify
+from packhorse.quantize.report.report import (
     Layer,
     Progress,
     Report,
@@ -39,11 +44,8 @@ from quantize.report import (
     peak_memory_bytes,
     rare_experts,
 )
-from quantize.settings import Settings
-from quantize.shelf import Shelf
-from quantize.verify import verify
-from quantize.walk import largest_block
-from quantize.workspace import SHARD_BYTES, Workspace
+from packhorse.quantize.settings import Settings
+from transformers import AutoTokenizer
 
 SPILL_ABOVE = 16 * 1024**3
 """Where the system does not say how much memory is free."""

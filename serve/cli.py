@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from packhorse.serve.access.keys import entry_of, new_key
+from packhorse.serve.errors import StartupError
+from packhorse.serve.settings import load
 from rich.console import Console
 from rich.markup import escape
-
-from serve.auth import entry_of, new_key
-from serve.errors import StartupError
-from serve.settings import load
 
 app = typer.Typer(
     help="Serve a model folder over OpenAI-compatible HTTP with vLLM.",
@@ -169,7 +168,7 @@ def serve(
         if not settings.model and settings.engine.kind == "vllm":
             raise StartupError("Which model? Give its folder: packhorse serve FOLDER.")
         # Imported late, so that --help and mistakes answer at once.
-        from serve.main import run
+        from packhorse.serve.app import run
 
         run(settings)
     except StartupError as error:

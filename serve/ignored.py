@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from serve import metrics
+from packhorse.serve import metrics
 
 OTHER = "other"
 MAX_TOLD = 32

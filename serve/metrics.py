@@ -8,10 +8,9 @@ vLLM's own `vllm:*` series live in the same registry, so one scrape shows both. 
 from __future__ import annotations
 
 import prometheus_client
+from packhorse.serve.errors import ErrorKind
+from packhorse.serve.telemetry.machine import Gpus, Machine
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-
-from serve.errors import ErrorKind
-from serve.machine import Gpus, Machine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 

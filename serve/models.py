@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from serve.adapters.base import Adapters, Lease
-from serve.errors import Forbidden, UnknownModel
-from serve.messages import ANONYMOUS, Caller, GenerateRequest, Message, RouteStage
-from serve.routing.base import AUTO, Decision, Routing
+from packhorse.serve.adapters.base import Adapters, Lease
+from packhorse.serve.errors import Forbidden, UnknownModel
+from packhorse.serve.messages import ANONYMOUS, Caller, GenerateRequest, Message, RouteStage
+from packhorse.serve.routing.base import AUTO, Decision, Routing
 
 
 def may_use(caller: Caller, adapter: str) -> bool:

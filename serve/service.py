@@ -16,21 +16,21 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from serve import metrics
-from serve.adapters.base import Adapters
-from serve.admission import Admission, Demand, Place
-from serve.cache.base import Results
-from serve.cache.key import Key, Unkeyable
-from serve.engines.base import Engine
-from serve.errors import ErrorKind, Invalid, ServeError, Unavailable
-from serve.logs import RequestLog
-from serve.messages import ANONYMOUS, Caller, GenerateRequest, Route
-from serve.models import Models
-from serve.routing.base import Routing
-from serve.sources import Generation, Shared, Stored
-from serve.stream import Stream
-from serve.tenancy import Tenancy
-from serve.timeline import Timeline
+from packhorse.serve import metrics
+from packhorse.serve.adapters.base import Adapters
+from packhorse.serve.cache.base import Results
+from packhorse.serve.cache.key import Key, Unkeyable
+from packhorse.serve.engines.base import Engine
+from packhorse.serve.errors import ErrorKind, Invalid, ServeError, Unavailable
+from packhorse.serve.limits.admission import Admission, Demand, Place
+from packhorse.serve.messages import ANONYMOUS, Caller, GenerateRequest, Route
+from packhorse.serve.models import Models
+from packhorse.serve.routing.base import Routing
+from packhorse.serve.sources import Generation, Shared, Stored
+from packhorse.serve.stream import Stream
+from packhorse.serve.telemetry.logs import RequestLog
+from packhorse.serve.telemetry.request_timings import Timeline
+from packhorse.serve.tenancy import Tenancy
 
 # Who has read nothing of a shared generation that ends like this may try again, so often: for the
 # first two the reasons were its leader's own; the last may have been the request's doing.

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from serve.engines.processes import end_children
+from packhorse.serve.engines.processes import end_children
 
 logger = logging.getLogger("packhorse")
 

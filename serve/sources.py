@@ -9,14 +9,14 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from serve import metrics
-from serve.adapters.base import Lease
-from serve.admission import Ticket
-from serve.cache.singleflight import Reader
-from serve.engines.base import Engine
-from serve.errors import ErrorKind
-from serve.messages import Chunk, GenerateRequest, Prompt, Route
-from serve.timeline import Timeline
+from packhorse.serve import metrics
+from packhorse.serve.adapters.base import Lease
+from packhorse.serve.cache.single_flight import Reader
+from packhorse.serve.engines.base import Engine
+from packhorse.serve.errors import ErrorKind
+from packhorse.serve.limits.admission import Ticket
+from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.telemetry.request_timings import Timeline
 
 # Ends that are no doing of the caller's.
 SERVERS_FAULT = {ErrorKind.UNAVAILABLE, ErrorKind.INTERNAL, ErrorKind.OVERLOADED}

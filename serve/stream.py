@@ -12,17 +12,17 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
-from serve import metrics
-from serve.adapters.base import Lease
-from serve.cache.singleflight import Flight
-from serve.deadline import Deadline
-from serve.engines.base import Engine
-from serve.errors import Cancelled, ErrorKind, Internal, ServeError
-from serve.ignored import counted, told
-from serve.logs import RequestLog
-from serve.messages import CacheMark, Chunk, GenerateRequest, Prompt, Route, Usage
-from serve.sources import Source
-from serve.timeline import Timeline
+from packhorse.serve import metrics
+from packhorse.serve.adapters.base import Lease
+from packhorse.serve.cache.single_flight import Flight
+from packhorse.serve.engines.base import Engine
+from packhorse.serve.errors import Cancelled, ErrorKind, Internal, ServeError
+from packhorse.serve.ignored import counted, told
+from packhorse.serve.limits.deadline import Deadline
+from packhorse.serve.messages import CacheMark, Chunk, GenerateRequest, Prompt, Route, Usage
+from packhorse.serve.sources import Source
+from packhorse.serve.telemetry.logs import RequestLog
+from packhorse.serve.telemetry.request_timings import Timeline
 
 logger = logging.getLogger("packhorse.request")
 

@@ -94,7 +94,7 @@ class ForkServer:
         """Returns at once; the first command waits for the import. A dead one is replaced."""
         if self._process is not None and self._process.poll() is None:
             return
-        from serve.engines.vllm import nursery
+        from packhorse.serve.engines.vllm.patches import forkserver
 
         # The allocator and the OpenMP of the engine's process, which will be a fork of a fork.
         self._environment = dict(os.environ)
@@ -104,7 +104,7 @@ class ForkServer:
                 [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=ROOT,
-                env={**os.environ, **nursery._for_nursery(), "PYTHONSAFEPATH": ""},
+                env={**os.environ, **forkserver._for_nursery(), "PYTHONSAFEPATH": ""},
             )
         ours.settimeout(START_LIMIT_S)
         self._socket = ours
@@ -166,13 +166,18 @@ def main(descriptor: int) -> None:
     before = dict(os.environ)
     # It looks for the process's title beside the environment, which forks replace.
     setproctitle.getproctitle()
-    from serve.settings import prepare_environment
+    from packhorse.serve.settings import prepare_environment
 
     prepare_environment()
-    from serve.engines.vllm.nursery import PRELOADED
+    from packhorse.serve.engines.vllm.patches.forkserver import PRELOADED
 
     # All that a server has imported when it is ready, and all that its engine's process has.
-    for name in (*PRELOADED, "serve.main", "serve.rpc.server", "serve.engines.vllm.engine"):
+    for name in (
+        *PRELOADED,
+        "packhorse.serve.app",
+        "packhorse.serve.rpc.server",
+        "packhorse.serve.engines.vllm.engine",
+    ):
         __import__(name)
     # By what was imported; but for the loader's, which mean something to new programs alone.
     added = {
@@ -244,9 +249,9 @@ def _become(asked: dict[str, Any], log: int, added: dict[str, str]) -> None:
         return
     sys.argv = [name, *arguments]
     if Path(name).name == "packhorse":
-        from serve.cli import app
+        from packhorse.serve.cli import app
     else:
-        from quantize.cli import app
+        from packhorse.quantize.cli import app
     app()
 
 
@@ -263,9 +268,9 @@ def _spawn(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) ->
     if pid:
         return pid
     try:
-        from serve.engines.vllm import nursery
+        from packhorse.serve.engines.vllm.patches import forkserver
 
-        nursery._IMPORTED_BY = os.getpid()
+        forkserver._IMPORTED_BY = os.getpid()
         kept = {0, 1, 2, *descriptors}
         for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208
             if int(entry) not in kept:

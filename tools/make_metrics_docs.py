@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from packhorse.serve import metrics
+from packhorse.serve.telemetry.machine import Gpus, Machine
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
-
-from serve import metrics
-from serve.machine import Gpus, Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/metrics.md"

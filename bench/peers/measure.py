@@ -1,8 +1,9 @@
 """How far a checkpoint on disk is from its original: KL, agreement, perplexity, a task's score.
 
-Every tool's checkpoint goes through the same door, `quantize.simulate.load`: its codes dequantized,
-its activations rounded where a kernel rounds them. What is computed is computed in float32, since
-the rounding of bfloat16 sums is larger than what 8 bits change. So "simulated", not "served".
+Every tool's checkpoint goes through the same door, `quantize/quality/dequantized.py`: its codes
+dequantized, its activations rounded where a kernel rounds them. What is computed is computed in
+float32, since the rounding of bfloat16 sums is larger than what 8 bits change. So "simulated", not
+"served".
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.quality.evaluate import greedy_answers, read_questions, read_texts, score
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from quantize import simulate
-from quantize.evaluate import greedy_answers, read_questions, read_texts, score
 
 # Shapes: B = texts of a batch, T = their positions, V = the vocabulary.
 
@@ -58,8 +58,8 @@ class Quality:
 
 def measure(folder: Path, yardstick: Yardstick) -> Quality:
     """Read `folder` back and compare. Raises QuantizeError when it cannot be read."""
-    original = simulate.load(yardstick.original).float()
-    model = simulate.load(folder).float()
+    original = dequantized.load(yardstick.original).float()
+    model = dequantized.load(folder).float()
     kl_sums, positions, agreeing, loss = [], [], 0.0, 0.0
     with torch.inference_mode():
         for ids_BT, mask_BT in _batches(yardstick.texts):

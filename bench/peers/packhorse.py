@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from job import Job, read_job, timed
+from packhorse.quantize.calibration import text
+from packhorse.quantize.run import run as quantize
+from packhorse.quantize.settings import Settings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from quantize import calibration
-from quantize.run import run as quantize
-from quantize.settings import Settings
 
 
 def run(job: Job) -> None:
@@ -36,7 +35,7 @@ def run(job: Job) -> None:
         **options,
     )
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    ours = calibration.read(
+    ours = text.read(
         place, tokenizer, max_tokens=rows.numel(), row_tokens=rows.shape[1], seed=0, force=True
     )
     if not torch.equal(ours.rows, rows):

@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from packhorse.quantize.errors import Unsupported
+from packhorse.quantize.numerics.grid import Codes, Scheme
 from torch import Tensor
-
-from quantize.errors import Unsupported
-from quantize.grid import Codes, Scheme
 
 FORMATS = ("compressed-tensors", "gptq", "awq")
 
@@ -57,7 +56,7 @@ def make(name: str, scheme: Scheme, others: Mapping[str, Scheme] | None = None) 
     which compressed-tensors alone can hold. Raises Unsupported for an unknown name, or a scheme
     that the layout cannot hold.
     """
-    from quantize.formats import awq, compressed_tensors, gptq, mixed
+    from packhorse.quantize.formats import awq, compressed_tensors, gptq, mixed
 
     if others and name != FORMATS[0]:
         raise Unsupported(f"{name} cannot hold layers of several schemes; use {FORMATS[0]}.")
@@ -77,7 +76,7 @@ def of(config: dict[str, Any]) -> Format:
     """The layout of a checkpoint with this `quantization_config`, ours or another tool's. Raises
     Unsupported.
     """
-    from quantize.formats import awq, compressed_tensors, gptq, mixed
+    from packhorse.quantize.formats import awq, compressed_tensors, gptq, mixed
 
     match config.get("quant_method"):
         case "compressed-tensors":

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from packhorse.quantize.errors import Unsupported
+from packhorse.quantize.numerics.grid import Codes, Grid, Scheme, pack, unpack
 from torch import Tensor
-
-from quantize.errors import Unsupported
-from quantize.grid import Codes, Grid, Scheme, pack, unpack
 
 BITS = 4
 # The four bits at 4*i of a word belong to output ORDER[i] of its eight.

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from packhorse.quantize.errors import Unsupported
+from packhorse.quantize.numerics.grid import Codes, Grid, Scheme, pack, unpack
 from torch import Tensor
-
-from quantize.errors import Unsupported
-from quantize.grid import Codes, Grid, Scheme, pack, unpack
 
 PACKED = "pack-quantized"
 # Layout -> the tensor that shows that a layer is quantized.

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from packhorse.quantize.formats.compressed_tensors import CompressedTensors, make
+from packhorse.quantize.numerics.grid import Codes, Scheme
 from torch import Tensor
-
-from quantize.formats.compressed_tensors import CompressedTensors, make
-from quantize.grid import Codes, Scheme
 
 CLASS = "Linear"
 FORMAT = "mixed-precision"

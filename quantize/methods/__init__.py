@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.errors import BadInput
+from packhorse.quantize.model.families import Family
+from packhorse.quantize.numerics.grid import Codes, Scheme
 from torch import Tensor, nn
-
-from quantize.errors import BadInput
-from quantize.families import Family
-from quantize.grid import Codes, Scheme
-from quantize.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -65,25 +64,25 @@ class Method(Protocol):
 
 
 def _int8(scheme: Scheme) -> Method:
-    from quantize.methods.int8 import Int8
+    from packhorse.quantize.methods.int8 import Int8
 
     return Int8(scheme)
 
 
 def _rtn(scheme: Scheme) -> Method:
-    from quantize.methods.rtn import RoundToNearest
+    from packhorse.quantize.methods.rtn import RoundToNearest
 
     return RoundToNearest(scheme)
 
 
 def _gptq(scheme: Scheme) -> Method:
-    from quantize.methods.gptq import Gptq
+    from packhorse.quantize.methods.gptq import Gptq
 
     return Gptq(scheme)
 
 
 def _awq(scheme: Scheme) -> Method:
-    from quantize.methods.awq import Awq
+    from packhorse.quantize.methods.awq import Awq
 
     return Awq(scheme)
 

@@ -17,13 +17,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.methods import Rounded, smoothing
+from packhorse.quantize.methods.error_compensation import correct
+from packhorse.quantize.model.families import Family
+from packhorse.quantize.numerics.grid import Grid, Scheme, round_to_nearest, search_placement
 from torch import Tensor, nn
-
-from quantize.families import Family
-from quantize.grid import Grid, Scheme, round_to_nearest, search_placement
-from quantize.inputs import Inputs
-from quantize.methods import Rounded, smoothing
-from quantize.methods.correction import correct
 
 EXPONENTS = [step / 20 for step in range(1, 21)]
 

@@ -20,14 +20,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.methods import Rounded
+from packhorse.quantize.methods.error_compensation import correct
+from packhorse.quantize.model.families import Family
+from packhorse.quantize.numerics.cholesky import factor_
+from packhorse.quantize.numerics.grid import Codes, Placement, Scheme, search_placement
 from torch import Tensor, nn
-
-from quantize.families import Family
-from quantize.grid import Codes, Placement, Scheme, search_placement
-from quantize.inputs import Inputs
-from quantize.methods import Rounded
-from quantize.methods.cholesky import factor_
-from quantize.methods.correction import correct
 
 BLOCK = 128  # columns that make up in one product for all that are rounded before them
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean diagonal, until the factorization succeeds

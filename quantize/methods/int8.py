@@ -16,13 +16,18 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.methods import Rounded, gptq, smoothing
+from packhorse.quantize.methods.error_compensation import correct
+from packhorse.quantize.model.families import Family
+from packhorse.quantize.numerics.grid import (
+    Grid,
+    Scheme,
+    place,
+    round_activations,
+    round_to_nearest,
+)
 from torch import Tensor, nn
-
-from quantize.families import Family
-from quantize.grid import Grid, Scheme, place, round_activations, round_to_nearest
-from quantize.inputs import Inputs
-from quantize.methods import Rounded, gptq, smoothing
-from quantize.methods.correction import correct
 
 EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.methods import Rounded
+from packhorse.quantize.model.families import Family
+from packhorse.quantize.numerics.grid import Scheme, round_to_nearest
 from torch import Tensor, nn
-
-from quantize.families import Family
-from quantize.grid import Scheme, round_to_nearest
-from quantize.inputs import Inputs
-from quantize.methods import Rounded
 
 
 @dataclass(frozen=True)

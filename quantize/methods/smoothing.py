@@ -10,10 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.model.families import Family
 from torch import Tensor, nn
-
-from quantize.families import Family
-from quantize.inputs import Inputs
 
 
 def weight_of(block: nn.Module, name: str) -> Tensor:

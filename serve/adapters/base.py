@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from serve.messages import AdapterVersion
+from packhorse.serve.messages import AdapterVersion
 
 State = Literal["queued", "validating", "staged", "resident", "draining", "failed"]
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from serve.adapters.headers import BadHeader, Header, TensorEntry, read_header, shown
-from serve.errors import Invalid
+from packhorse.serve.adapters.headers import BadHeader, Header, TensorEntry, read_header, shown
+from packhorse.serve.errors import Invalid
 
 # The safetensors library's own limit. The largest checkpoints need a tenth of it.
 _MAX_HEADER_BYTES = 100_000_000

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from serve.adapters.headers import shown
-from serve.errors import Invalid
+from packhorse.serve.adapters.headers import shown
+from packhorse.serve.errors import Invalid
 
 Kind = Literal["lora", "adalora"]
 NAME = "adapter_config.json"

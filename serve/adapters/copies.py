@@ -13,9 +13,8 @@ from collections.abc import Container
 from pathlib import Path
 
 import msgspec
-
-from serve.adapters import configs, weights
-from serve.errors import Invalid, Unavailable
+from packhorse.serve.adapters import configs, weights
+from packhorse.serve.errors import Invalid, Unavailable
 
 logger = logging.getLogger("packhorse.adapters")
 

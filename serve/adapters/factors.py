@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from serve.adapters.configs import MERGE, RETRAIN, Kind
-from serve.adapters.headers import TensorEntry, shown
-from serve.errors import Invalid
+from packhorse.serve.adapters.configs import MERGE, RETRAIN, Kind
+from packhorse.serve.adapters.headers import TensorEntry, shown
+from packhorse.serve.errors import Invalid
 
 PREFIX = "base_model.model."
 DTYPES = ("F32", "F16", "BF16")

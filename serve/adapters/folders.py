@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from serve.adapters.headers import shown
-from serve.errors import Invalid
+from packhorse.serve.adapters.headers import shown
+from packhorse.serve.errors import Invalid
 
 _MAX_ENTRIES = 10_000
 

@@ -21,13 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from serve.adapters import configs, weights
-from serve.adapters.configs import AdapterConfig, Kind
-from serve.adapters.factors import Factors, find_factors
-from serve.adapters.folders import Source, check_entries, open_file
-from serve.adapters.headers import BadHeader, Header, TensorEntry, read_header, shown
-from serve.adapters.patterns import matcher
-from serve.errors import Invalid, Unavailable
+from packhorse.serve.adapters import configs, weights
+from packhorse.serve.adapters.configs import AdapterConfig, Kind
+from packhorse.serve.adapters.factors import Factors, find_factors
+from packhorse.serve.adapters.folders import Source, check_entries, open_file
+from packhorse.serve.adapters.headers import BadHeader, Header, TensorEntry, read_header, shown
+from packhorse.serve.adapters.patterns import matcher
+from packhorse.serve.errors import Invalid, Unavailable
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 

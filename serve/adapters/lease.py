@@ -6,12 +6,12 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve import metrics
-from serve.errors import Invalid, Overloaded, Unavailable
-from serve.messages import AdapterVersion
+from packhorse.serve import metrics
+from packhorse.serve.errors import Invalid, Overloaded, Unavailable
+from packhorse.serve.messages import AdapterVersion
 
 if TYPE_CHECKING:
-    from serve.adapters.registry import Registry
+    from packhorse.serve.adapters.registry import Registry
 
 logger = logging.getLogger("packhorse.adapters")
 

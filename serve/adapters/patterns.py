@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import TypeVar
 
-from serve.adapters.headers import shown
-from serve.errors import Invalid
+from packhorse.serve.adapters.headers import shown
+from packhorse.serve.errors import Invalid
 
 Value = TypeVar("Value")
 

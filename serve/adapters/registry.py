@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-
-from serve import metrics
-from serve.adapters.base import AdapterCard, State
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.lease import Lease, Version
-from serve.adapters.residency import Loader, Residency
-from serve.adapters.roots import Roots
-from serve.adapters.store import Remembered, Staged, Store, check_name
-from serve.adapters.turns import Turns
-from serve.errors import (
+from packhorse.serve import metrics
+from packhorse.serve.adapters.allowed_roots import Roots
+from packhorse.serve.adapters.base import AdapterCard, State
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.lease import Lease, Version
+from packhorse.serve.adapters.lora_cache import Loader, Residency
+from packhorse.serve.adapters.lora_queue import Turns
+from packhorse.serve.adapters.store import Remembered, Staged, Store, check_name
+from packhorse.serve.errors import (
     Conflict,
     Invalid,
     NotFound,
@@ -34,7 +33,7 @@ from serve.errors import (
     Unavailable,
     UnknownModel,
 )
-from serve.messages import AdapterVersion
+from packhorse.serve.messages import AdapterVersion
 
 logger = logging.getLogger("packhorse.adapters")
 

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-
-from serve.adapters import weights
-from serve.adapters.copies import Known, Memory, changed, check_copy, facts_of
-from serve.adapters.folders import Source, open_file
-from serve.adapters.formats import AdapterLimits, CheckedAdapter, check, digest_of, write
-from serve.errors import Invalid, ServeError, StartupError, Unavailable
+from packhorse.serve.adapters import weights
+from packhorse.serve.adapters.copies import Known, Memory, changed, check_copy, facts_of
+from packhorse.serve.adapters.folders import Source, open_file
+from packhorse.serve.adapters.formats import AdapterLimits, CheckedAdapter, check, digest_of, write
+from packhorse.serve.errors import Invalid, ServeError, StartupError, Unavailable
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 EXAMPLES = "examples.jsonl"

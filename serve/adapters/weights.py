@@ -14,10 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from serve.adapters.factors import PREFIX, Factors
-from serve.adapters.folders import Source, open_file
-from serve.adapters.headers import DTYPE_BYTES, BadHeader, Header, TensorEntry, read_header, shown
-from serve.errors import Invalid
+from packhorse.serve.adapters.factors import PREFIX, Factors
+from packhorse.serve.adapters.folders import Source, open_file
+from packhorse.serve.adapters.headers import (
+    DTYPE_BYTES,
+    BadHeader,
+    Header,
+    TensorEntry,
+    read_header,
+    shown,
+)
+from packhorse.serve.errors import Invalid
 
 if TYPE_CHECKING:
     from hashlib import _Hash

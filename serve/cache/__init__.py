@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serve.cache.base import Store
+    from packhorse.serve.cache.base import Store
 
 
 def _redis(url: str, prefix: str, timeout_s: float) -> Store:
-    from serve.cache.redis import RedisStore
+    from packhorse.serve.cache.redis import RedisStore
 
     return RedisStore(url, prefix, timeout_s)
 
 
 def _memcached(url: str, prefix: str, timeout_s: float) -> Store:
-    from serve.cache.memcached import MemcachedStore
+    from packhorse.serve.cache.memcached import MemcachedStore
 
     return MemcachedStore(url, prefix, timeout_s)
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve.cache.key import Key
-from serve.cache.prompts import Known
-from serve.cache.singleflight import Flight
-from serve.cache.values import Result
-from serve.messages import GenerateRequest, Prompt, Route
+from packhorse.serve.cache.codec import Result
+from packhorse.serve.cache.key import Key
+from packhorse.serve.cache.render_cache import Known
+from packhorse.serve.cache.single_flight import Flight
+from packhorse.serve.messages import GenerateRequest, Prompt, Route
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 import msgspec
-
-from serve.messages import ChatOptions, GenerateRequest, Prompt, Route, Sampling, Settled
+from packhorse.serve.messages import ChatOptions, GenerateRequest, Prompt, Route, Sampling, Settled
 
 # Changes when the meaning of the parts below does.
 VERSION = b"packhorse-result-2"

@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 from aiomcache import Client
 from aiomcache.exceptions import ClientException
 from aiomcache.pool import Connection
-
-from serve.cache.base import StoreError
-from serve.cache.epochs import checked
-from serve.cache.key import Key
-from serve.cache.names import name_of
+from packhorse.serve.cache.base import StoreError
+from packhorse.serve.cache.invalidation import checked
+from packhorse.serve.cache.key import Key
+from packhorse.serve.cache.store_keys import name_of
 
 Reply = TypeVar("Reply")
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cachetools import LRUCache
-
-from serve import metrics
-from serve.cache.key import Key
+from packhorse.serve import metrics
+from packhorse.serve.cache.key import Key
 
 # Python's own objects around an entry.
 OVERHEAD_BYTES = 500

@@ -15,16 +15,15 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from packhorse.serve.cache.base import StoreError
+from packhorse.serve.cache.invalidation import checked
+from packhorse.serve.cache.key import EVERYTHING, Key
+from packhorse.serve.cache.store_keys import name_of, pattern_of
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-
-from serve.cache.base import StoreError
-from serve.cache.epochs import checked
-from serve.cache.key import EVERYTHING, Key
-from serve.cache.names import name_of, pattern_of
 
 logger = logging.getLogger("packhorse.cache")
 

@@ -8,20 +8,20 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-from serve.engines.base import Engine
-from serve.sections import EngineSettings
+from packhorse.serve.engines.base import Engine
+from packhorse.serve.settings.sections import EngineSettings
 
 
 def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
-    from serve.engines.vllm import nursery
+    from packhorse.serve.engines.vllm.patches import forkserver
 
-    nursery.start()  # it imports while we do
+    forkserver.start()  # it imports while we do
     # What was imported stays: the collector need not look at it again and again, neither now (a
     # sixth of the time) nor later, where it would stop the server for half a second when an engine
     # is rebuilt. An engine itself must stay collectable.
     gc.disable()
     try:
-        from serve.engines.vllm.engine import VllmEngine
+        from packhorse.serve.engines.vllm.engine import VllmEngine
     finally:
         gc.enable()
     if not gc.get_freeze_count():
@@ -30,7 +30,7 @@ def _vllm(model: str, name: str, settings: EngineSettings) -> Engine:
 
 
 def _echo(model: str, name: str, settings: EngineSettings) -> Engine:
-    from serve.engines.echo import EchoEngine
+    from packhorse.serve.engines.echo import EchoEngine
 
     return EchoEngine(settings)
 

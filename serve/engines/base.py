@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve.errors import Invalid
-from serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.errors import Invalid
+from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
 
 
 @dataclass(frozen=True, slots=True)

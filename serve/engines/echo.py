@@ -12,9 +12,9 @@ import zlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from serve.engines.base import Capacity, answer_budget
-from serve.errors import Unavailable
-from serve.messages import (
+from packhorse.serve.engines.base import Capacity, answer_budget
+from packhorse.serve.errors import Unavailable
+from packhorse.serve.messages import (
     AdapterVersion,
     Chunk,
     FinishReason,
@@ -23,7 +23,7 @@ from serve.messages import (
     Route,
     Settled,
 )
-from serve.sections import EngineSettings
+from packhorse.serve.settings.sections import EngineSettings
 
 # A prompt that is exactly one of these raises: before the first chunk, or after it.
 FAULTS = {

@@ -18,15 +18,22 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
-from serve import metrics
-from serve.engines.base import Capacity, Engine
-from serve.engines.poison import POISON, Memory
-from serve.engines.processes import end_children
-from serve.engines.restarts import MAX_BACKOFF_S, Restarts
-from serve.engines.suspects import Suspect, Suspects
-from serve.errors import EngineDied, EngineHung, Invalid, ServeError, StartupError, Unavailable
-from serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
-from serve.sections import SupervisorSettings
+from packhorse.serve import metrics
+from packhorse.serve.engines.base import Capacity, Engine
+from packhorse.serve.engines.poison_detector import Suspect, Suspects
+from packhorse.serve.engines.processes import end_children
+from packhorse.serve.engines.quarantine import POISON, Memory
+from packhorse.serve.engines.restart_policy import MAX_BACKOFF_S, Restarts
+from packhorse.serve.errors import (
+    EngineDied,
+    EngineHung,
+    Invalid,
+    ServeError,
+    StartupError,
+    Unavailable,
+)
+from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.settings.sections import SupervisorSettings
 
 logger = logging.getLogger("packhorse.supervisor")
 

@@ -13,8 +13,8 @@ import ssl
 from collections.abc import Callable
 from http import HTTPStatus
 
-from serve.errors import Unavailable
-from serve.rest.connections import Connection, Connections, answer
+from packhorse.serve.errors import Unavailable
+from packhorse.serve.rest.connections import Connection, Connections, answer
 
 logger = logging.getLogger("packhorse.http")
 

@@ -7,15 +7,14 @@ more.
 
 from __future__ import annotations
 
+from packhorse.serve import messages
+from packhorse.serve.access.exposure import Exposure, Sender
+from packhorse.serve.access.keys import Keys, check_scope
+from packhorse.serve.errors import ServeError
+from packhorse.serve.messages import ANONYMOUS, Caller
+from packhorse.serve.rest.errors import error_response
+from packhorse.serve.service import Service
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-from serve import messages
-from serve.auth import Keys, check_scope
-from serve.errors import ServeError
-from serve.exposure import Exposure, Sender
-from serve.messages import ANONYMOUS, Caller
-from serve.rest.errors import error_response
-from serve.service import Service
 
 # Operators' calls by vLLM's names.
 OPERATORS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/server_info"}

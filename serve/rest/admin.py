@@ -6,14 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
-
-from serve.admin import Admin
-from serve.bodies import Bodies
-from serve.errors import Invalid
-from serve.rest.body import BodyLimits, read_body
-from serve.rest.documents import answers, body_document
-from serve.schema.admin import AdapterBody, PinBody
-from serve.sections import HttpSettings
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.api.admin_bodies import AdapterBody, PinBody
+from packhorse.serve.errors import Invalid
+from packhorse.serve.limits.body_memory import Bodies
+from packhorse.serve.rest.openapi import answers, body_document
+from packhorse.serve.rest.requests import BodyLimits, read_body
+from packhorse.serve.settings.sections import HttpSettings
 
 SCOPES = ("model", "adapter", "tenant")
 CACHE_QUERY: dict[str, Any] = {

@@ -8,25 +8,24 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Response
+from packhorse.serve import metrics
+from packhorse.serve.access.exposure import Exposure
+from packhorse.serve.access.keys import Keys
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.errors import ServeError
+from packhorse.serve.rest import admin as operators
+from packhorse.serve.rest import errors, generate, openapi, path_aliases, tokenize
+from packhorse.serve.rest.access import Access, Guard
+from packhorse.serve.rest.http_methods import Manners
+from packhorse.serve.service import Service, request_id_from
+from packhorse.serve.settings.sections import HttpSettings
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve import metrics
-from serve.admin import Admin
-from serve.auth import Keys
-from serve.errors import ServeError
-from serve.exposure import Exposure
-from serve.rest import admin as operators
-from serve.rest import documents, errors, generate, names, tokens
-from serve.rest.access import Access, Guard
-from serve.rest.manners import Manners
-from serve.sections import HttpSettings
-from serve.service import Service, request_id_from
-
 if TYPE_CHECKING:
-    from serve.tracing import CallSpan, Tracing
+    from packhorse.serve.telemetry.tracing import CallSpan, Tracing
 
 logger = logging.getLogger("packhorse.http")
 
@@ -99,10 +98,10 @@ def build_app(
     their own. `keys` None: everybody may do everything.
     """
     app = _bare_app(service)
-    for endpoints in (generate, tokens):
+    for endpoints in (generate, tokenize):
         app.include_router(endpoints.routes(service, settings))
-    app.include_router(names.routes(service))
-    documents.add_schemas(app, None if service.models.has_adapters else service.model)
+    app.include_router(path_aliases.routes(service))
+    openapi.add_schemas(app, None if service.models.has_adapters else service.model)
     if settings.admin_port is None:
         _add_operators_routes(app, service, settings, admin)
     return _wrapped(app, service, settings, keys, tracing)
@@ -118,7 +117,7 @@ def build_admin_app(
     if settings.admin_port is None:
         return None
     app = _bare_app(service)
-    documents.add_schemas(app, None)
+    openapi.add_schemas(app, None)
     _add_operators_routes(app, service, settings, admin)
     return _wrapped(app, service, settings, keys, own_listener=settings.admin_host)
 
@@ -137,7 +136,7 @@ def _bare_app(service: Service) -> FastAPI:
         return {"status": "live"}
 
     @app.get("/health", include_in_schema=False)
-    @app.get("/health/ready", responses=documents.answers("Status"))
+    @app.get("/health/ready", responses=openapi.answers("Status"))
     async def ready() -> dict[str, str]:
         """200 while new requests are taken; 503 with the reason otherwise. /health is vLLM's name
         for it, which gateways' manifests have.
@@ -151,7 +150,7 @@ def _bare_app(service: Service) -> FastAPI:
 def _add_operators_routes(
     app: FastAPI, service: Service, settings: HttpSettings, admin: Admin | None
 ) -> None:
-    for endpoints in (operators.routes, names.operators_routes):
+    for endpoints in (operators.routes, path_aliases.operators_routes):
         app.include_router(endpoints(admin or Admin(), settings, service.admission.bodies))
 
     # A thread of its own: a driver that hangs in a scrape must not hold up what loads engines.

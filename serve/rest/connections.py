@@ -14,12 +14,11 @@ from collections import deque
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from packhorse.serve import metrics
+from packhorse.serve.errors import DeadlineExceeded, ServeError, TooLarge
+from packhorse.serve.rest.errors import error_body
+from packhorse.serve.settings.sections import HttpSettings
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-
-from serve import metrics
-from serve.errors import DeadlineExceeded, ServeError, TooLarge
-from serve.rest.errors import error_body
-from serve.sections import HttpSettings
 
 MAX_PIPELINED = 64  # requests of one connection before the first is answered
 MAX_HEADERS = 256  # each costs far more memory than its bytes

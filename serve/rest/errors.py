@@ -9,10 +9,9 @@ import math
 from http import HTTPStatus
 
 from fastapi import Request, Response
+from packhorse.serve.errors import ErrorKind, Internal, Invalid, NotFound, ServeError
+from packhorse.serve.rest.compression import CODINGS
 from starlette.exceptions import HTTPException
-
-from serve.errors import ErrorKind, Internal, Invalid, NotFound, ServeError
-from serve.rest.coding import CODINGS
 
 
 def error_body(error: ServeError) -> bytes:

@@ -10,21 +10,32 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-
-from serve.answers import collect, headers_of, names_of
-from serve.errors import Invalid, ServeError
-from serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
-from serve.rest.body import BodyLimits, begun, read_body, read_object, unless_disconnected
-from serve.rest.documents import answers, body_document
-from serve.rest.shapes import ChatShape, Shape, TextShape, common_fields, whole_document
-from serve.rest.sse import EventStream
-from serve.schema.chat import ChatBody
-from serve.schema.completions import CompletionBody
-from serve.schema.fields import CacheOptions
-from serve.schema.validation import validated
-from serve.sections import HttpSettings
-from serve.service import Service
-from serve.stream import Stream
+from packhorse.serve.api.answers import collect, headers_of, names_of
+from packhorse.serve.api.chat import ChatBody
+from packhorse.serve.api.completions import CompletionBody
+from packhorse.serve.api.fields import CacheOptions
+from packhorse.serve.api.validation import validated
+from packhorse.serve.errors import Invalid, ServeError
+from packhorse.serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
+from packhorse.serve.rest.openapi import answers, body_document
+from packhorse.serve.rest.requests import (
+    BodyLimits,
+    begun,
+    read_body,
+    read_object,
+    unless_disconnected,
+)
+from packhorse.serve.rest.responses import (
+    ChatShape,
+    Shape,
+    TextShape,
+    common_fields,
+    whole_document,
+)
+from packhorse.serve.rest.sse import EventStream
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import HttpSettings
+from packhorse.serve.stream import Stream
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 

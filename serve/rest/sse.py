@@ -14,15 +14,14 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import Response
+from packhorse.serve import metrics
+from packhorse.serve.errors import Cancelled, ServeError
+from packhorse.serve.messages import Chunk
+from packhorse.serve.rest.errors import error_body
+from packhorse.serve.rest.requests import unless_disconnected
+from packhorse.serve.rest.responses import Shape, usage_json
+from packhorse.serve.stream import Stream, merged
 from starlette.types import Receive, Scope, Send
-
-from serve import metrics
-from serve.errors import Cancelled, ServeError
-from serve.messages import Chunk
-from serve.rest.body import unless_disconnected
-from serve.rest.errors import error_body
-from serve.rest.shapes import Shape, usage_json
-from serve.stream import Stream, merged
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

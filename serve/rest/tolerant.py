@@ -13,9 +13,8 @@ import sys
 from typing import Any
 
 import httptools
-
-from serve.rest.connections import Connection
-from serve.rest.sse import HEARTBEAT
+from packhorse.serve.rest.connections import Connection
+from packhorse.serve.rest.sse import HEARTBEAT
 
 # Of struct tcp_info, its first byte; Linux' numbers for a connection that a reset has ended.
 TCP_CLOSE = 7

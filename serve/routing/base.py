@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve.messages import RouteStage
+from packhorse.serve.messages import RouteStage
 
 AUTO = "auto"  # the `model` of a request that leaves the choice to its text
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from serve.errors import Forbidden
-from serve.messages import RouteStage
-from serve.routing.base import Decision, Step
-from serve.routing.config import Routes
-from serve.routing.learned import EXPLAINED, Table
-from serve.routing.rules import Rules, Texts
+from packhorse.serve.errors import Forbidden
+from packhorse.serve.messages import RouteStage
+from packhorse.serve.routing.base import Decision, Step
+from packhorse.serve.routing.config import Routes
+from packhorse.serve.routing.learned import EXPLAINED, Table
+from packhorse.serve.routing.rules import Rules, Texts
 
 
 class Cascade:

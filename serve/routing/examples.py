@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-
-from serve.errors import Invalid
-from serve.routing.text import folded
+from packhorse.serve.errors import Invalid
+from packhorse.serve.routing.text import folded
 
 MAX_FILE_BYTES = 32 << 20
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-
-from serve.routing.text import of_run, of_token, pieces
+from packhorse.serve.routing.text import of_run, of_token, pieces
 
 # Scores of as many adapters go into an explanation.
 EXPLAINED = 3

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-
-from serve import metrics
-from serve.errors import Conflict, Invalid, ServeError, Unavailable
-from serve.routing.base import Decision
-from serve.routing.config import Routes, read_routes
-from serve.routing.examples import read_examples
-from serve.routing.fitting import Train
-from serve.routing.generations import MIN_EXAMPLES, Generation, Generations, build
-from serve.routing.training import train
+from packhorse.serve import metrics
+from packhorse.serve.errors import Conflict, Invalid, ServeError, Unavailable
+from packhorse.serve.routing.base import Decision
+from packhorse.serve.routing.config import Routes, read_routes
+from packhorse.serve.routing.examples import read_examples
+from packhorse.serve.routing.rollout import MIN_EXAMPLES, Generation, Generations, build
+from packhorse.serve.routing.train import Train
+from packhorse.serve.routing.train_process import train
 
 logger = logging.getLogger("packhorse.routing")
 

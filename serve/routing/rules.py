@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import regex
-
-from serve.errors import Invalid
-from serve.routing.config import Condition, Routes, Rule
-from serve.routing.text import (
+from packhorse.serve.errors import Invalid
+from packhorse.serve.routing.config import Condition, Routes, Rule
+from packhorse.serve.routing.text import (
     MAX_CHARACTERS,
     UNSPACED,
     conversation_text,

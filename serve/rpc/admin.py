@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from serve.adapters.base import AdapterCard
-from serve.admin import Admin
-from serve.rpc.calls import Call, Handler
-from serve.rpc.pb import admin_pb2 as pb
+from packhorse.serve.adapters.base import AdapterCard
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.rpc.calls import Call, Handler
+from packhorse.serve.rpc.pb import admin_pb2 as pb
 
 
 class Operators:

@@ -15,19 +15,18 @@ from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-
-from serve import metrics
-from serve.auth import Keys, check_scope
-from serve.errors import Cancelled, Invalid, ServeError, TooLarge
-from serve.exposure import UNIX, Exposure, Sender
-from serve.messages import ANONYMOUS, Caller, Scope, Trace
-from serve.rpc.errors import DETAILS, code_of, details_of, message_of, unexpected
-from serve.rpc.reading import Reading
-from serve.sections import RpcSettings
-from serve.service import Service, request_id_from
+from packhorse.serve import metrics
+from packhorse.serve.access.exposure import UNIX, Exposure, Sender
+from packhorse.serve.access.keys import Keys, check_scope
+from packhorse.serve.errors import Cancelled, Invalid, ServeError, TooLarge
+from packhorse.serve.messages import ANONYMOUS, Caller, Scope, Trace
+from packhorse.serve.rpc.errors import DETAILS, code_of, details_of, message_of, unexpected
+from packhorse.serve.rpc.lazy_messages import Reading
+from packhorse.serve.service import Service, request_id_from
+from packhorse.serve.settings.sections import RpcSettings
 
 if TYPE_CHECKING:
-    from serve.tracing import Tracing
+    from packhorse.serve.telemetry.tracing import Tracing
 
 logger = logging.getLogger("packhorse.rpc")
 

@@ -10,8 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
-
-from serve.errors import Internal, ServeError
+from packhorse.serve.errors import Internal, ServeError
 
 DOMAIN = "packhorse"
 DETAILS = "grpc-status-details-bin"

@@ -7,18 +7,18 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
-from serve.answers import Answer, collect, headers_of
-from serve.errors import ServeError
-from serve.messages import AUTO_CACHE, GenerateRequest
-from serve.rpc.answered import ChatAnswers, CompleteAnswers, decided, opening, usage
-from serve.rpc.asked import chat_body, complete_body, tokenize_body
-from serve.rpc.calls import Call, Handler
-from serve.rpc.pb import inference_pb2 as pb
-from serve.schema.chat import ChatBody, DetokenizeBody
-from serve.schema.completions import CompletionBody
-from serve.schema.validation import validated
-from serve.service import Service
-from serve.stream import Stream, merged
+from packhorse.serve.api.answers import Answer, collect, headers_of
+from packhorse.serve.api.chat import ChatBody, DetokenizeBody
+from packhorse.serve.api.completions import CompletionBody
+from packhorse.serve.api.validation import validated
+from packhorse.serve.errors import ServeError
+from packhorse.serve.messages import AUTO_CACHE, GenerateRequest
+from packhorse.serve.rpc.calls import Call, Handler
+from packhorse.serve.rpc.pb import inference_pb2 as pb
+from packhorse.serve.rpc.requests import chat_body, complete_body, tokenize_body
+from packhorse.serve.rpc.responses import ChatAnswers, CompleteAnswers, decided, opening, usage
+from packhorse.serve.service import Service
+from packhorse.serve.stream import Stream, merged
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 Asked = Call[pb.ChatRequest] | Call[pb.CompleteRequest]

@@ -14,22 +14,21 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
-
-from serve.admin import Admin
-from serve.auth import Keys
-from serve.errors import ServeError, StartupError
-from serve.messages import Scope
-from serve.rpc.admin import Operators
-from serve.rpc.calls import Calls, Handler
-from serve.rpc.inference import Inference
-from serve.rpc.open import OpenCalls
-from serve.rpc.pb import admin_pb2, inference_pb2
-from serve.rpc.reading import Reading
-from serve.sections import RpcSettings
-from serve.service import Service
+from packhorse.serve.access.keys import Keys
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.errors import ServeError, StartupError
+from packhorse.serve.messages import Scope
+from packhorse.serve.rpc.admin import Operators
+from packhorse.serve.rpc.calls import Calls, Handler
+from packhorse.serve.rpc.inference import Inference
+from packhorse.serve.rpc.lazy_messages import Reading
+from packhorse.serve.rpc.pb import admin_pb2, inference_pb2
+from packhorse.serve.rpc.public import OpenCalls
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import RpcSettings
 
 if TYPE_CHECKING:
-    from serve.tracing import Tracing
+    from packhorse.serve.telemetry.tracing import Tracing
 
 logger = logging.getLogger("packhorse.rpc")
 

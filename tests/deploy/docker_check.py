@@ -6,7 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-from serve.settings import ENV_PREFIX, Settings
+from packhorse.serve.settings import ENV_PREFIX, Settings
+
 from tests.conftest import BIN, ROOT
 from tests.deploy.shared import (
     PINNED,

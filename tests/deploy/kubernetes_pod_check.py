@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from serve.settings import Settings
+from packhorse.serve.settings import Settings
+
 from tests.deploy.shared import (
     ENDING_S,
     PINNED,

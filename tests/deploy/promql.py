@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import promql_parser
+from packhorse.serve import metrics
+from packhorse.serve.errors import ErrorKind
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
-
-from serve import metrics
-from serve.errors import ErrorKind
 
 VLLM_METRICS = Path(__file__).parent / "vllm_metrics.txt"
 

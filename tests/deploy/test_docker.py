@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from packhorse.serve.settings import ENV_PREFIX
 
-from serve.settings import ENV_PREFIX
 from tests.conftest import BIN, DEMO, ROOT, Server, running_server
 from tests.deploy.docker_check import DOCKERFILE, SETTINGS, check_image, environment_of
 from tests.deploy.shared import Breakage, assert_reported, cases, copies
@@ -139,7 +139,7 @@ def test_context_makes_a_wheel_that_has_all_files(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
-    ours = {str(path) for path in files if path.parts[0] in {"quantize", "serve"}
+    ours = {f"packhorse/{path}" for path in files if path.parts[0] in {"quantize", "serve"}
             and path.suffix != ".pyi"}  # fmt: skip
     assert ours - packed == set()
 

@@ -9,7 +9,7 @@ import os
 import time
 from typing import Any
 
-from serve.engines.vllm.worker import MendedWorker
+from packhorse.serve.engines.vllm.patches.cpu_worker import MendedWorker
 
 POISON = [301, 302, 303, 304]
 SLOW = [305, 306, 307, 308]

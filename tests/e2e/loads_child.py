@@ -50,7 +50,7 @@ def cache_dtypes(model: torch.nn.Module) -> list[str]:
 
 
 if __name__ == "__main__":
-    torch.cpu._init_amx()  # see serve/engines/vllm/worker.py
+    torch.cpu._init_amx()  # see serve/engines/vllm/patches/cpu_worker.py
     prompts = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     # What was imported stays. vLLM looks at all of it nine times a load, half a second each.

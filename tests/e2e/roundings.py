@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packhorse.quantize.model.checkpoint import Checkpoint
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.quality.evaluate import apart
 from torch import Tensor
-
-from quantize import simulate
-from quantize.checkpoint import Checkpoint
-from quantize.evaluate import apart
 
 FLOAT8 = torch.float8_e4m3fn
 UNKNOWN = 2
@@ -38,12 +37,12 @@ def allowed(
     noise of each, added. With an 8-bit cache the engine rounds keys and values too, with the
     checkpoint's scales.
     """
-    exact = simulate.logprobs_of(simulate.load(folder).float(), prompts)
-    reference = simulate.logprobs(folder, prompts)
-    model = simulate.load(folder)
+    exact = dequantized.logprobs_of(dequantized.load(folder).float(), prompts)
+    reference = dequantized.logprobs(folder, prompts)
+    model = dequantized.load(folder)
     if eight_bit_cache:
         _round_keys_and_values(model, folder)
-    engine = simulate.logprobs_of(model, prompts)
+    engine = dequantized.logprobs_of(model, prompts)
     noise = _mean(exact, reference) + _mean(exact, engine)
     return (UNKNOWN if VNNI else 2 * UNKNOWN) * noise
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import httpx
 import pytest
+from packhorse.quantize.quality.evaluate import Message, Question
 
-from quantize.evaluate import Message, Question
 from tests.client import CHAT, TEXT, request_lines, wait_for
 from tests.conftest import DEMO, Server, running_server
 from tests.e2e.conftest import needs_avx512

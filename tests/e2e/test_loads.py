@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.model.checkpoint import Checkpoint
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.quality.evaluate import apart, read_texts
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import CHANNEL, Settings
 from safetensors.torch import save_file
 
-from quantize import simulate
-from quantize.checkpoint import Checkpoint
-from quantize.evaluate import apart, read_texts
-from quantize.run import run
-from quantize.settings import CHANNEL, Settings
 from tests.conftest import DEMO, ROOT, start
 from tests.e2e import roundings
 from tests.e2e.conftest import AVX512, needs_avx512
@@ -157,7 +157,7 @@ def test_vllm_computes_what_the_codes_say(
 ) -> None:
     found = served[str(folders[row])]
     assert isinstance(found, dict), found
-    wanted = simulate.logprobs(folders[row], prompts)
+    wanted = dequantized.logprobs(folders[row], prompts)
     differences = [
         difference
         for one, other in zip(found["logprobs"], wanted, strict=True)

@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from packhorse.quantize.errors import Unloadable
+from packhorse.quantize.quality.engine_check import verify
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from quantize.errors import Unloadable
-from quantize.verify import verify
 from tests.conftest import DEMO
 from tests.e2e import roundings
 from tests.e2e.conftest import AVX512
@@ -114,7 +114,7 @@ def test_an_engine_that_takes_too_long_is_ended(int8_folder: Path) -> None:
 RUN = """
 import sys
 from pathlib import Path
-from quantize.verify import verify
+from packhorse.quantize.quality.engine_check import verify
 
 verify(Path(sys.argv[1]), Path(sys.argv[2]))
 """

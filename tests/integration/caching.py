@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from serve.admin import Admin
-from serve.cache.results import ResultCache
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.cache.result_cache import ResultCache
+
 from tests.client import CHAT, hello
 from tests.integration.serving import Served, serving
 

@@ -14,16 +14,20 @@ from typing import Any
 
 import httpx
 import yaml
-
-from serve.admin import Admin
-from serve.admission import Admission
-from serve.auth import Keys
-from serve.engines.echo import EchoEngine
-from serve.rest.app import build_admin_app, build_app
-from serve.rest.listen import Listeners
-from serve.sections import AdmissionSettings, AuthSettings, EngineSettings, HttpSettings
-from serve.service import Service
-from serve.tracing import Tracing
+from packhorse.serve.access.keys import Keys
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.limits.admission import Admission
+from packhorse.serve.rest.app import build_admin_app, build_app
+from packhorse.serve.rest.server import Listeners
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import (
+    AdmissionSettings,
+    AuthSettings,
+    EngineSettings,
+    HttpSettings,
+)
+from packhorse.serve.telemetry.tracing import Tracing
 
 
 @dataclass

@@ -12,13 +12,13 @@ from typing import Any
 
 import grpc
 import httpx
+from packhorse.serve import metrics
+from packhorse.serve.access.keys import Keys
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.rpc.pb import admin_pb2
+from packhorse.serve.rpc.server import RpcServer
+from packhorse.serve.settings.sections import AuthSettings, RpcSettings
 
-from serve import metrics
-from serve.admin import Admin
-from serve.auth import Keys
-from serve.rpc.pb import admin_pb2
-from serve.rpc.server import RpcServer
-from serve.sections import AuthSettings, RpcSettings
 from tests.client import CHAT, hello
 from tests.conftest import DEMO, running_server
 from tests.integration.serving import Held, Served, bearer, until

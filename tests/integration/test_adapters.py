@@ -10,15 +10,15 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import httpx
+from packhorse.serve.adapters.base_layers import linear_layers
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.registry import Registry
+from packhorse.serve.adapters.store import Store
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.routing.router import Router
+from packhorse.serve.settings.sections import EngineSettings
 
-from serve.adapters.base_layers import linear_layers
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.registry import Registry
-from serve.adapters.store import Store
-from serve.admin import Admin
-from serve.engines.echo import EchoEngine
-from serve.routing.router import Router
-from serve.sections import EngineSettings
 from tests.client import CHAT, TEXT, hello
 from tests.conftest import DEMO
 from tests.integration.serving import Served, bearer, serving, write_keys

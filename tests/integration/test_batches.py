@@ -8,13 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.errors import Invalid, Unavailable
+from packhorse.serve.messages import GenerateRequest, Sampling
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.stream import merged
 
-from serve.engines.echo import EchoEngine
-from serve.errors import Invalid, Unavailable
-from serve.messages import GenerateRequest, Sampling
-from serve.sections import EngineSettings
-from serve.service import Service
-from serve.stream import merged
 from tests.client import TEXT, events, metric, wait_for
 from tests.conftest import Server
 from tests.integration.serving import until

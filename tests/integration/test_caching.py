@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packhorse.serve.cache import STORES
+from packhorse.serve.cache.result_cache import STALE_S
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.errors import ServeError
+from packhorse.serve.messages import AdapterVersion, Caller, Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.tenancy import Tenancy
 
-from serve.cache import STORES
-from serve.cache.results import STALE_S
-from serve.engines.echo import EchoEngine
-from serve.errors import ServeError
-from serve.messages import AdapterVersion, Caller, Chunk, GenerateRequest, Prompt, Route
-from serve.sections import EngineSettings
-from serve.service import Service
-from serve.tenancy import Tenancy
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.caching import MARK, a_cache, caching, greedy, mark
 from tests.integration.serving import bearer, serving, until, write_keys

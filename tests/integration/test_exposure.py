@@ -10,14 +10,14 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from packhorse.serve.access.keys import Keys
+from packhorse.serve.api.admin import Admin
+from packhorse.serve.cache.result_cache import ResultCache
+from packhorse.serve.rest.app import build_app
+from packhorse.serve.rpc.pb import admin_pb2, inference_pb2
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import AuthSettings, HttpSettings
 
-from serve.admin import Admin
-from serve.auth import Keys
-from serve.cache.results import ResultCache
-from serve.rest.app import build_app
-from serve.rpc.pb import admin_pb2, inference_pb2
-from serve.sections import AuthSettings, HttpSettings
-from serve.service import Service
 from tests.client import CHAT, hello, request_lines
 from tests.integration.grpc_serving import Twins, chat, twins
 from tests.integration.strangers import keyless, own_address, raw, status_of

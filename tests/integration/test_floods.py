@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 import trustme
+from packhorse.serve import metrics
+from packhorse.serve.rest import server as listen
 
-from serve import metrics
-from serve.rest import listen
 from tests.client import CHAT, hello
 from tests.integration.raw_http import (
     GET_LIVE,

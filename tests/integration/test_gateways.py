@@ -69,7 +69,7 @@ def test_several_series_would_mislead_a_router() -> None:
 
 
 def test_adapters_that_are_held_are_seen_by_every_router() -> None:
-    from serve.engines.vllm.stats import _AdapterInfo
+    from packhorse.serve.engines.vllm.patches.lasting_metrics import _AdapterInfo
 
     info: Any = _AdapterInfo(4)
     registry = CollectorRegistry()

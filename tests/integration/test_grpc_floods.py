@@ -13,11 +13,11 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from packhorse.serve.limits import body_memory
+from packhorse.serve.rpc import public as open_calls
+from packhorse.serve.rpc import server as rpc_server
+from packhorse.serve.rpc.lazy_messages import OPEN_READS
 
-from serve import bodies
-from serve.rpc import open as open_calls
-from serve.rpc import server as rpc_server
-from serve.rpc.reading import OPEN_READS
 from tests.integration.grpc_serving import Twins, chat, twins
 from tests.integration.serving import Held, nothing_left, until, write_keys
 from tests.integration.test_grpc_abuse import hello_and_ask
@@ -102,7 +102,7 @@ async def test_a_call_without_a_message() -> None:
 async def test_one_keys_messages_leave_room_for_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "MAX_WAIT_S", 0.2)
+    monkeypatch.setattr(body_memory, "MAX_WAIT_S", 0.2)
     keys = write_keys(tmp_path / "keys.yaml", greedy={}, good={})
     # Room for eight messages of a little above 1 MiB.
     limits = {"max_bodies_bytes": 9 * 2**20}

@@ -258,8 +258,8 @@ def test_the_drain_ends_after_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
 # The command, and forks of one process that has imported what a start imports.
 FORKS = """
 import json, os, sys
-from serve import main
-from serve.cli import app
+from packhorse.serve import app as main
+from packhorse.serve.cli import app
 
 for line in sys.stdin:
     arguments, log = json.loads(line)
@@ -325,11 +325,11 @@ def test_the_command_itself_exits_2(run_command: Any) -> None:
 
 
 DYING = """
-from serve import engines, main
-from serve.engines.echo import EchoEngine
-from serve.errors import EngineDied
-from serve.sections import EngineSettings, HttpSettings, SupervisorSettings
-from serve.settings import Settings
+from packhorse.serve import app as main, engines
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.errors import EngineDied
+from packhorse.serve.settings.sections import EngineSettings, HttpSettings, SupervisorSettings
+from packhorse.serve.settings import Settings
 
 class Dying(EchoEngine):
     async def check(self):

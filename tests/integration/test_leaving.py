@@ -11,8 +11,8 @@ import json
 from typing import Any
 
 import pytest
+from packhorse.serve import metrics
 
-from serve import metrics
 from tests.integration.grpc_serving import Twins, chat, text, twins
 from tests.integration.serving import nothing_left, until
 from tests.twins import as_message, method

@@ -13,13 +13,13 @@ import httpx
 import pytest
 import uvloop
 from openai import AsyncOpenAI, InternalServerError
+from packhorse.serve import metrics
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.errors import Overloaded
+from packhorse.serve.messages import Chunk
+from packhorse.serve.rest.errors import error_response
+from packhorse.serve.settings.sections import EngineSettings
 
-from serve import metrics
-from serve.engines.echo import EchoEngine
-from serve.errors import Overloaded
-from serve.messages import Chunk
-from serve.rest.errors import error_response
-from serve.sections import EngineSettings
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.serving import (
     Served,

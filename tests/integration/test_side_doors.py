@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packhorse.serve.access.keys import Keys
+from packhorse.serve.rest.access import Access
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import AuthSettings
 
-from serve.auth import Keys
-from serve.rest.access import Access
-from serve.sections import AuthSettings
-from serve.service import Service
 from tests.client import CHAT
 from tests.integration.serving import Served, bearer, serving, write_keys
 from tests.integration.strangers import keyless, own_address, raw, status_of

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import redis as redis_client
+from packhorse.serve.cache import STORES
+from packhorse.serve.cache.base import Store, StoreError
+from packhorse.serve.cache.key import Key
+from packhorse.serve.cache.result_cache import ResultCache
+from packhorse.serve.cache.single_flight import Flight
+from packhorse.serve.cache.store_keys import name_of
+from packhorse.serve.errors import Unavailable
+from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route
 
-from serve.cache import STORES
-from serve.cache.base import Store, StoreError
-from serve.cache.key import Key
-from serve.cache.names import name_of
-from serve.cache.results import ResultCache
-from serve.cache.singleflight import Flight
-from serve.errors import Unavailable
-from serve.messages import Chunk, GenerateRequest, Prompt, Route
 from tests.integration.serving import until, until_there
 from tests.stores import StoreServer, free_port, running_store
 from tests.unit.serve.cache.making import GREEDY, ask, key

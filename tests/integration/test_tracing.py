@@ -12,10 +12,10 @@ from typing import Any, Literal
 import grpc
 import httpx
 import pytest
+from packhorse.serve.settings.sections import TracingSettings
+from packhorse.serve.telemetry.tracing import Tracing, tracing_of
 from pydantic import SecretStr
 
-from serve.sections import TracingSettings
-from serve.tracing import Tracing, tracing_of
 from tests.client import CHAT, TEXT, hello, request_lines
 from tests.collector import Collected, grpc_collector, http_collector
 from tests.conftest import running_server

@@ -6,9 +6,8 @@ from http import HTTPStatus
 
 import grpc
 import pytest
-
-from serve import errors
-from serve.errors import WIRE, ErrorKind, ServeError
+from packhorse.serve import errors
+from packhorse.serve.errors import WIRE, ErrorKind, ServeError
 
 
 @pytest.mark.parametrize("kind", ErrorKind)

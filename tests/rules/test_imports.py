@@ -1,160 +1,96 @@
-"""The import directions of the design, held by reading every import statement."""
+"""Import directions, held by reading every import statement. Rooms are folders; see
+docs/structure.md.
+"""
 
 from __future__ import annotations
 
-import ast
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tools import rooms
 
 FILES = sorted([*(ROOT / "serve").rglob("*.py"), *(ROOT / "quantize").rglob("*.py")])
-LEAVES = {"serve.messages", "serve.errors", "serve.metrics", "serve.logs"}
+LEAVES = {"serve.messages", "serve.errors", "serve.metrics", "serve.telemetry.logs"}
+# The protocols that requests are served by; concrete ones are chosen where a server is built.
+PROTOCOLS = {"serve.adapters.base", "serve.cache.base", "serve.engines.base", "serve.routing.base"}
+# What a front end (HTTP, gRPC) may know.
+BEHIND = {
+    "serve.access", "serve.adapters.base", "serve.api", "serve.limits", "serve.service",
+    "serve.settings", "serve.stream", "serve.telemetry",
+}  # fmt: skip
 
-# package (or module) -> what of ours it may import, besides itself and what lies below it
+# room or module -> what of ours it may import, besides itself and what lies below it
 ALLOWED: dict[str, set[str]] = {
-    "serve.messages": LEAVES,
-    "serve.errors": LEAVES,
-    "serve.metrics": LEAVES | {"serve.machine"},
-    "serve.logs": LEAVES,
-    "serve.machine": set(),
-    "serve.timeline": LEAVES,
-    "serve.ignored": {"serve.metrics"},
-    "serve.tracing": LEAVES | {"serve.sections"},
-    "serve.hosts": set(),
-    "serve.outbound": set(),
-    "serve.sections": LEAVES | {"serve.hosts", "serve.outbound"},
-    "serve.exposure": LEAVES | {"serve.hosts", "serve.sections"},
-    "serve.settings": LEAVES | {"serve.sections"},
-    "serve.engines": LEAVES | {"serve.sections"},
-    "serve.admission": LEAVES | {"serve.bodies", "serve.sections"},
-    "serve.bodies": LEAVES,
-    "serve.auth": LEAVES | {"serve.sections"},
-    "serve.deadline": LEAVES,
+    "serve.messages": set(),
+    "serve.errors": set(),
+    "serve.metrics": {"serve.errors", "serve.telemetry.machine"},
+    "serve.telemetry": {"serve.messages", "serve.settings"},
+    "serve.settings": {"serve.errors"},
     "serve.tenancy": set(),
+    "serve.ignored": {"serve.metrics"},
+    "serve.access": LEAVES | {"serve.settings"},
+    "serve.limits": LEAVES | {"serve.settings"},
+    "serve.engines.vllm.patches": LEAVES | {"serve.engines.base", "serve.engines.processes"},
+    "serve.engines": LEAVES | {"serve.settings"},
+    "serve.adapters": LEAVES,
     "serve.routing": LEAVES,
     "serve.cache": LEAVES | {"serve.tenancy"},
+    "serve.models": LEAVES | PROTOCOLS,
     "serve.sources": LEAVES
-    | {
-        "serve.adapters.base",
-        "serve.admission",
-        "serve.cache.singleflight",
-        "serve.engines.base",
-        "serve.timeline",
-    },
+    | PROTOCOLS
+    | {"serve.cache.single_flight", "serve.limits", "serve.telemetry"},
     "serve.stream": LEAVES
+    | PROTOCOLS
     | {
-        "serve.adapters.base",
-        "serve.cache.singleflight",
-        "serve.deadline",
-        "serve.engines.base",
-        "serve.ignored",
-        "serve.sources",
-        "serve.timeline",
+        "serve.cache.single_flight", "serve.ignored", "serve.limits", "serve.sources",
+        "serve.telemetry",
     },
-    "serve.models": LEAVES | {"serve.adapters.base", "serve.routing.base"},
     "serve.service": LEAVES
+    | PROTOCOLS
     | {
-        "serve.adapters.base",
-        "serve.admission",
-        "serve.cache.base",
-        "serve.cache.key",
-        "serve.engines.base",
-        "serve.models",
-        "serve.routing.base",
-        "serve.sources",
-        "serve.stream",
-        "serve.tenancy",
-        "serve.timeline",
+        "serve.cache.key", "serve.limits", "serve.models", "serve.sources", "serve.stream",
+        "serve.telemetry", "serve.tenancy",
     },
-    "serve.adapters": LEAVES,
-    "serve.admin": LEAVES
-    | {"serve.adapters.base", "serve.cache.base", "serve.cache.key", "serve.routing.base"},
-    "serve.schema": LEAVES | {"serve.ignored"},
-    "serve.answers": LEAVES | {"serve.stream"},
-    "serve.rpc": LEAVES
-    | {
-        "serve.adapters.base",
-        "serve.admin",
-        "serve.answers",
-        "serve.auth",
-        "serve.exposure",
-        "serve.bodies",
-        "serve.routing.base",
-        "serve.schema",
-        "serve.sections",
-        "serve.service",
-        "serve.stream",
-        "serve.tracing",
+    "serve.api": LEAVES | PROTOCOLS | {"serve.cache.key", "serve.ignored", "serve.stream"},
+    "serve.rest": LEAVES | BEHIND,
+    "serve.rpc": LEAVES | BEHIND | {"serve.routing.base"},
+    "serve.signals": {"serve.engines.processes"},
+    "serve.engine_builder": {
+        "serve.adapters", "serve.cache", "serve.engines", "serve.errors", "serve.settings",
     },
-    "serve.rest": LEAVES
-    | {
-        "serve.adapters.base",
-        "serve.admin",
-        "serve.answers",
-        "serve.auth",
-        "serve.exposure",
-        "serve.bodies",
-        "serve.schema",
-        "serve.sections",
-        "serve.service",
-        "serve.stream",
-        "serve.tracing",
-    },
-    "serve.cli": LEAVES | {"serve.auth", "serve.settings", "serve.main"},
+    "serve.cli": LEAVES | {"serve.access", "serve.settings", "serve.app"},
     "quantize.errors": set(),
     "quantize.settings": set(),
-    "quantize.grid": set(),
-    "quantize.families": {"quantize.errors"},
-    "quantize.checkpoint": {"quantize.errors"},
-    "quantize.evaluate": {"quantize.errors"},
-    "quantize.inputs": set(),
-    "quantize.blocks": {
-        "quantize.checkpoint",
-        "quantize.errors",
-        "quantize.experts",
-        "quantize.families",
-        "quantize.hooks",
-        "quantize.inputs",
-        "quantize.shelf",
-        "quantize.walk",
-    },
-    "quantize.walk": {"quantize.checkpoint", "quantize.families"},
-    "quantize.experts": set(),
-    "quantize.hooks": set(),
-    "quantize.shelf": set(),
-    "quantize.shards": set(),
-    "quantize.plots": {"quantize.errors"},
-    "quantize.verdict": set(),
-    "quantize.workspace": {"quantize.checkpoint", "quantize.errors", "quantize.shards"},
-    "quantize.calibration": {"quantize.checkpoint", "quantize.errors", "quantize.evaluate"},
-    "quantize.methods": {
-        "quantize.grid",
-        "quantize.families",
-        "quantize.errors",
-        "quantize.inputs",
-    },
-    "quantize.formats": {"quantize.grid", "quantize.errors"},
-    "quantize.inspect": {"quantize.checkpoint"},
-}
+    "quantize.numerics": set(),
+    "quantize.model": {"quantize.errors"},
+    "quantize.formats": {"quantize.errors", "quantize.numerics"},
+    "quantize.report.plots": {"quantize.errors"},
+    "quantize.report.verdict": set(),
+    "quantize.report.inspect": {"quantize.model"},
+    "quantize.output.shards": set(),
+    "quantize.output.workspace": {"quantize.errors", "quantize.model", "quantize.output.shards"},
+    "quantize.quality.evaluate": {"quantize.errors"},
+    "quantize.calibration": {"quantize.errors", "quantize.model", "quantize.quality.evaluate"},
+}  # fmt: skip
 
 # library -> the only places that may import it
 ONLY_IN = {
     "fastapi": ("serve.rest",),
     "starlette": ("serve.rest",),
     "grpc": ("serve.rpc",),
-    "grpc_health": ("serve.rpc.open",),
-    "grpc_reflection": ("serve.rpc.open",),
+    "grpc_health": ("serve.rpc.public",),
+    "grpc_reflection": ("serve.rpc.public",),
     "google": ("serve.rpc",),
-    "vllm": ("serve.engines.vllm", "quantize.verify"),
-    "matplotlib": ("quantize.plots",),
-    "prometheus_client": ("serve.metrics", "serve.machine", "serve.engines.vllm"),
-    "opentelemetry": ("serve.tracing",),
-    "pynvml": ("serve.machine",),
-    "uvicorn": ("serve.rest.listen", "serve.rest.connections"),
-    "yaml": ("serve.auth", "serve.routing"),
+    "vllm": ("serve.engines.vllm", "quantize.quality.engine_check"),
+    "matplotlib": ("quantize.report.plots",),
+    "prometheus_client": ("serve.metrics", "serve.telemetry.machine", "serve.engines.vllm"),
+    "opentelemetry": ("serve.telemetry.tracing",),
+    "pynvml": ("serve.telemetry.machine",),
+    "uvicorn": ("serve.rest.server", "serve.rest.connections"),
+    "yaml": ("serve.access.keys", "serve.routing"),
     "sklearn": ("serve.routing",),
     "redis": ("serve.cache.redis",),
     "aiomcache": ("serve.cache.memcached",),
@@ -162,24 +98,12 @@ ONLY_IN = {
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return rooms.module_of(path, ROOT)
 
 
 @cache  # several rules ask for the same file
 def imports_of(path: Path) -> frozenset[str]:
-    """Modules named in import statements; `from serve import errors` counts as serve.errors."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide where things live"
-            assert node.module is not None
-            for alias in node.names:
-                inner = ROOT / Path(*node.module.split("."), alias.name)
-                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
-                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
-    return frozenset(found)
+    return frozenset(rooms.imports_of(path, ROOT))
 
 
 def within(module: str, package: str) -> bool:
@@ -197,9 +121,17 @@ def test_imports_follow_the_design(path: Path) -> None:
         allowed = ALLOWED[package] | {package}
         wrong = {name for name in ours if not any(within(name, place) for place in allowed)}
         assert not wrong
-    assert not {name for name in ours if name in {"serve.main", "quantize.run"}} or module in {
-        "serve.cli", "quantize.cli",
-    }  # fmt: skip
+    tops = {"serve.app": "serve.cli", "quantize.run": "quantize.cli"}
+    assert not {name for name in ours if name in tops and module != tops[name]}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_ours_are_imported_by_their_full_names(path: Path) -> None:
+    """`from serve import errors` would be a second copy of the module, where it is found at all."""
+    text = path.read_text()
+    assert "\nfrom serve" not in text
+    assert "\nfrom quantize" not in text
+    assert "from ." not in text, "relative imports hide where things live"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -213,7 +145,10 @@ def test_libraries_stay_where_they_belong(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_only_settings_reads_the_environment(path: Path) -> None:
     # The others hand on, or read, what vLLM itself reads there.
-    others = {"serve.engines.vllm.nursery", "quantize.host", "quantize.verify"}
+    others = {
+        "serve.engines.vllm.patches.forkserver", "quantize.plan.host",
+        "quantize.quality.engine_check",
+    }  # fmt: skip
     if module_of(path) not in {"serve.settings", *others}:
         text = path.read_text()
         assert "os.environ" not in text
@@ -221,7 +156,7 @@ def test_only_settings_reads_the_environment(path: Path) -> None:
 
 
 def test_grid_knows_torch_only() -> None:
-    assert imports_of(ROOT / "quantize/grid.py") <= {
+    assert imports_of(ROOT / "quantize/numerics/grid.py") <= {
         "__future__",
         "collections.abc",
         "dataclasses",

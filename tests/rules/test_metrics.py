@@ -6,11 +6,11 @@ import ast
 import subprocess
 import sys
 
+from packhorse.serve import metrics
+from packhorse.serve.telemetry.machine import Gpus, Machine
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 
-from serve import metrics
-from serve.machine import Gpus, Machine
 from tests.conftest import ROOT
 
 # Every label there is, and why its values are a closed set.

@@ -29,11 +29,3 @@ def test_every_module_is_described() -> None:
 def test_everything_described_exists() -> None:
     paths = {word for word in re.findall(r"`([\w/.-]+)`", TEXT) if "/" in word}
     assert {path for path in paths if not (ROOT / path).exists()} == set()
-
-
-def test_no_file_is_past_400_lines() -> None:
-    long = {
-        name for name in tracked()
-        if name.endswith(".py") and len((ROOT / name).read_text().splitlines()) > 400
-    }  # fmt: skip
-    assert long == set()

@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import vllm.envs
+from packhorse.serve.engines.vllm.patches import json_whitespace
+from packhorse.serve.engines.vllm.patches.avx2_int4 import without_avx512
+from packhorse.serve.engines.vllm.plugin import NAME as PLUGIN
+from packhorse.serve.errors import StartupError
+from packhorse.serve.settings.sections import EngineSettings
 from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
-
-from serve.engines.vllm import json_whitespace
-from serve.engines.vllm.plugin import NAME as PLUGIN
-from serve.engines.vllm.unpacked import without_avx512
-from serve.errors import StartupError
-from serve.sections import EngineSettings
 
 logger = logging.getLogger("packhorse.engine")
 
 GIB = 1024**3
 # By name: they are imported in vllm's child.
-WORKER = "serve.engines.vllm.worker.MendedWorker"
-IN_CORE = "serve.engines.vllm.worker.InCore"
-SCHEDULER = "serve.engines.vllm.slices.scheduler"
+WORKER = "packhorse.serve.engines.vllm.patches.cpu_worker.MendedWorker"
+IN_CORE = "packhorse.serve.engines.vllm.patches.cpu_worker.InCore"
+SCHEDULER = "packhorse.serve.engines.vllm.patches.lora_time_slicing.scheduler"
 # Ours under vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
 SHARED = (
     "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",

@@ -11,6 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from packhorse.serve.engines.vllm.constraints import check_integers, check_tools
+from packhorse.serve.engines.vllm.sampling import invalid
+from packhorse.serve.errors import Invalid, StartupError
+from packhorse.serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
+from packhorse.serve.settings.sections import EngineSettings
 from pydantic import ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -27,12 +32,6 @@ from vllm.renderers.hf import (
 from vllm.renderers.params import ChatParams, merge_kwargs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
-
-from serve.engines.vllm.constraints import check_integers, check_tools
-from serve.engines.vllm.sampling import invalid
-from serve.errors import Invalid, StartupError
-from serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
-from serve.sections import EngineSettings
 
 # Template variables that other fields of a request, or the tokenizer, decide.
 OURS = frozenset(("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"))

@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from packhorse.serve.errors import Invalid
+from packhorse.serve.messages import Constraint
 from vllm.sampling_params import StructuredOutputsParams
-
-from serve.errors import Invalid
-from serve.messages import Constraint
 
 # Beyond these a constraint takes the engine seconds or gigabytes to compile, for everybody.
 MAX_CONSTRAINT_CHARS = 64 * 1024

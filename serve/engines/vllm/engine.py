@@ -17,6 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import vllm.envs
+from packhorse.serve import metrics
+from packhorse.serve.engines.base import Capacity, answer_budget
+from packhorse.serve.engines.vllm.arguments import (
+    engine_args,
+    loras_at_work,
+    refuse_what_would_crash,
+    warn_of_missing_scales,
+)
+from packhorse.serve.engines.vllm.chat import AnswerReader, Chat, parser_class, template_of
+from packhorse.serve.engines.vllm.constraints import structured_outputs
+from packhorse.serve.engines.vllm.health import Health, has_died
+from packhorse.serve.engines.vllm.loras import Loras
+from packhorse.serve.engines.vllm.patches.fast_outputs import (
+    ChunkCollector,
+    ChunkProcessor,
+    chunks_of,
+    refuse_failure,
+)
+from packhorse.serve.engines.vllm.patches.forkserver import engine_is_born_here
+from packhorse.serve.engines.vllm.patches.lasting_metrics import LastingStats
+from packhorse.serve.engines.vllm.sampling import invalid, sampling_params, settled
+from packhorse.serve.errors import EngineDied, Invalid, Overloaded, StartupError
+from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
+from packhorse.serve.settings.sections import EngineSettings
 from vllm import SamplingParams
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
@@ -25,26 +49,6 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-
-from serve import metrics
-from serve.engines.base import Capacity, answer_budget
-from serve.engines.vllm.arguments import (
-    engine_args,
-    loras_at_work,
-    refuse_what_would_crash,
-    warn_of_missing_scales,
-)
-from serve.engines.vllm.chat import AnswerReader, Chat, parser_class, template_of
-from serve.engines.vllm.constraints import structured_outputs
-from serve.engines.vllm.health import Health, has_died
-from serve.engines.vllm.loras import Loras
-from serve.engines.vllm.nursery import engine_is_born_here
-from serve.engines.vllm.outputs import ChunkCollector, ChunkProcessor, chunks_of, refuse_failure
-from serve.engines.vllm.sampling import invalid, sampling_params, settled
-from serve.engines.vllm.stats import LastingStats
-from serve.errors import EngineDied, Invalid, Overloaded, StartupError
-from serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
-from serve.sections import EngineSettings
 
 logger = logging.getLogger("packhorse.engine")
 

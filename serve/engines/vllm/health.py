@@ -11,12 +11,11 @@ import asyncio
 import time
 
 import psutil
+from packhorse.serve.engines.processes import Activity, end, shared_memory
+from packhorse.serve.engines.vllm.patches.lasting_metrics import LastingStats
+from packhorse.serve.errors import EngineHung
+from packhorse.serve.settings.sections import EngineSettings
 from vllm.v1.engine.async_llm import AsyncLLM
-
-from serve.engines.processes import Activity, end, shared_memory
-from serve.engines.vllm.stats import LastingStats
-from serve.errors import EngineHung
-from serve.sections import EngineSettings
 
 WORKER = "VLLM::Worker"  # as vLLM calls the process
 BUSY_SHARE = 0.05  # of one CPU: less is what a process that waits uses

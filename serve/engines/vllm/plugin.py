@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-from serve.engines.vllm import json_whitespace, unpacked
+from packhorse.serve.engines.vllm.patches import avx2_int4, json_whitespace
 
 NAME = "packhorse"  # in pyproject.toml; VLLM_PLUGINS may say which plugins are loaded
 
 
 def register() -> None:
     """vLLM may call it twice in a process, which is as once."""
-    unpacked.register()
+    avx2_int4.register()
     json_whitespace.register()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
-
-from quantize import host, planner, run
+from packhorse.quantize import run
+from packhorse.quantize.plan import host, planner
 
 
 @pytest.fixture(scope="session", autouse=True)

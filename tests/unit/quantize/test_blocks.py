@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.calibration import runner as blocks
+from packhorse.quantize.calibration.activation_store import Shelf
+from packhorse.quantize.calibration.block_loader import walk
+from packhorse.quantize.calibration.runner import Kind, LiveBlock, Runner
+from packhorse.quantize.methods import gptq
+from packhorse.quantize.model.checkpoint import Checkpoint
+from packhorse.quantize.model.families import FAMILIES, Group
+from packhorse.quantize.numerics.grid import Grid, Scheme
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantize import blocks
-from quantize.blocks import Kind, LiveBlock, Runner
-from quantize.checkpoint import Checkpoint
-from quantize.families import FAMILIES, Group
-from quantize.grid import Grid, Scheme
-from quantize.methods import gptq
-from quantize.shelf import Shelf
-from quantize.walk import walk
 from tests.unit.quantize.test_pipeline import EXPERTS
 
 
@@ -139,7 +139,7 @@ def test_fast_products_are_near(
 @torch.inference_mode()
 def test_a_smoothed_block_computes_the_same(model_type: str, tmp_path: Path) -> None:
     """The family's table of what may be rescaled, held against the real modules."""
-    from quantize.methods import smoothing
+    from packhorse.quantize.methods import smoothing
 
     source = Checkpoint(made(model_type, tmp_path))
     family = FAMILIES[model_type]

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.calibration import text as calibration
+from packhorse.quantize.calibration.text import read
+from packhorse.quantize.errors import BadInput
+from packhorse.quantize.quality.evaluate import read_texts
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from quantize import calibration
-from quantize.calibration import read
-from quantize.errors import BadInput
-from quantize.evaluate import read_texts
 from tests.conftest import DEMO
 
 FEW: dict[str, Any] = {"max_tokens": 640, "row_tokens": 64, "seed": 3, "force": True}

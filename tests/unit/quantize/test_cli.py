@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from packhorse.quantize.cli import app
 from typer.testing import CliRunner
-
-from quantize.cli import app
 
 
 def quantize(*arguments: str | Path) -> Result:
@@ -102,7 +101,7 @@ def test_what_a_run_that_was_cut_short_left_is_said_with_its_error(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("quantize.workspace.Workspace.finish_weights", interrupted)
+        patched.setattr("packhorse.quantize.output.workspace.Workspace.finish_weights", interrupted)
         stopped = quantize(*arguments)
     assert stopped.exit_code == 130
     assert "Interrupted. 4 finished steps are kept" in stopped.stderr

@@ -9,11 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packhorse.quantize.errors import BadInput
+from packhorse.quantize.numerics.grid import Grid, Scheme
+from packhorse.quantize.quality import divergence
+from packhorse.quantize.quality.divergence import (
+    BINS,
+    Tally,
+    between,
+    bucketed,
+    bucketed_kl,
+    histogram,
+)
 
-from quantize import distance
-from quantize.distance import BINS, Tally, between, bucketed, bucketed_kl, histogram
-from quantize.errors import BadInput
-from quantize.grid import Grid, Scheme
 from tests.unit.quantize.test_simulate import tiny_llama, write_checkpoint
 
 TEXTS = [list(range(1, 40)), list(range(80, 20, -2)), [3]]
@@ -26,7 +33,7 @@ def slow_kl(original: list[float], made: list[float]) -> float:
 
 
 def test_figures_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distance, "SLICE_BYTES", 8 * 9 * 2)  # two positions at a time
+    monkeypatch.setattr(divergence, "SLICE_BYTES", 8 * 9 * 2)  # two positions at a time
     torch.manual_seed(0)
     original_TV, noise_TV = torch.randn(7, 9), torch.randn(7, 9)
     made_TV, next_T = original_TV + noise_TV, torch.randint(9, (7,))
@@ -96,12 +103,12 @@ def test_without_the_memory_it_is_left_out_with_the_number_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    needed = distance.needed_bytes([tmp_path, tmp_path], 39, half=True)
-    monkeypatch.setattr(distance, "free_memory_bytes", lambda: needed - 5)
+    needed = divergence.needed_bytes([tmp_path, tmp_path], 39, half=True)
+    monkeypatch.setattr(divergence, "free_memory_bytes", lambda: needed - 5)
     left_out = between(tmp_path, tmp_path, TEXTS)["left_out"]
     assert f"take {needed:,} bytes of memory and {needed - 5:,} are free here" in left_out
     assert "5 too few" in left_out
-    monkeypatch.setattr(distance, "free_memory_bytes", lambda: None)
+    monkeypatch.setattr(divergence, "free_memory_bytes", lambda: None)
     assert "kl_mean" in between(tmp_path, tmp_path, TEXTS)
     with pytest.raises(BadInput, match="no two tokens"):
         between(tmp_path, tmp_path, [[1]])

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packhorse.quantize.errors import BadInput
+from packhorse.quantize.quality.evaluate import Question, perplexity, read_questions, score, visible
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from quantize.errors import BadInput
-from quantize.evaluate import Question, perplexity, read_questions, score, visible
 
 
 def test_the_thinking_part_is_not_the_answer() -> None:

@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize import run as run_module
+from packhorse.quantize.calibration.block_loader import Block
+from packhorse.quantize.calibration.runner import LiveBlock, Runner
+from packhorse.quantize.errors import BadInput, OutOfMemory, QuantizeError, Unsupported
+from packhorse.quantize.model.checkpoint import REPORT, Checkpoint
+from packhorse.quantize.model.experts import Experts, take_apart
+from packhorse.quantize.model.families import FAMILIES
+from packhorse.quantize.plan.host import Host
+from packhorse.quantize.plan.planner import plan
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.run import decide, run
+from packhorse.quantize.settings import Settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantize import run as run_module
-from quantize import simulate
-from quantize.blocks import LiveBlock, Runner
-from quantize.checkpoint import REPORT, Checkpoint
-from quantize.errors import BadInput, OutOfMemory, QuantizeError, Unsupported
-from quantize.experts import Experts, take_apart
-from quantize.families import FAMILIES
-from quantize.host import Host
-from quantize.planner import plan
-from quantize.run import decide, run
-from quantize.settings import Settings
-from quantize.walk import Block
 from tests.unit.quantize.test_pipeline import LITTLE, made, output_errors, text_ids  # noqa: F401
 
 KINDS = ("mixtral", "qwen3_moe")
@@ -144,7 +144,7 @@ def test_one_kept_expert_keeps_its_block(kind: str, model: Path, tmp_path: Path)
         for part in parts:
             name = f"model.layers.1.{where}.{number}.{part}.weight"
             assert made_of.get(name).equal(Checkpoint(model).get(name))
-    simulate.load(tmp_path / "out")
+    dequantized.load(tmp_path / "out")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[QuantizeError], str]] = {

@@ -15,11 +15,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packhorse.quantize import formats
+from packhorse.quantize.errors import Unsupported
+from packhorse.quantize.numerics.grid import Codes, Grid, Scheme, round_to_nearest
 from torch import Tensor
-
-from quantize import formats
-from quantize.errors import Unsupported
-from quantize.grid import Codes, Grid, Scheme, round_to_nearest
 
 INT8 = Scheme(Grid(8), 8)
 FP8 = Scheme(Grid(8, floating=True), 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantize.host import this_host
+from packhorse.quantize.plan.host import this_host
 
 
 def test_this_host_is_measured() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from quantize.grid import Grid
-from quantize.inputs import Inputs
-from quantize.methods.int8 import _loss, search_scales
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.methods.int8 import _loss, search_scales
+from packhorse.quantize.numerics.grid import Grid
 
 GRID = Grid(8)
 

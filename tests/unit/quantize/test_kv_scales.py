@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from packhorse.quantize.model.checkpoint import Checkpoint
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint import Checkpoint
 from tests.unit.quantize.test_pipeline import LITTLE, made, quantized
 
 

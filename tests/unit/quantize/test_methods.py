@@ -6,13 +6,20 @@ import itertools
 
 import pytest
 import torch
+from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.methods import awq, gptq, int8, smoothing
+from packhorse.quantize.methods.error_compensation import correct
+from packhorse.quantize.model.families import FAMILIES
+from packhorse.quantize.numerics import cholesky
+from packhorse.quantize.numerics.grid import (
+    Grid,
+    Placement,
+    Scheme,
+    place,
+    round_to_nearest,
+    search_placement,
+)
 from torch import Tensor, nn
-
-from quantize.families import FAMILIES
-from quantize.grid import Grid, Placement, Scheme, place, round_to_nearest, search_placement
-from quantize.inputs import Inputs
-from quantize.methods import awq, cholesky, gptq, int8, smoothing
-from quantize.methods.correction import correct
 
 GRID = Grid(4)
 SCALES = torch.float32

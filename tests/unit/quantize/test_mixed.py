@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize import formats
+from packhorse.quantize.calibration.block_loader import walk
+from packhorse.quantize.calibration.runner import Runner
+from packhorse.quantize.errors import BadInput, QuantizeError, Unsupported
+from packhorse.quantize.methods import bit_allocation
+from packhorse.quantize.methods.bit_allocation import Choice, divergence, spend
+from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, sha256_of
+from packhorse.quantize.model.families import FAMILIES
+from packhorse.quantize.numerics.grid import Grid, Scheme, round_to_nearest
+from packhorse.quantize.output.workspace import Workspace
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.run import decide, run
+from packhorse.quantize.settings import Settings
 
-from quantize import formats, mixed, simulate
-from quantize.blocks import Runner
-from quantize.checkpoint import REPORT, Checkpoint, sha256_of
-from quantize.errors import BadInput, QuantizeError, Unsupported
-from quantize.families import FAMILIES
-from quantize.grid import Grid, Scheme, round_to_nearest
-from quantize.mixed import Choice, divergence, spend
-from quantize.run import decide, run
-from quantize.settings import Settings
-from quantize.walk import walk
-from quantize.workspace import Workspace
 from tests.unit.quantize.test_pipeline import LITTLE, made
 
 W4, FINE, W8 = Scheme(Grid(4, 128)), Scheme(Grid(4, 32)), Scheme(Grid(8), 8)
@@ -75,14 +77,14 @@ def test_the_head_gives_the_models_logits(model: Path, tmp_path: Path) -> None:
         for block in walk(source, family):
             runner.leave(runner.enter(block))
         found = runner.head()(runner.hidden("quantized", 0))
-        wanted = simulate.load(folder).float()(rows).logits
+        wanted = dequantized.load(folder).float()(rows).logits
         assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
 def test_a_group_that_matters_gets_more_bits(model: Path, tmp_path: Path) -> None:
     """One group of layers alone speaks up: its errors are the model's."""
     loud = tmp_path / "loud"
-    source = simulate.load(model)
+    source = dequantized.load(model)
     source.get_parameter("model.layers.1.mlp.down_proj.weight").data.mul_(30)
     source.save_pretrained(loud)
     for path in model.iterdir():
@@ -113,7 +115,7 @@ def test_mixed_checkpoints_stay_in_their_budget_and_read_back(model: Path, tmp_p
         assert bits - 0.6 < sizes[bits] <= bits + 0.01
         assert len(set(report["plan"]["others"].values())) >= 1
         ids = torch.arange(1, 65)[None]
-        wanted, got = (simulate.load(folder)(ids).logits.float() for folder in (model, out))
+        wanted, got = (dequantized.load(folder)(ids).logits.float() for folder in (model, out))
         assert torch.corrcoef(torch.stack([wanted.flatten(), got.flatten()]))[0, 1] > 0.97
     assert sizes[4.6] < sizes[6.5]
 
@@ -128,7 +130,7 @@ def test_costs_are_measured_once_however_often_a_run_is_cut_short(
         patched.setattr(Workspace, "finish_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantized(model, out, bits=4.6)
-    monkeypatch.setattr("quantize.run.measure_costs", lambda *_: 1 / 0)
+    monkeypatch.setattr("packhorse.quantize.run.measure_costs", lambda *_: 1 / 0)
     with pytest.raises(BadInput, match=r"budget: 4\.6 then, 4\.7 now"):
         quantized(model, out, bits=4.7, resume=True)
     quantized(model, out, bits=4.6, resume=True)
@@ -157,7 +159,7 @@ def test_kept_layers_stay_and_their_fused_ones_with_them(
         assert kept.dtype == torch.bfloat16
         assert kept.equal(original.get(f"{prefix}.weight"))
     assert len(report["layers"]) == 4
-    simulate.load(tmp_path / "out")
+    dequantized.load(tmp_path / "out")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[QuantizeError], str]] = {
@@ -193,12 +195,12 @@ def test_8_bits_of_weights_alone_are_a_choice_for_gpus_only(model: Path, tmp_pat
 
 def test_rows_that_judge_are_not_those_that_are_looked_at() -> None:
     rows = torch.arange(160)[:, None].expand(160, 512)
-    judged, seen = mixed._split(rows)
+    judged, seen = bit_allocation._split(rows)
     assert len(judged) == 8
     assert len(seen) == 32
     assert not set(judged[:, 0].tolist()) & set(seen[:, 0].tolist())
     one = rows[:1]
-    assert all(part.equal(one) for part in mixed._split(one))
+    assert all(part.equal(one) for part in bit_allocation._split(one))
 
 
 MIXED = {

@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.errors import BadInput, Unsupported
+from packhorse.quantize.methods import smoothing
+from packhorse.quantize.model.checkpoint import REPORT, Checkpoint
+from packhorse.quantize.model.families import FAMILIES
+from packhorse.quantize.output.convert import kv_scale
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.quality.evaluate import read_texts
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantize import simulate
-from quantize.checkpoint import REPORT, Checkpoint
-from quantize.convert import kv_scale
-from quantize.errors import BadInput, Unsupported
-from quantize.evaluate import read_texts
-from quantize.families import FAMILIES
-from quantize.methods import smoothing
-from quantize.run import run
-from quantize.settings import Settings
 from tests.conftest import DEMO
 
 SIZES = {
@@ -96,7 +96,7 @@ def text_ids() -> torch.Tensor:
 def output_errors(original: Path, folders: dict[str, Path], ids: torch.Tensor) -> dict[str, float]:
     """Of the logits, squared, over the original's."""
     wanted, *found = (
-        simulate.load(path)(ids).logits.float() for path in (original, *folders.values())
+        dequantized.load(path)(ids).logits.float() for path in (original, *folders.values())
     )
     scale = wanted.square().sum()
     return {

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from packhorse.quantize import formats
+from packhorse.quantize.errors import BadInput, QuantizeError, Unsupported
+from packhorse.quantize.model.checkpoint import Checkpoint
+from packhorse.quantize.model.families import FAMILIES
+from packhorse.quantize.numerics.grid import round_to_nearest
+from packhorse.quantize.plan.host import Host
+from packhorse.quantize.plan.planner import Plan, plan
+from packhorse.quantize.settings import CHANNEL, Settings
 from rich.console import Console
 from safetensors.torch import save_file
-
-from quantize import formats
-from quantize.checkpoint import Checkpoint
-from quantize.errors import BadInput, QuantizeError, Unsupported
-from quantize.families import FAMILIES
-from quantize.grid import round_to_nearest
-from quantize.host import Host
-from quantize.planner import Plan, plan
-from quantize.settings import CHANNEL, Settings
 
 AMX = Host(amx=True, avx512=True, avx512_bf16=True, cuda_capability=None, flops_per_s=1e11)
 AVX2 = replace(AMX, amx=False, avx512=False, avx512_bf16=False)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from quantize import page, sizes
-from quantize.report import (
+from packhorse.quantize.model import sizes
+from packhorse.quantize.quality.eval_data import Yardstick
+from packhorse.quantize.report import page
+from packhorse.quantize.report.report import (
     Layer,
     Report,
     Stage,
@@ -18,7 +19,7 @@ from quantize.report import (
     measure_distance,
     peak_memory_bytes,
 )
-from quantize.yardstick import Yardstick
+
 from tests.conftest import DEMO
 from tests.unit.quantize.test_pipeline import made
 from tests.unit.quantize.test_run import no_progress

@@ -21,14 +21,14 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.calibration.activation_store import Shelf
+from packhorse.quantize.errors import BadInput, OutOfMemory
+from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, sha256_of
+from packhorse.quantize.output import workspace
+from packhorse.quantize.output.workspace import Workspace
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 
-from quantize import workspace
-from quantize.checkpoint import REPORT, Checkpoint, sha256_of
-from quantize.errors import BadInput, OutOfMemory
-from quantize.run import run
-from quantize.settings import Settings
-from quantize.shelf import Shelf
-from quantize.workspace import Workspace
 from tests.conftest import DEMO
 from tests.unit.quantize.test_pipeline import LITTLE, made
 
@@ -39,9 +39,9 @@ FORKS = """
 import json, os, sys, time
 from pathlib import Path
 from transformers.models.llama import modeling_llama
-from quantize.run import run
-from quantize.settings import Settings
-from quantize.workspace import Workspace
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
+from packhorse.quantize.output.workspace import Workspace
 
 def publish(work):
     print("at its end", flush=True)
@@ -195,7 +195,7 @@ def test_another_tokenizer_or_device_is_another_run(
         quantized(model, half, resume=True)
     tokenizer.write_text(before)
     with monkeypatch.context() as patched:
-        patched.setattr("quantize.run.device_of", lambda _: torch.device("meta"))
+        patched.setattr("packhorse.quantize.run.device_of", lambda _: torch.device("meta"))
         with pytest.raises(BadInput, match="device: cpu then, meta now"):
             quantized(model, half, resume=True)
 
@@ -311,7 +311,7 @@ def test_too_little_memory_is_said(
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
     with monkeypatch.context() as patched:
-        patched.setattr("quantize.blocks.LiveBlock.keep_original", no_more)
+        patched.setattr("packhorse.quantize.calibration.runner.LiveBlock.keep_original", no_more)
         with pytest.raises(OutOfMemory, match=r"the plan was for .* GB.*--calibration-tokens"):
             quantized(model, tmp_path / "out")
 

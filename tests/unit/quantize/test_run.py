@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packhorse.quantize.errors import BadInput, QuantizeError, Unsupported
+from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, sha256_of
+from packhorse.quantize.output.workspace import Workspace
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.run import SPILL_ABOVE, _spill_above, run
+from packhorse.quantize.settings import Settings
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
-
-from quantize import simulate
-from quantize.checkpoint import REPORT, Checkpoint, sha256_of
-from quantize.errors import BadInput, QuantizeError, Unsupported
-from quantize.run import SPILL_ABOVE, _spill_above, run
-from quantize.settings import Settings
-from quantize.workspace import Workspace
 
 OF_TWO = "-of-00002.safetensors"
 
@@ -47,7 +46,7 @@ def test_the_output_is_complete_and_close(
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": 2}'
     assert not list(tmp_path.glob(".*"))
     logits = [
-        simulate.load(folder)(torch.arange(1, 33)[None]).logits.detach().float()
+        dequantized.load(folder)(torch.arange(1, 33)[None]).logits.detach().float()
         for folder in (tiny_checkpoint, out)
     ]
     correlation = torch.corrcoef(torch.stack([part.flatten() for part in logits]))[0, 1]
@@ -227,7 +226,7 @@ def test_shards_biases_and_an_untied_head_come_through(tmp_path: Path) -> None:
     assert out.get(bias).equal(original.get(bias))
     assert out.get("lm_head.weight").equal(original.get("lm_head.weight"))
     assert out.get("model.layers.1.self_attn.q_proj.weight").dtype == torch.int8
-    simulate.load(out.folder)
+    dequantized.load(out.folder)
 
 
 def test_quality_without_a_tokenizer_says_so(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -243,6 +242,6 @@ def test_quality_without_a_tokenizer_says_so(tiny_checkpoint: Path, tmp_path: Pa
 def test_half_of_what_is_free_is_kept_in_memory(
     monkeypatch: pytest.MonkeyPatch, free: int | None, kept: int
 ) -> None:
-    monkeypatch.setattr("quantize.run.free_memory_bytes", lambda: free)
+    monkeypatch.setattr("packhorse.quantize.run.free_memory_bytes", lambda: free)
     assert _spill_above(Settings("model", Path("out"), "gptq")) == kept
     assert _spill_above(Settings("model", Path("out"), "gptq", spill_above=7)) == 7

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.model.checkpoint import Checkpoint
+from packhorse.quantize.output import workspace
+from packhorse.quantize.output.shards import index_of, merge, shards_of
+from packhorse.quantize.output.workspace import Workspace
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from quantize import workspace
-from quantize.checkpoint import Checkpoint
-from quantize.shards import index_of, merge, shards_of
-from quantize.workspace import Workspace
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize import formats
+from packhorse.quantize.errors import BadInput
+from packhorse.quantize.numerics.grid import Grid, Scheme, round_activations, round_to_nearest
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.report.inspect import inspect
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from quantize import formats, simulate
-from quantize.errors import BadInput
-from quantize.grid import Grid, Scheme, round_activations, round_to_nearest
-from quantize.inspect import inspect
 
 W4 = Scheme(Grid(4, 32))
 ASYMMETRIC = Scheme(Grid(4, 32, symmetric=False))
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_simulated_as_its_scheme_says(
                 module.register_forward_pre_hook(
                     lambda _, inputs: (round_activations(inputs[0], floating=floating),)
                 )
-    found = simulate.load(tmp_path / "made")
+    found = dequantized.load(tmp_path / "made")
     for key, tensor in wanted.state_dict().items():
         assert found.state_dict()[key].equal(tensor)
     assert logits_of(found).equal(logits_of(wanted))
@@ -96,7 +96,7 @@ def test_a_checkpoint_is_simulated_as_its_scheme_says(
 
 def test_scales_of_the_kv_cache_are_no_weights(tmp_path: Path) -> None:
     wanted = write_checkpoint(tmp_path / "made", "compressed-tensors", W4, kv_scales=True)
-    assert logits_of(simulate.load(tmp_path / "made")).equal(logits_of(wanted))
+    assert logits_of(dequantized.load(tmp_path / "made")).equal(logits_of(wanted))
     quantization = inspect(tmp_path / "made")["quantization"]
     assert quantization["kv_cache"] is True
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_not_what_its_config_says_is_refused(
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=message):
-        simulate.load(tmp_path)
+        dequantized.load(tmp_path)
 
 
 @every_layout

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from packhorse.quantize.model import sizes
+from packhorse.quantize.numerics.grid import Grid, Scheme
 
-from quantize import sizes
-from quantize.grid import Grid, Scheme
 from tests.unit.quantize.test_simulate import tiny_llama, write_checkpoint
 
 LINEAR = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from quantize.verdict import ALL_LIMITS, LEVELS, verdict
+from packhorse.quantize.report.verdict import ALL_LIMITS, LEVELS, verdict
 
 
 def report_of(

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from quantize import simulate, verify
-from quantize.errors import Unloadable
-from quantize.evaluate import compare
-from quantize.report import doubts
-from quantize.run import run
-from quantize.settings import Settings
-from quantize.verify import _describe, _kernel, _last_words
+from packhorse.quantize.errors import Unloadable
+from packhorse.quantize.quality import dequantized, engine_check
+from packhorse.quantize.quality.engine_check import _describe, _kernel, _last_words
+from packhorse.quantize.quality.evaluate import compare
+from packhorse.quantize.report.report import doubts
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 
 
 def test_equal_outputs_differ_in_nothing() -> None:
@@ -60,18 +59,18 @@ def engine(monkeypatch: pytest.MonkeyPatch, made: Path, off: float) -> None:
     """
     outputs = [
         {"prompt": ids, "answer": [1], "logprobs": [value + off for value in values]}
-        for ids, values in zip(PROMPTS, simulate.logprobs(made, PROMPTS), strict=True)
+        for ids, values in zip(PROMPTS, dequantized.logprobs(made, PROMPTS), strict=True)
     ]
 
     def run_child(folder: Path, prompts: object, timeout_s: float) -> dict[str, Any]:
         if folder != made:
-            raise verify._EngineFailure("It is broken.")
+            raise engine_check._EngineFailure("It is broken.")
         return {
             "vllm": "0", "dtype": "bfloat16", "load_seconds": 1.0, "kv_cache_dtype": "auto",
             "kv_scales": {}, "layers": {"W8A8 int8 by X": 12}, "outputs": outputs,
         }  # fmt: skip
 
-    monkeypatch.setattr(verify, "_run_child", run_child)
+    monkeypatch.setattr(engine_check, "_run_child", run_child)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_rounding_of_a_kernel_passes_and_a_failing_original_is_noted(
     made: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, off: float
 ) -> None:
     engine(monkeypatch, made, off)
-    found = verify.verify(tiny_checkpoint, made, PROMPTS)
+    found = engine_check.verify(tiny_checkpoint, made, PROMPTS)
     assert found["reference"]["prompt_tokens"] == 31 + 23
     assert found["reference"]["logprob_difference_mean"] == pytest.approx(off, abs=1e-4)
     assert found["original"] == "not compared: vLLM does not run the original. It is broken."
@@ -100,7 +99,7 @@ def test_an_engine_that_computes_something_else_is_an_error(
 ) -> None:
     engine(monkeypatch, made, off)
     with pytest.raises(Unloadable, match=r"1\.00 nats apart.*not published.*--no-verify"):
-        verify.verify(tiny_checkpoint, made, PROMPTS)
+        engine_check.verify(tiny_checkpoint, made, PROMPTS)
 
 
 def test_a_failed_proof_publishes_nothing_and_loses_nothing(
@@ -109,7 +108,7 @@ def test_a_failed_proof_publishes_nothing_and_loses_nothing(
     def fail(*_: object) -> None:
         raise Unloadable("nats apart")
 
-    monkeypatch.setattr("quantize.run.verify", fail)
+    monkeypatch.setattr("packhorse.quantize.run.verify", fail)
     settings = Settings(str(tiny_checkpoint), tmp_path / "out", "int8", quality=False)
     with pytest.raises(Unloadable, match="nats apart"):
         run(settings, lambda *_: lambda _: None)
@@ -122,8 +121,8 @@ def test_codes_that_do_not_fit_in_memory_are_not_compared_and_the_report_says_so
     made: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine(monkeypatch, made, 1.0)
-    monkeypatch.setattr(verify, "free_memory_bytes", lambda: 1000)
-    found = verify.verify(tiny_checkpoint, made, PROMPTS)
+    monkeypatch.setattr(engine_check, "free_memory_bytes", lambda: 1000)
+    found = engine_check.verify(tiny_checkpoint, made, PROMPTS)
     assert found["reference"].startswith("not compared: dequantized it takes ")
     assert "1,000 are free" in doubts(found)[0]
     assert doubts({"reference": {}, "compared": {"logprob_difference_mean": 0.1}}) == []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from quantize.grid import Grid, round_to_nearest
+from packhorse.quantize.numerics.grid import Grid, round_to_nearest
 
 
 @pytest.mark.parametrize("bits", [4, 8])

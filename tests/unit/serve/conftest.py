@@ -10,4 +10,4 @@ def checked_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A supervisor looks at its engine fifty times a second and not twice, so that tests of what it
     finds do not wait for it.
     """
-    monkeypatch.setattr("serve.engines.supervisor.CHECK_EVERY_S", 0.02)
+    monkeypatch.setattr("packhorse.serve.engines.supervisor.CHECK_EVERY_S", 0.02)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from serve.routing.fitting import Job
+from packhorse.serve.routing.train import Job
 
 TOPICS = {
     "garden": [

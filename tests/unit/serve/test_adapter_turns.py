@@ -10,11 +10,10 @@ import statistics
 from collections import defaultdict
 
 import pytest
+from packhorse.serve import metrics
+from packhorse.serve.adapters.lora_queue import Turns
+from packhorse.serve.errors import Overloaded
 from prometheus_client import REGISTRY
-
-from serve import metrics
-from serve.adapters.turns import Turns
-from serve.errors import Overloaded
 
 QUANTUM = 400
 

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from serve import metrics
-from serve.admission import Admission, Demand, Place, Ticket
-from serve.errors import Overloaded
-from serve.messages import ANONYMOUS, Caller
-from serve.sections import AdmissionSettings
+from packhorse.serve import metrics
+from packhorse.serve.errors import Overloaded
+from packhorse.serve.limits.admission import Admission, Demand, Place, Ticket
+from packhorse.serve.messages import ANONYMOUS, Caller
+from packhorse.serve.settings.sections import AdmissionSettings
 
 BATCH = Caller("batch", "batch", frozenset({"inference"}))
 

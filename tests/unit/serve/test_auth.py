@@ -14,16 +14,15 @@ from typing import Any
 
 import pytest
 import yaml
+from packhorse.serve import metrics
+from packhorse.serve.access.keys import Keys, check_scope, entry_of, new_key, read_keys
+from packhorse.serve.cli import app
+from packhorse.serve.errors import Forbidden, StartupError, Unauthenticated
+from packhorse.serve.messages import ANONYMOUS, SCOPES
+from packhorse.serve.settings import load
+from packhorse.serve.settings.sections import AuthSettings
 from pydantic import SecretStr
 from typer.testing import CliRunner
-
-from serve import metrics
-from serve.auth import Keys, check_scope, entry_of, new_key, read_keys
-from serve.cli import app
-from serve.errors import Forbidden, StartupError, Unauthenticated
-from serve.messages import ANONYMOUS, SCOPES
-from serve.sections import AuthSettings
-from serve.settings import load
 
 GOOD = {"name": "batch", "sha256": hashlib.sha256(b"ph-good").hexdigest()}
 OTHER = {"name": "other", "sha256": hashlib.sha256(b"ph-other").hexdigest()}

@@ -3,11 +3,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-
-from serve import bodies as module
-from serve.bodies import Bodies
-from serve.errors import Overloaded
-from serve.messages import Caller
+from packhorse.serve.errors import Overloaded
+from packhorse.serve.limits import body_memory as module
+from packhorse.serve.limits.body_memory import Bodies
+from packhorse.serve.messages import Caller
 
 ONE, TWO, THREE = (
     Caller(name=name, tenant=name, scopes=frozenset({"inference"})) for name in ("a", "b", "c")

@@ -13,14 +13,14 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from packhorse.serve.cache import model_fingerprint
+from packhorse.serve.engine_builder import Builder
+from packhorse.serve.engines import ENGINES
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.errors import StartupError
+from packhorse.serve.settings import Settings
+from packhorse.serve.settings.sections import EngineSettings
 
-from serve.building import Builder
-from serve.cache import identity
-from serve.engines import ENGINES
-from serve.engines.echo import EchoEngine
-from serve.errors import StartupError
-from serve.sections import EngineSettings
-from serve.settings import Settings
 from tests.conftest import DEMO
 from tests.hub import COMMITS, Hub, running_hub
 
@@ -77,13 +77,13 @@ def soon(condition: Callable[[], bool]) -> None:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Set: files are read. Those that are read meanwhile wait."""
     gate = threading.Event()
-    read = identity.hashlib.file_digest
+    read = model_fingerprint.hashlib.file_digest
 
     def wait(*arguments: Any) -> Any:
         assert gate.wait(60)
         return read(*arguments)
 
-    monkeypatch.setattr(identity.hashlib, "file_digest", wait)
+    monkeypatch.setattr(model_fingerprint.hashlib, "file_digest", wait)
     yield gate
     gate.set()
 
@@ -94,7 +94,7 @@ def test_without_a_store_no_weight_is_read(
     def never(*_: object) -> None:
         raise AssertionError("it was read")
 
-    monkeypatch.setattr(identity.hashlib, "file_digest", never)
+    monkeypatch.setattr(model_fingerprint.hashlib, "file_digest", never)
     makes, cache = builder(folder, tmp_path)
     makes.build()
     first = cache.identity
@@ -190,7 +190,7 @@ def test_files_that_cannot_be_read_are_shared_with_nobody(
     def fail(*_: object) -> None:
         raise OSError("a bad disk")
 
-    monkeypatch.setattr(identity.hashlib, "file_digest", fail)
+    monkeypatch.setattr(model_fingerprint.hashlib, "file_digest", fail)
     makes, cache = builder(folder, tmp_path, store=True)
     makes.build()
     soon(lambda: "no result is shared: a bad disk" in caplog.text)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from packhorse.serve import metrics
+from packhorse.serve.access.exposure import UNIX, Exposure, Sender, check_listeners
+from packhorse.serve.errors import Forbidden, StartupError
+from packhorse.serve.settings.sections import AuthSettings, HttpSettings, RpcSettings
 from pydantic import SecretStr
-
-from serve import metrics
-from serve.errors import Forbidden, StartupError
-from serve.exposure import UNIX, Exposure, Sender, check_listeners
-from serve.sections import AuthSettings, HttpSettings, RpcSettings
 
 LOOPBACK = AuthSettings(without_keys="loopback")
 KEY = SecretStr("ph-0123456789abcdef")

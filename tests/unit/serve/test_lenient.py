@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
-
-from serve.errors import Invalid
-from serve.ignored import PLAIN, told
-from serve.messages import GenerateRequest
-from serve.schema.chat import ChatBody, TokenizeChatBody
-from serve.schema.completions import CompletionBody
-from serve.schema.validation import validated
+from packhorse.serve.api.chat import ChatBody, TokenizeChatBody
+from packhorse.serve.api.completions import CompletionBody
+from packhorse.serve.api.validation import validated
+from packhorse.serve.errors import Invalid
+from packhorse.serve.ignored import PLAIN, told
+from packhorse.serve.messages import GenerateRequest
 
 ASKED = {"role": "user", "content": "hi"}
 CALL: dict[str, Any] = {

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-from serve import logs
-from serve.logs import Lines, RequestLog
-from serve.messages import ANONYMOUS, GenerateRequest, Sampling
+from packhorse.serve.messages import ANONYMOUS, GenerateRequest, Sampling
+from packhorse.serve.telemetry import logs
+from packhorse.serve.telemetry.logs import Lines, RequestLog
 
 ASKED = GenerateRequest(
     "r-1", "demo", Sampling(), messages=({"role": "user", "content": "a secret, 秘密"},)

@@ -12,10 +12,9 @@ from typing import Any
 import psutil
 import pynvml
 import pytest
+from packhorse.serve.telemetry.machine import Gpus, LoopLag, Machine
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
-
-from serve.machine import Gpus, LoopLag, Machine
 
 
 def values(collector: Collector) -> dict[tuple[str, ...], float]:
@@ -38,7 +37,7 @@ def test_the_servers_own_process() -> None:
 
 
 def test_an_engines_seconds_outlive_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.machine.SEARCH_EVERY_S", 0)
+    monkeypatch.setattr("packhorse.serve.telemetry.machine.SEARCH_EVERY_S", 0)
     machine = Machine()
     before = values(machine)["packhorse_process_cpu_seconds_total", "engine"]
     burn = "import time, sys\nwhile time.process_time() < 0.3: pass\nprint('.', flush=True)\n"
@@ -49,7 +48,9 @@ def test_an_engines_seconds_outlive_it(monkeypatch: pytest.MonkeyPatch) -> None:
         child.stdout.readline()
         running = values(machine)
         child.communicate()
-    monkeypatch.setattr("serve.machine.SEARCH_EVERY_S", 1000)  # that it is gone is seen at once
+    monkeypatch.setattr(
+        "packhorse.serve.telemetry.machine.SEARCH_EVERY_S", 1000
+    )  # that it is gone is seen at once
     gone = values(machine)
     resident = "packhorse_process_resident_bytes", "engine"
     assert gone[resident] < running[resident]
@@ -141,7 +142,7 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_a_late_event_loop_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.machine.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("packhorse.serve.telemetry.machine.LOOK_EVERY_S", 0.01)
     lag = LoopLag()
     assert lag.worst() == 0
     task = asyncio.create_task(lag.watch())

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-
-from serve.errors import Forbidden
-from serve.messages import Caller, GenerateRequest, Message, Sampling
-from serve.models import Models
-from serve.routing.base import Decision
+from packhorse.serve.errors import Forbidden
+from packhorse.serve.messages import Caller, GenerateRequest, Message, Sampling
+from packhorse.serve.models import Models
+from packhorse.serve.routing.base import Decision
 
 
 class Adapters:

@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError
 
 import psutil
 import pytest
+from packhorse.serve import engines
+from packhorse.serve.engines.vllm.patches import forkserver
+from packhorse.serve.settings.sections import EngineSettings
 
-from serve import engines
-from serve.engines.vllm import nursery
-from serve.sections import EngineSettings
 from tests.client import is_there, wait_for
 
 
@@ -33,15 +33,15 @@ def test_builds_for_cpus_are_told_from_others(
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(nursery, "version", version)
-    assert nursery.is_cpu_build() is expected
+    monkeypatch.setattr(forkserver, "version", version)
+    assert forkserver.is_cpu_build() is expected
 
 
 def test_what_the_user_preloads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    assert "libgomp" in nursery._for_nursery()["LD_PRELOAD"]
+    assert "libgomp" in forkserver._for_nursery()["LD_PRELOAD"]
     monkeypatch.setenv("LD_PRELOAD", "/opt/libiomp5.so")
-    chosen = nursery._for_nursery()["LD_PRELOAD"]
+    chosen = forkserver._for_nursery()["LD_PRELOAD"]
     assert chosen.endswith("/opt/libiomp5.so")
     assert "libgomp" not in chosen
 
@@ -51,12 +51,12 @@ def test_threads_are_the_users_choice(
     monkeypatch: pytest.MonkeyPatch, text: str, threads: int | None
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", text)
-    assert nursery.chosen_threads() == threads
+    assert forkserver.chosen_threads() == threads
 
 
 CHILD = """
 import os, time
-from serve.engines.vllm.nursery import die_with_parent
+from packhorse.serve.engines.vllm.patches.forkserver import die_with_parent
 die_with_parent()
 print(os.getpid(), flush=True)
 time.sleep(60)
@@ -77,10 +77,10 @@ def test_a_stopped_child_dies_with_its_parent() -> None:
     wait_for(lambda: not is_there(child))
 
 
-FIRST = nursery.PRELOADED[0]
+FIRST = forkserver.PRELOADED[0]
 SAID = f"import gc, sys; sys.exit(gc.isenabled() + 2 * ({FIRST!r} in sys.modules))"
 BORN = f"""
-from serve.engines.vllm import nursery
+from packhorse.serve.engines.vllm.patches import forkserver as nursery
 nursery.is_cpu_build = lambda: True
 nursery.PRELOADED = [{FIRST!r}]
 nursery.start()
@@ -97,8 +97,8 @@ def test_what_is_imported_first_is_not_collected_and_an_engine_is() -> None:
 
 
 def test_the_collector_is_on_again_when_there_is_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nursery, "start", lambda: None)
-    monkeypatch.setitem(sys.modules, "serve.engines.vllm.engine", None)
+    monkeypatch.setattr(forkserver, "start", lambda: None)
+    monkeypatch.setitem(sys.modules, "packhorse.serve.engines.vllm.engine", None)
     with pytest.raises(ImportError):
         engines.ENGINES["vllm"]("model", "name", EngineSettings())
     assert gc.isenabled()

@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from serve import metrics
-from serve.engines.poison import POISON as REFUSAL
-from serve.engines.supervisor import Supervisor
-from serve.errors import EngineDied, Invalid, Unavailable
-from serve.messages import (
+from packhorse.serve import metrics
+from packhorse.serve.engines.quarantine import POISON as REFUSAL
+from packhorse.serve.engines.supervisor import Supervisor
+from packhorse.serve.errors import EngineDied, Invalid, Unavailable
+from packhorse.serve.messages import (
     AdapterVersion,
     ChatOptions,
     Chunk,
@@ -25,6 +24,7 @@ from serve.messages import (
     Route,
     Sampling,
 )
+
 from tests.unit.serve.test_supervisor import (
     ROUTE,
     Mortal,
@@ -227,7 +227,7 @@ async def test_a_suspect_that_comes_late_is_tried_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After the first 30 seconds of an engine, when nobody takes turns any more."""
-    monkeypatch.setattr("serve.engines.suspects.TRIALS_S", 0.0)
+    monkeypatch.setattr("packhorse.serve.engines.poison_detector.TRIALS_S", 0.0)
     works = Works(make=Poisoned)
     supervisor = await works.supervisor()
     request = ask("late x y", stream=True)

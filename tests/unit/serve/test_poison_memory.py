@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve.engines.poison import Memory
-from serve.messages import GenerateRequest, Prompt, Route, Sampling
+from packhorse.serve.engines.quarantine import Memory
+from packhorse.serve.messages import GenerateRequest, Prompt, Route, Sampling
 
 ROUTE = Route("model")
 REQUEST = GenerateRequest("id", "model", Sampling(), prompt="x")

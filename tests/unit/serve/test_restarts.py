@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve.engines.restarts import Restarts
-from serve.sections import SupervisorSettings
+from packhorse.serve.engines.restart_policy import Restarts
+from packhorse.serve.settings.sections import SupervisorSettings
 
 
 class Clock:

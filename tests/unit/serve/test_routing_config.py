@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-
-from serve.errors import Invalid
-from serve.routing.config import parse_routes, read_routes
+from packhorse.serve.errors import Invalid
+from packhorse.serve.routing.config import parse_routes, read_routes
 
 GOOD = """
 default: null

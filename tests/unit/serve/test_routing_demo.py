@@ -6,10 +6,10 @@ import asyncio
 import json
 
 import pytest
+from packhorse.serve.routing.config import parse_routes
+from packhorse.serve.routing.examples import read_examples
+from packhorse.serve.routing.rollout import Generation, Generations, build
 
-from serve.routing.config import parse_routes
-from serve.routing.examples import read_examples
-from serve.routing.generations import Generation, Generations, build
 from tests.conftest import DEMO
 
 NAMES = ("clinic", "ledger", "code")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from packhorse.serve.routing import table_cache as module
+from packhorse.serve.routing.table_cache import KEPT, Kept
+from packhorse.serve.routing.train import Job, Trained, fit
 
-from serve.routing import kept as module
-from serve.routing.fitting import Job, Trained, fit
-from serve.routing.kept import KEPT, Kept
 from tests.unit.serve.routing_data import job
 
 SMALL = job(20)

@@ -7,12 +7,7 @@ import time
 import msgspec
 import numpy as np
 import pytest
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import make_pipeline
-from sklearn.svm import LinearSVC
-
-from serve.routing.fitting import FIT, Job, Trained, Vectorizer, fit, fit_classifier
-from serve.routing.heldout import (
+from packhorse.serve.routing.cross_validation import (
     FOLDS,
     HeldOut,
     folds_of,
@@ -22,8 +17,13 @@ from serve.routing.heldout import (
     split,
     thresholds,
 )
-from serve.routing.learned import Table
-from serve.routing.text import features
+from packhorse.serve.routing.learned import Table
+from packhorse.serve.routing.text import features
+from packhorse.serve.routing.train import FIT, Job, Trained, Vectorizer, fit, fit_classifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+
 from tests.unit.serve.routing_data import EVERYDAY, TOPICS, job, prompts
 
 # The table keeps float32: 7 digits, of sums of a few hundred products of about 1.

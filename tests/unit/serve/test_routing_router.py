@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-
-from serve.errors import Internal, Invalid
-from serve.routing import router as module
-from serve.routing.router import Router
+from packhorse.serve.errors import Internal, Invalid
+from packhorse.serve.routing import router as module
+from packhorse.serve.routing.router import Router
 
 
 class World:

@@ -7,11 +7,10 @@ import time
 from typing import Any
 
 import pytest
-
-from serve.errors import Invalid
-from serve.routing import rules as rules_module
-from serve.routing.config import parse_routes
-from serve.routing.rules import Rules, Texts
+from packhorse.serve.errors import Invalid
+from packhorse.serve.routing import rules as rules_module
+from packhorse.serve.routing.config import parse_routes
+from packhorse.serve.routing.rules import Rules, Texts
 
 
 def make(*rules: dict[str, Any]) -> Rules:

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from serve.routing import rules
-from serve.routing.rules import DECISION_S, SEARCH_S, GaveUp, Texts
+from packhorse.serve.routing import rules
+from packhorse.serve.routing.rules import DECISION_S, SEARCH_S, GaveUp, Texts
 
 
 class Slow:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from serve.routing import text
-from serve.routing.text import (
+from packhorse.serve.routing import text
+from packhorse.serve.routing.text import (
     MAX_CHARACTERS,
     bounded,
     conversation_text,

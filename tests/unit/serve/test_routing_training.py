@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from packhorse.serve.errors import DeadlineExceeded, Internal
+from packhorse.serve.routing.train import fit
+from packhorse.serve.routing.train_process import train
 
-from serve.errors import DeadlineExceeded, Internal
-from serve.routing.fitting import fit
-from serve.routing.training import train
 from tests.unit.serve.routing_data import job
 
 # Says who it is in the file named by its first argument, and stays.
@@ -106,7 +106,11 @@ async def test_a_child_that_fails_says_how(program: str, message: str) -> None:
 
 async def test_an_orphan_ends_itself() -> None:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "serve.routing.training", "1", stdin=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "packhorse.serve.routing.train_process",
+        "1",
+        stdin=asyncio.subprocess.PIPE,
     )  # its input never ends
     assert await asyncio.wait_for(process.wait(), 30) == -14  # SIGALRM
     assert process.stdin is not None
@@ -115,7 +119,7 @@ async def test_an_orphan_ends_itself() -> None:
 
 async def test_the_parent_never_loads_scikit_learn() -> None:
     program = (
-        "import sys, serve.routing.generations; "
+        "import sys, packhorse.serve.routing.rollout; "
         "sys.exit(any(name in sys.modules for name in ('sklearn', 'scipy', 'vllm', 'fastapi')))"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program)

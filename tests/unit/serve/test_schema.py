@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from serve.errors import Invalid
-from serve.messages import ChatOptions, Constraint, GenerateRequest, Sampling
-from serve.schema.chat import ChatBody
-from serve.schema.completions import CompletionBody
-from serve.schema.validation import validated
+from packhorse.serve.api.chat import ChatBody
+from packhorse.serve.api.completions import CompletionBody
+from packhorse.serve.api.validation import validated
+from packhorse.serve.errors import Invalid
+from packhorse.serve.messages import ChatOptions, Constraint, GenerateRequest, Sampling
 
 HI = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}

@@ -11,11 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
-from serve import metrics
-from serve.admission import Admission
-from serve.engines.echo import EchoEngine
-from serve.errors import (
+from packhorse.serve import metrics
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.errors import (
     DeadlineExceeded,
     Internal,
     Invalid,
@@ -23,10 +21,12 @@ from serve.errors import (
     Unavailable,
     UnknownModel,
 )
-from serve.messages import Caller, GenerateRequest, Sampling
-from serve.sections import AdmissionSettings, EngineSettings
-from serve.service import Service
-from serve.stream import merged
+from packhorse.serve.limits.admission import Admission
+from packhorse.serve.messages import Caller, GenerateRequest, Sampling
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import AdmissionSettings, EngineSettings
+from packhorse.serve.stream import merged
+
 from tests.client import request_lines
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from serve.errors import StartupError
-from serve.settings import answer_environment, load
+from packhorse.serve.errors import StartupError
+from packhorse.serve.settings import answer_environment, load
 
 
 def test_flags_beat_environment_beats_file_beats_defaults(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve.answers import Answer
-from serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
-from serve.rest.shapes import ChatShape, TextShape, usage_json
-from serve.schema.chat import ChatBody
-from serve.schema.completions import CompletionBody
-from serve.schema.validation import validated
+from packhorse.serve.api.answers import Answer
+from packhorse.serve.api.chat import ChatBody
+from packhorse.serve.api.completions import CompletionBody
+from packhorse.serve.api.validation import validated
+from packhorse.serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
+from packhorse.serve.rest.responses import ChatShape, TextShape, usage_json
 
 PROMPT = Prompt((1, 2), 9, text="ab")
 LOGPROB = TokenLogprob(

@@ -13,7 +13,7 @@ import pytest
 
 SERVER = """
 import asyncio, sys
-from serve.signals import Signals
+from packhorse.serve.signals import Signals
 
 async def main():
     signals = Signals()

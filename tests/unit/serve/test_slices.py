@@ -6,8 +6,7 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from serve.engines.vllm.slices import Slices
+from packhorse.serve.engines.vllm.patches.lora_time_slicing import Slices
 
 
 def test_all_are_in_every_step_while_there_are_slots() -> None:

@@ -8,14 +8,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-
-from serve import metrics
-from serve.engines.echo import EchoEngine
-from serve.engines.supervisor import Supervisor
-from serve.engines.suspects import Suspect
-from serve.errors import EngineDied, EngineHung, Invalid, StartupError, Unavailable
-from serve.messages import Chunk, GenerateRequest, Prompt, Route, Sampling
-from serve.sections import EngineSettings, SupervisorSettings
+from packhorse.serve import metrics
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.engines.poison_detector import Suspect
+from packhorse.serve.engines.supervisor import Supervisor
+from packhorse.serve.errors import EngineDied, EngineHung, Invalid, StartupError, Unavailable
+from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route, Sampling
+from packhorse.serve.settings.sections import EngineSettings, SupervisorSettings
 
 pytestmark = pytest.mark.usefixtures("checked_often")
 ROUTE = Route("echo")
@@ -324,7 +323,7 @@ async def test_it_gives_up_after_its_limit_and_tells_who_waits() -> None:
 async def test_a_rebuild_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails once its processes are gone, and the next one is tried."""
     gone = threading.Event()
-    monkeypatch.setattr("serve.engines.supervisor.end_children", gone.set)
+    monkeypatch.setattr("packhorse.serve.engines.supervisor.end_children", gone.set)
     works = Works(fail=lambda number: number == 2 and gone.wait(10))
     supervisor = await works.supervisor(build_timeout_s=0.1)
     works.engines[0].die()
@@ -338,8 +337,8 @@ async def test_a_rebuild_that_cannot_be_ended_is_the_servers_end(
 ) -> None:
     """Not another one beside it: there could be two engines in the end."""
     released = threading.Event()
-    monkeypatch.setattr("serve.engines.supervisor.end_children", lambda: None)
-    monkeypatch.setattr("serve.engines.supervisor.UNWIND_S", 0.2)
+    monkeypatch.setattr("packhorse.serve.engines.supervisor.end_children", lambda: None)
+    monkeypatch.setattr("packhorse.serve.engines.supervisor.UNWIND_S", 0.2)
     works = Works(fail=lambda number: number == 2 and released.wait(10))
     supervisor = await works.supervisor(build_timeout_s=0.1)
     works.engines[0].die()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve.engines.poison import Memory
-from serve.engines.suspects import Suspect, Suspects
+from packhorse.serve.engines.poison_detector import Suspect, Suspects
+from packhorse.serve.engines.quarantine import Memory
 
 
 def two() -> tuple[Suspects, Suspect, Suspect, list[str]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from packhorse.serve.service import Service
+from packhorse.serve.tenancy import Tenancy
 
-from serve.service import Service
-from serve.tenancy import Tenancy
 from tests.unit.serve.cache.caching_service import Counting, answer, make
 from tests.unit.serve.cache.making import ask
 

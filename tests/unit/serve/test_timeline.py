@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from serve.messages import EngineTimes, GenerateRequest, Route, Sampling, Usage
-from serve.timeline import Timeline
+from packhorse.serve.messages import EngineTimes, GenerateRequest, Route, Sampling, Usage
+from packhorse.serve.telemetry.request_timings import Timeline
 
 
 class Spans:

@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-
-from serve.engines.vllm.arguments import (
+from packhorse.serve.engines.vllm.arguments import (
     SCHEDULER,
     engine_args,
     loras_at_work,
     refuse_what_would_crash,
     warn_of_missing_scales,
 )
-from serve.engines.vllm.constraints import check_schema, check_tools, structured_outputs
-from serve.errors import Invalid, StartupError
-from serve.messages import Constraint
-from serve.sections import EngineSettings
+from packhorse.serve.engines.vllm.constraints import check_schema, check_tools, structured_outputs
+from packhorse.serve.errors import Invalid, StartupError
+from packhorse.serve.messages import Constraint
+from packhorse.serve.settings.sections import EngineSettings
 
 
 def settings(**fields: Any) -> EngineSettings:

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from serve.engines.vllm import health, loras
-from serve.engines.vllm.health import Health
-from serve.engines.vllm.stats import LastingStats
-from serve.errors import EngineDied, EngineHung, Invalid
-from serve.messages import AdapterVersion
-from serve.sections import EngineSettings
+from packhorse.serve.engines.vllm import health, loras
+from packhorse.serve.engines.vllm.health import Health
+from packhorse.serve.engines.vllm.patches.lasting_metrics import LastingStats
+from packhorse.serve.errors import EngineDied, EngineHung, Invalid
+from packhorse.serve.messages import AdapterVersion
+from packhorse.serve.settings.sections import EngineSettings
 
 
 class Engine:

@@ -6,11 +6,15 @@ import asyncio
 from dataclasses import dataclass
 
 import pytest
+from packhorse.serve.engines.vllm.patches.fast_outputs import (
+    ChunkCollector,
+    refuse_failure,
+    times_of,
+    token_logprobs,
+)
+from packhorse.serve.errors import Invalid, Unavailable
+from packhorse.serve.messages import Chunk, EngineTimes, TokenLogprob
 from vllm.v1.metrics.stats import RequestStateStats
-
-from serve.engines.vllm.outputs import ChunkCollector, refuse_failure, times_of, token_logprobs
-from serve.errors import Invalid, Unavailable
-from serve.messages import Chunk, EngineTimes, TokenLogprob
 
 
 @dataclass

@@ -5,9 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-
-from serve import metrics
-from serve.engines.vllm.stats import _AdapterInfo
+from packhorse.serve import metrics
+from packhorse.serve.engines.vllm.patches.lasting_metrics import _AdapterInfo
 
 
 def test_adapters_that_wait_for_their_turn_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packhorse.serve import metrics
+from packhorse.serve.adapters.base_layers import linear_layers
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.registry import Registry
+from packhorse.serve.adapters.store import Store
 
-from serve import metrics
-from serve.adapters.base_layers import linear_layers
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.registry import Registry
-from serve.adapters.store import Store
 from tests.conftest import DEMO
 from tests.unit.serve.adapters.loader import Engine, registry_of
 

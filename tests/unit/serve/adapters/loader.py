@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.registry import Registry
-from serve.adapters.store import Store
-from serve.errors import Invalid
-from serve.messages import AdapterVersion
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.registry import Registry
+from packhorse.serve.adapters.store import Store
+from packhorse.serve.errors import Invalid
+from packhorse.serve.messages import AdapterVersion
+
 from tests.conftest import DEMO
 
 ADAPTERS = DEMO / "adapters"

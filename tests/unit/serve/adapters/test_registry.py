@@ -8,12 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-
-from serve import metrics
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.registry import Registry
-from serve.adapters.store import Store
-from serve.errors import (
+from packhorse.serve import metrics
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.registry import Registry
+from packhorse.serve.adapters.store import Store
+from packhorse.serve.errors import (
     Conflict,
     Invalid,
     NotFound,
@@ -21,6 +20,7 @@ from serve.errors import (
     Unavailable,
     UnknownModel,
 )
+
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine, registry_of
 
 

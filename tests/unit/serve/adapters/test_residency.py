@@ -8,17 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from packhorse.serve.adapters.folder_watch import Watch
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.registry import Registry
+from packhorse.serve.adapters.store import Store
+from packhorse.serve.errors import Invalid, Overloaded, Unavailable
 from prometheus_client import REGISTRY
 
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.registry import Registry
-from serve.adapters.store import Store
-from serve.adapters.watch import Watch
-from serve.errors import (
-    Invalid,
-    Overloaded,
-    Unavailable,
-)
 from tests.unit.serve.adapters.loader import ADAPTERS, CLINIC, CLINIC_2, CODE, Engine, registry_of
 from tests.unit.serve.cache.making import settled
 

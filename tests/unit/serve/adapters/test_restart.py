@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packhorse.serve.adapters import copies, lora_cache, registry
+from packhorse.serve.adapters import store as stores
+from packhorse.serve.adapters.folder_watch import Watch
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.registry import Registry
+from packhorse.serve.adapters.store import Store
+from packhorse.serve.errors import Unavailable
 
-from serve.adapters import copies, registry, residency
-from serve.adapters import store as stores
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.registry import Registry
-from serve.adapters.store import Store
-from serve.adapters.watch import Watch
-from serve.errors import Unavailable
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine, registry_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -73,7 +73,7 @@ class Reads:
         self.for_the_engine: list[str] = []
         self.judged: list[str] = []
         self.staged: list[str] = []
-        for module, seen in ((stores, self.at_start), (residency, self.for_the_engine)):
+        for module, seen in ((stores, self.at_start), (lora_cache, self.for_the_engine)):
             monkeypatch.setattr(module, "check_copy", self._noting(copies.check_copy, seen, -2))
         monkeypatch.setattr(stores, "check", self._noting(stores.check, self.judged, -2))
         stage = Store.stage

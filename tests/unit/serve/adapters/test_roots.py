@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packhorse.serve.adapters import folders
+from packhorse.serve.adapters.allowed_roots import Roots, hub_cache
+from packhorse.serve.adapters.base_layers import linear_layers
+from packhorse.serve.adapters.folders import Source, open_file
+from packhorse.serve.adapters.formats import AdapterLimits
+from packhorse.serve.adapters.store import EXAMPLES, Store
+from packhorse.serve.errors import Invalid
+from packhorse.serve.settings.sections import AdapterSettings
 
-from serve.adapters import folders
-from serve.adapters.base_layers import linear_layers
-from serve.adapters.folders import Source, open_file
-from serve.adapters.formats import AdapterLimits
-from serve.adapters.roots import Roots, hub_cache
-from serve.adapters.store import EXAMPLES, Store
-from serve.errors import Invalid
-from serve.sections import AdapterSettings
 from tests.conftest import DEMO
 from tests.unit.serve.adapter_makers import ada, made
 from tests.unit.serve.adapters.loader import CLINIC

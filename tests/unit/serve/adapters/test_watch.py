@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packhorse.serve.adapters.folder_watch import Watch
+from packhorse.serve.adapters.registry import Registry
 from prometheus_client import REGISTRY
 
-from serve.adapters.registry import Registry
-from serve.adapters.watch import Watch
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine
 
 WEIGHTS = "adapter_model.safetensors"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from serve.admission import Admission
-from serve.cache.results import ResultCache
-from serve.engines.echo import EchoEngine
-from serve.messages import Chunk, GenerateRequest, Prompt, Route
-from serve.sections import AdmissionSettings, EngineSettings
-from serve.service import Service
-from serve.stream import Stream
+from packhorse.serve.cache.result_cache import ResultCache
+from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.limits.admission import Admission
+from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.service import Service
+from packhorse.serve.settings.sections import AdmissionSettings, EngineSettings
+from packhorse.serve.stream import Stream
 
 
 class Counting(EchoEngine):

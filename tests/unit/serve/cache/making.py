@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from serve.cache.key import Key, content_of, digest_of
-from serve.messages import (
+from packhorse.serve.cache.key import Key, content_of, digest_of
+from packhorse.serve.messages import (
     AdapterVersion,
     CachePolicy,
     Caller,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from serve.cache.breaker import MAX_REFUSALS, MAX_TIMEOUTS, Breaker
+from packhorse.serve.cache.circuit_breaker import MAX_REFUSALS, MAX_TIMEOUTS, Breaker
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-from serve.cache import identity
-from serve.cache.identity import Digests, identity_of
+from packhorse.serve.cache import model_fingerprint
+from packhorse.serve.cache.model_fingerprint import Digests, identity_of
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_a_file_is_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     def never(*_: object) -> None:
         raise AssertionError("it was read again")
 
-    monkeypatch.setattr(identity.hashlib, "file_digest", never)
+    monkeypatch.setattr(model_fingerprint.hashlib, "file_digest", never)
     assert identity_of([folder], "", {}, Digests(memory)) == first
 
 

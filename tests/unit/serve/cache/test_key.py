@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from serve.cache.key import is_repeatable, scopes_of
-from serve.messages import (
+from packhorse.serve.api.chat import ChatBody
+from packhorse.serve.cache.key import is_repeatable, scopes_of
+from packhorse.serve.messages import (
     CachePolicy,
     ChatOptions,
     Constraint,
@@ -21,7 +21,7 @@ from serve.messages import (
     Sampling,
     Settled,
 )
-from serve.schema.chat import ChatBody
+
 from tests.unit.serve.cache.making import GREEDY, ask, caller, digest, version
 
 PROMPT = Prompt((1, 2, 3), 10, settled=GREEDY)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from serve import metrics
-from serve.cache.epochs import Epochs
-from serve.cache.memory import OVERHEAD_BYTES, Memory
+from packhorse.serve import metrics
+from packhorse.serve.cache.invalidation import Epochs
+from packhorse.serve.cache.memory import OVERHEAD_BYTES, Memory
+
 from tests.unit.serve.cache.making import key
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from packhorse.serve import metrics
+from packhorse.serve.errors import ServeError
 
-from serve import metrics
-from serve.errors import ServeError
 from tests.unit.serve.cache.caching_service import Clock, answer, make, read
 from tests.unit.serve.cache.making import ask
 

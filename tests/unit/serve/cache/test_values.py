@@ -6,8 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from serve.cache.values import (
+from packhorse.serve.cache.codec import (
     COMPRESS_ABOVE_BYTES,
     Result,
     decode,
@@ -16,7 +15,7 @@ from serve.cache.values import (
     seal,
     unseal,
 )
-from serve.messages import Chunk, EngineTimes, TokenLogprob, ToolCall
+from packhorse.serve.messages import Chunk, EngineTimes, TokenLogprob, ToolCall
 
 SECRET = b"s" * 32
 LOGPROB = TokenLogprob("a", 1, -0.5, 1, (TokenLogprob("b", 2, -1.5),))
