@@ -22,7 +22,7 @@ demo: setup ## quantize the demo model, serve it, talk to it; KEEP=1 leaves the 
 WORKERS = $(shell expr 1 + $$(nproc))
 # Waiting OpenMP threads take the CPU from what they wait for: five times as much, on two busy cores.
 ONE_THREAD := OMP_NUM_THREADS=1
-FAST := tests/unit tests/integration tests/rules tests/deploy
+FAST := tests/unit tests/integration tests/rules tests/deploy tests/upgrade tests/package tests/docs
 SPREAD := $(ONE_THREAD) "$(PY)" -m pytest $(FAST) -n $(WORKERS) --dist worksteal
 # CI=1: a test that fails runs once more with fresh servers; if it passes then, it is told as FLAKY.
 AGAIN := $(if $(CI),--reruns 1)

@@ -132,7 +132,7 @@ async def fair(work_folder: Path, seconds: float) -> dict[str, Any]:
     async with server(work_folder, folder, max_loras=4) as (http, _):
 
         async def one(model: str, waits: dict[str, list[float]]) -> None:
-            """Time to the first token: waiting for the turn is most of it."""
+            """Time to the first token; most of it is the wait in the adapter queue."""
             body = {
                 "model": model, "prompt": "The", "max_tokens": 32, "ignore_eos": True,
                 "stream": True,
@@ -290,7 +290,7 @@ def mixed(work_folder: Path) -> dict[str, Any]:
     for _ in range(2):
         settings = {
             "engine": {**ENGINE, **lora},
-            "adapters": {"folder": str(folder), "turn_tokens": 10**9},
+            "adapters": {"folder": str(folder), "quantum_tokens": 10**9},
         }
         with packhorse_with(DEMO / "model", work_folder, settings) as running:
             measure("ours", running)

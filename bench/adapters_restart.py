@@ -108,7 +108,8 @@ def get(url: str) -> str | None:
 
 def resident(url: str) -> tuple[int, int]:
     """Adapters that are registered, and those in the engine."""
-    values = dict(line.rsplit(" ", 1) for line in (get(f"{url}/metrics") or "").splitlines())
+    lines = [line.rsplit(" ", 1) for line in (get(f"{url}/metrics") or "").splitlines()]
+    values = {series.partition("{")[0]: value for series, value in lines}
     names = ("packhorse_adapters", "packhorse_adapters_resident")
     return int(float(values[names[0]])), int(float(values[names[1]]))
 

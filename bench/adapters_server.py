@@ -59,7 +59,7 @@ async def server(
             "allowed_roots": [str(ADAPTERS)],
             **({"folder": str(adapters)} if adapters else {}),
         },
-        "admission": {"max_running": 4096, "max_queued_tokens": 10**9},
+        "admission": {"max_in_engine": 4096, "max_queued_tokens": 10**9},
         "routing": {"file": str(routes)} if routes else {},
     }
     with packhorse_with(DEMO / "model", work_folder, settings) as running:
@@ -87,8 +87,8 @@ async def put(http: httpx.AsyncClient, name: str, path: Path) -> None:
 
 async def resident(http: httpx.AsyncClient) -> int:
     lines = (await http.get("/metrics")).text.splitlines()
-    (line,) = (line for line in lines if line.startswith("packhorse_adapters_resident "))
-    return int(float(line.split()[1]))
+    (line,) = (line for line in lines if line.startswith("packhorse_adapters_resident{"))
+    return int(float(line.rpartition(" ")[2]))
 
 
 @contextlib.asynccontextmanager

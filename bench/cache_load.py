@@ -127,17 +127,19 @@ def build_app(*, cached: bool) -> Any:
     """Our ASGI app over the echo engine."""
     from packhorse.serve.cache.result_cache import ResultCache
     from packhorse.serve.engines.echo import EchoEngine
+    from packhorse.serve.models import Model, Models
+    from packhorse.serve.pipeline import Pipeline
     from packhorse.serve.rest.app import build_app as build
-    from packhorse.serve.service import Service
-    from packhorse.serve.settings.sections import EngineSettings, HttpSettings
+    from packhorse.serve.settings.engine import EngineSettings
+    from packhorse.serve.settings.http import HttpSettings
 
     cache = None
     if cached:
         cache = ResultCache(b"s" * 32, memory_bytes=2**28, max_entry_bytes=2**20, ttl_s=600)
         cache.identity = b"echo"
-    service = Service(MODEL, cache=cache)
-    service.attach(EchoEngine(EngineSettings(kind="echo")))
-    return build(service, HttpSettings())
+    model = Model(MODEL, cache=cache)
+    model.attach(EchoEngine(EngineSettings(kind="echo")))
+    return build(Pipeline(Models(model)), HttpSettings())
 
 
 async def before_the_engine_us() -> float:

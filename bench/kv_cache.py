@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from packhorse.quantize.quality.evaluate import read_texts
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
 from safetensors import safe_open

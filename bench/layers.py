@@ -42,13 +42,15 @@ ONE_TOKEN = replace(UNPACED, prompt_tokens=64, output_tokens=1)
 def build_echo_app(delay_s: float) -> Any:
     """Our ASGI app over the echo engine. All that is known of serve's inside is in here."""
     from packhorse.serve.engines.echo import EchoEngine
+    from packhorse.serve.models import Model, Models
+    from packhorse.serve.pipeline import Pipeline
     from packhorse.serve.rest.app import build_app
-    from packhorse.serve.service import Service
-    from packhorse.serve.settings.sections import EngineSettings, HttpSettings
+    from packhorse.serve.settings.engine import EngineSettings
+    from packhorse.serve.settings.http import HttpSettings
 
-    service = Service(MODEL)
-    service.attach(EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s)))
-    return build_app(service, HttpSettings())
+    model = Model(MODEL)
+    model.attach(EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s)))
+    return build_app(Pipeline(Models(model)), HttpSettings())
 
 
 async def call(app: Any, path: str, body: bytes) -> list[bytes]:

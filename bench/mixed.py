@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.quality import divergence
-from packhorse.quantize.quality.evaluate import read_texts
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
 from transformers import AutoTokenizer

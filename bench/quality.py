@@ -16,15 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.methods import METHODS
 from packhorse.quantize.quality import dequantized
-from packhorse.quantize.quality.evaluate import (
-    greedy_answers,
-    perplexity,
-    read_questions,
-    read_texts,
-    score,
-)
+from packhorse.quantize.quality.evaluate import greedy_answers, perplexity, read_questions, score
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
 from peft import PeftModel

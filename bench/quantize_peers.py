@@ -37,7 +37,7 @@ from packhorse.quantize.errors import QuantizeError
 from peers import measure
 from peers.environments import python_of
 from peers.goals import goals
-from peers.measure import Quality, Yardstick
+from peers.measure import EvalData, Quality
 from safetensors.torch import save_file
 from train_model import larger_model
 from transformers import AutoConfig, AutoTokenizer
@@ -94,7 +94,7 @@ class Bench:
     model: Path
     calibration: Path
     rows: Path
-    yardstick: Yardstick
+    eval_data: EvalData
     results: Path
     """Folder: NAME/ a checkpoint, NAME.run.json its seconds and memory, NAME.quality.json."""
     threads: int
@@ -123,7 +123,7 @@ def prepare(name: str, arguments: argparse.Namespace) -> Bench:
         place,
         tokenizer,
         max_tokens=CALIBRATION_TOKENS // (8 if quick else 1),
-        row_tokens=min(512, longest),
+        sequence_length=min(512, longest),
         seed=0,
         force=quick,
     ).rows
@@ -131,9 +131,9 @@ def prepare(name: str, arguments: argparse.Namespace) -> Bench:
     save_file({"rows": rows}, rows_file)
     text_file = home / "eval/held_out_text.jsonl"
     texts = measure.held_out(text_file, tokenizer, longest, 32 if quick else None)
-    yardstick = Yardstick(model, texts, task_file, 32 if quick else None)
+    eval_data = EvalData(model, texts, task_file, 32 if quick else None)
     threads = arguments.threads
-    return Bench(name, model, place, rows_file, yardstick, results, threads, quick)
+    return Bench(name, model, place, rows_file, eval_data, results, threads, quick)
 
 
 def quantize(name: str, bench: Bench, work_folder: Path) -> None:
@@ -177,7 +177,7 @@ def quality_of(name: str, bench: Bench, folder: Path, *, again: bool) -> Quality
     path = bench.results / f"{name}.quality.json"
     if again or not path.is_file():
         started_s = time.monotonic()
-        quality = measure.measure(folder, bench.yardstick)
+        quality = measure.measure(folder, bench.eval_data)
         measure.save(quality, path)
         say(f"{bench.name}, {name}: KL {quality.kl:.3g}, {time.monotonic() - started_s:.0f} s")
     return measure.load(path)

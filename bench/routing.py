@@ -131,7 +131,7 @@ def fifty() -> dict[str, Any]:
 
     def whole(prompt: str) -> Any:
         message = {"role": "user", "content": prompt}
-        return cascade.decide([message], may_use=lambda _: True, resident=table.adapters)
+        return cascade.decide([message], may_use=lambda _: True, available=table.adapters)
 
     progress("routing: decisions")
     fresh = [[language.new_words() for _ in range(100)] for _ in range(ROUNDS)]
@@ -186,7 +186,7 @@ def demo() -> dict[str, Any]:
             sent = [
                 generation.cascade.decide(
                     [*row.get("history", []), {"role": "user", "content": row["prompt"]}],
-                    may_use=lambda _: True, resident=NAMES,
+                    may_use=lambda _: True, available=NAMES,
                 ).adapter
                 for row in some
             ]  # fmt: skip

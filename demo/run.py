@@ -38,7 +38,7 @@ console = Console(highlight=False)
 METRICS = (
     "packhorse_requests_total",
     "packhorse_tokens_total",
-    "packhorse_first_token_seconds_sum",
+    "packhorse_time_to_first_token_seconds_sum",
     "packhorse_routes_total",
     "packhorse_adapters_resident",
     "packhorse_cache_lookups_total",

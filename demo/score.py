@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from domains import ADAPTERS
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.evaluate import (
     greedy_answers,
     perplexity,
     read_questions,
-    read_texts,
     score,
 )
 from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""`quantize model`, `report` and `inspect`: options become settings, errors become exit codes,
+"""`quantize model`, `report` and `inspect`: options become settings, errors become exit codes, and
 progress becomes bars.
 """
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from packhorse.quantize.errors import BadInput, QuantizeError
@@ -23,6 +23,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+Value = TypeVar("Value", int, float)
+MAX_OFFLOAD_LIMIT_GB = 1e6
 
 app = typer.Typer(
     help="Quantize Hugging Face checkpoints for vLLM, with a report that shows what was kept.",
@@ -42,32 +45,32 @@ def model(
         str,
         typer.Option(
             help="gptq: 4 bits, the most exact. awq: 4 bits, asymmetric. int8: W8A8. fp8: W8A8 in "
-            "float8. rtn: rounded to nearest, for any model."
+            "float8. rtn: round to nearest, for any model."
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to make; it appears when everything is done, not before."),
+        typer.Option(help="The folder to make. It appears when the run is complete."),
     ] = None,
     bits: Annotated[
         float | None,
         typer.Option(
-            help="Of a weight: 4, or 8 with --target cuda. In between, such as 4.5: so many on "
-            "average, scales included, with more where it pays most. [default: 4; int8, fp8: 8]"
+            help="Bits per weight: 4, or 8 with --target cuda. In between, such as 4.5: mixed "
+            "precision with this average, scales included. [default: 4; int8, fp8: 8]"
         ),
     ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="Layers that stay as they are, such as 'model.layers.0.*' or 're:.*down_proj$'; "
+            help="Layers that are not quantized, such as 'model.layers.0.*' or 're:.*down_proj$'; "
             "can be given several times.",
         ),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Inputs that share a scale: 32, 64, 128, or -1 for one scale an output. "
+            help="Inputs that share a scale: 32, 64, 128, or -1 for one scale per output. "
             "[default: 128, or the largest that divides all layers]"
         ),
     ] = None,
@@ -75,12 +78,12 @@ def model(
         bool | None,
         typer.Option(
             "--symmetric/--asymmetric",
-            help="Whether 4-bit grids are centred on zero. [default: yes, but for awq]",
+            help="Whether 4-bit quantization has no zero points. [default: yes, but for awq]",
         ),
     ] = None,
     kv: Annotated[
         str | None,
-        typer.Option(help="fp8: calibrate and write scales for an 8-bit KV cache."),
+        typer.Option(help="fp8: calibrate scales of an 8-bit KV cache, and write them."),
     ] = None,
     layout: Annotated[
         str | None,
@@ -91,10 +94,15 @@ def model(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="Where vLLM must be able to run it: cpu, cuda or both.")
+        str,
+        typer.Option(help="The platforms on which vLLM must be able to run it: cpu, cuda or both."),
     ] = "cpu,cuda",
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be made and what it takes; do nothing.")
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print what the run would make, and its size, memory and time; do nothing.",
+        ),
     ] = False,
     calibration: Annotated[
         str | None,
@@ -104,14 +112,17 @@ def model(
             "[default: calibration.jsonl beside the model folder, if there]"
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.")] = 128 * 512,
-    row_tokens: Annotated[
+    calibration_tokens: Annotated[int, typer.Option(help="The number of calibration tokens.")] = (
+        128 * 512
+    ),
+    sequence_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of it that are seen together. [default: 512, or the context]"),
+        typer.Option(help="Tokens per calibration row. [default: 512, or the context]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order in which texts are taken.")] = 0,
+    row_tokens: Annotated[int | None, typer.Option(hidden=True)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of calibration texts.")] = 0,
     force: Annotated[
-        bool, typer.Option("--force", help="Go on with too little calibration text.")
+        bool, typer.Option("--force", help="Accept too little calibration text.")
     ] = False,
     eval_file: Annotated[
         Path | None,
@@ -133,30 +144,33 @@ def model(
         bool, typer.Option(help="Measure score and perplexity before and after.")
     ] = True,
     verify: Annotated[
-        bool, typer.Option(help="Load the result in vLLM and compare it with the original.")
+        bool, typer.Option(help="Load the result in vLLM, and compare it with the original.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option(help="Replace --out when it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace --out if it exists.")] = False,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on where a run with the same options was cut short, if one was."
+            "--resume", help="Continue an interrupted run with the same options, if there is one."
         ),
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget what a run that was cut short left.")
+        bool, typer.Option("--restart", help="Delete the steps of an interrupted run.")
     ] = False,
     device: Annotated[
         str,
-        typer.Option(help="Where blocks run: cpu, cuda (one block at a time), or auto."),
+        typer.Option(help="The device that blocks run on, one at a time: cpu, cuda or auto."),
     ] = "auto",
-    spill_above: Annotated[
+    offload_limit: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            max=1e6,
-            help="GB of activations that wait in memory; the rest waits on --out's disk. "
+            max=MAX_OFFLOAD_LIMIT_GB,
+            help="GB of stored activations that stay in memory; the others go to --out's disk. "
             "[default: half of what is free]",
         ),
+    ] = None,
+    spill_above: Annotated[
+        float | None, typer.Option(min=0.0, max=MAX_OFFLOAD_LIMIT_GB, hidden=True)
     ] = None,
 ) -> None:
     """Quantize MODEL into a new folder that stock vLLM loads.
@@ -165,13 +179,15 @@ def model(
     quantize model demo/model --method int8 --out out/demo-int8
     packhorse serve out/demo-int8
 
-    The folder holds the weights, every side file of the original (tokenizer, chat template, ...),
+    The folder has the weights, every side file of the original (tokenizer, chat template, ...),
     and quantize_report.json: sizes, errors by layer, quality before and after, and the weights'
-    sha256. It appears when all is done. A run that is cut short keeps its finished blocks in a
-    hidden folder beside --out: the same command with --resume goes on there, and ends with the same
-    bytes. Exit code 2: it cannot be done as asked; the message says why.
+    sha256. It appears when the run is complete. An interrupted run keeps its finished blocks in a
+    hidden folder beside --out: the same command with --resume continues there, and makes the same
+    bytes. Exit code 2: the run cannot be done; the message says why, and what to change.
     """
     console = Console()
+    sequence_length = _renamed("row-tokens", row_tokens, "sequence-length", sequence_length)
+    offload_limit = _renamed("spill-above", spill_above, "offload-limit", offload_limit)
     settings = Settings(
         model=model,
         out=out or Path(),
@@ -185,7 +201,7 @@ def model(
         targets=tuple(name.strip() for name in target.split(",")),
         calibration=calibration,
         calibration_tokens=calibration_tokens,
-        row_tokens=row_tokens,
+        sequence_length=sequence_length,
         seed=seed,
         force=force,
         eval_file=eval_file,
@@ -196,10 +212,10 @@ def model(
         resume=resume,
         restart=restart,
         device=device,
-        spill_above=None if spill_above is None else round(spill_above * 1e9),
+        offload_limit_bytes=None if offload_limit is None else round(offload_limit * 1e9),
     )
     with _errors():
-        # Imported late: torch takes seconds, --help and mistakes should not.
+        # Imported here, as importing torch takes seconds, and --help and mistakes should not.
         if plan:
             from packhorse.quantize.run import decide
 
@@ -220,13 +236,13 @@ def model(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Checkpoints that quantize model made.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders that quantize model made.")],
     html: Annotated[
-        Path | None, typer.Option(help="Write one page with plots, which needs no network.")
+        Path | None, typer.Option(help="Write one HTML page with plots, which needs no network.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare the quality reports of checkpoints, or look at one.
+    """Show the quality report of a checkpoint, or compare those of several.
 
     \b
     quantize report out/demo-int8 out/demo-gptq --html report.html
@@ -256,7 +272,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder, quantized or not.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what a checkpoint holds: architecture, quantization, sizes, files, measured quality."""
+    """Print what is in a checkpoint: architecture, quantization, sizes, files, measured quality."""
     with _errors():
         from packhorse.quantize.report import inspect as inspection
 
@@ -266,6 +282,19 @@ def inspect(
         console.print_json(json.dumps(facts))
     else:
         console.print(inspection.as_table(folder, facts))
+
+
+def _renamed(old: str, old_value: Value | None, new: str, new_value: Value | None) -> Value | None:
+    """The value of an option that may be given by its old name, with a warning. The new name wins.
+    Old names go with the next release.
+    """
+    if old_value is None:
+        return new_value
+    Console(stderr=True).print(
+        f"warning: --{old} is now called --{new}; the old name will be removed in the next release",
+        style="yellow", markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return old_value if new_value is None else new_value
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Errors a user of `quantize` can meet; the command line prints the message and exits with 2."""
+"""Errors that users of `quantize` can cause; the command line prints the message and exits with
+2."""
 
 
 class QuantizeError(Exception):
-    """Base of all; the message has the value, the limit and the way out."""
+    """Base class. The message has the value, the limit and a way to fix it."""
 
 
 class BadInput(QuantizeError):
@@ -10,7 +11,7 @@ class BadInput(QuantizeError):
 
 
 class Unsupported(QuantizeError):
-    """A model or combination that this version cannot quantize, or that vLLM would not load."""
+    """A model or combination that this version cannot quantize, or that vLLM cannot load."""
 
 
 class OutOfMemory(QuantizeError):
@@ -18,4 +19,4 @@ class OutOfMemory(QuantizeError):
 
 
 class Unloadable(QuantizeError):
-    """vLLM does not load the finished checkpoint, or dies of it."""
+    """The load check failed: vLLM does not load the finished checkpoint, or fails running it."""

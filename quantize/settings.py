@@ -1,72 +1,76 @@
-"""What one run of `quantize model` needs."""
+"""The settings of one run of `quantize model`, and how a caller follows its progress."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 CHANNEL = -1
-"""As a group size: one scale for a whole output row."""
+"""As a group size: one scale for each output."""
+
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Called with the name of a task and its number of steps; returns a function to call with the
+number of steps that were just finished."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a run; the command line fills it in, tests build it directly."""
+    """The options of a run. The command line fills them in; tests and benchmarks create them."""
 
     model: str
-    """Model folder or hub name."""
+    """A model folder, or a name on the Hugging Face hub."""
     out: Path
-    """Folder to make."""
+    """The folder to make."""
     method: str
-    """A name of methods.METHODS."""
+    """A key of methods.METHODS."""
     bits: float | None = None
-    """Bits of a weight; unset: what the method is best at (4, or 8 for int8 and fp8). Between 4 and
-    16 a size that may be spent, scales included: layers get more bits where it pays most."""
+    """Bits per weight. None: 4, or 8 for int8 and fp8. A number between 4 and 16 that is not whole
+    is a budget, scales included, for mixed precision."""
     keep: tuple[str, ...] = ()
-    """Layers that stay as they are: shell patterns of their names, or `re:` and a regular
+    """Layers that are not quantized: shell patterns of their names, or `re:` and a regular
     expression."""
     group_size: int | None = None
-    """Inputs that share one scale, for methods with groups: 32, 64, 128 or CHANNEL. Unset: 128, and
-    smaller where the model's sizes ask for it."""
+    """The number of inputs that share one scale, for methods with groups: 32, 64, 128 or CHANNEL.
+    None: the largest of 128, 64 and 32 that divides the inputs of all layers."""
     symmetric: bool | None = None
-    """Whether the grid is centred on zero; unset: yes, but for awq."""
+    """Whether quantization is symmetric around zero. None: yes, but for awq."""
     kv: str | None = None
-    """`fp8`: calibrate scales for an 8-bit KV cache and write them into the checkpoint."""
+    """`fp8`: calibrate scales of an 8-bit KV cache, and write them into the checkpoint."""
     format: str | None = None
-    """compressed-tensors, gptq or awq; unset: compressed-tensors."""
+    """A name of formats.FORMATS. None: compressed-tensors."""
     targets: tuple[str, ...] = ("cpu", "cuda")
-    """Where vLLM must be able to run the result."""
+    """The platforms on which vLLM must be able to run the result."""
     calibration: Path | str | None = None
-    """File or folder of text for methods that look at activations, or the name of a dataset; unset:
-    `../calibration.jsonl` seen from the model folder, if there."""
+    """Calibration text: a file, a folder, or the name of a hub dataset. None:
+    `../calibration.jsonl` seen from the model folder, if it exists."""
     calibration_tokens: int = 128 * 512
-    """How much of it is used."""
-    row_tokens: int | None = None
-    """Tokens that are seen together; unset: 512, or the model's context where that is shorter."""
+    """The number of calibration tokens that are used."""
+    sequence_length: int | None = None
+    """Tokens per calibration row. None: 512, or the model's context length if it is shorter."""
     seed: int = 0
-    """Of the order in which calibration texts are taken."""
+    """Seed of the order of calibration texts."""
     force: bool = False
-    """Go on with too little calibration text."""
+    """Accept fewer calibration tokens than give stable statistics."""
     eval_file: Path | None = None
-    """Questions for the score; unset: `../eval/general.jsonl` seen from the model folder, if there.
-    """
+    """Questions for the score. None: `../eval/general.jsonl` seen from the model folder, if it
+    exists."""
     text_file: Path | None = None
-    """Text for perplexity; unset: `../eval/held_out_text.jsonl` seen from the model folder, if
-    there.
-    """
+    """Text for perplexity and divergence. None: `../eval/held_out_text.jsonl` seen from the model
+    folder, if it exists."""
     quality: bool = True
-    """Measure before and after."""
+    """Measure quality before and after."""
     verify: bool = True
-    """Load the finished checkpoint in the real engine, and compare it with the original."""
+    """Load check: load the finished checkpoint in vLLM, and compare it with the original."""
     overwrite: bool = False
-    """Replace `out` when it exists."""
+    """Replace `out` if it exists."""
     resume: bool = False
-    """Go on from the finished steps of an earlier run for `out` with the same settings; where there
-    are none, begin."""
+    """Continue after the finished steps of an earlier run for `out` with the same settings; start
+    from the beginning when there are none."""
     restart: bool = False
-    """Forget an earlier, unfinished run for `out`."""
+    """Delete the steps of an earlier, unfinished run for `out`."""
     device: str = "auto"
-    """Where blocks run: cpu, cuda, or auto: cuda where there is one."""
-    spill_above: int | None = None
-    """Bytes of activations that wait in memory; what is above them waits on the disk of `out`.
-    Unset: half of the memory that is free."""
+    """The device that blocks run on: cpu, cuda, or auto, which is cuda where there is a GPU."""
+    offload_limit_bytes: int | None = None
+    """Bytes of stored activations that stay in memory; the others go to the disk of `out`. None:
+    half of the free memory."""

@@ -1,165 +1,269 @@
-"""The only place that builds things: settings -> engine -> service -> listeners. Also the order of
-a drain.
+"""A server as an object: built from settings, started, stopped. It has no sockets and owns no
+signals, so that it can run under `packhorse serve`, in a test, or in another host's process, beside
+others of its kind.
+
+    app = create(settings)        # refuses what is wrong with the settings
+    ... app.asgi                  # the users' HTTP API, live from now on, not ready
+    await app.start()             # the engine, its adapters, the routes to them, the cache
+    await app.stop(drain_s=30)    # refuse what is new, let what runs end, let the engine go
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import os
 import secrets
-import threading
-import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import uvloop
-from packhorse.serve import metrics
-from packhorse.serve.access.exposure import check_listeners
 from packhorse.serve.access.keys import Keys
+from packhorse.serve.accounting import Accounting
 from packhorse.serve.adapters.allowed_roots import hub_cache
-from packhorse.serve.adapters.folder_watch import Watch
+from packhorse.serve.adapters.folder_watch import FolderWatch
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
-from packhorse.serve.adapters.store import Store
+from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache import STORES
 from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.engine_builder import Builder
-from packhorse.serve.engines.processes import end_children, print_stacks_when_asked
 from packhorse.serve.engines.supervisor import Supervisor
+from packhorse.serve.engines.vllm import patches
 from packhorse.serve.errors import ServeError, StartupError
 from packhorse.serve.limits.admission import Admission
+from packhorse.serve.metrics import ModelMetrics, ServerMetrics
+from packhorse.serve.models import Model, Models
+from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.rest.app import build_admin_app, build_app
-from packhorse.serve.rest.server import LAST_WORDS_S, Listeners
 from packhorse.serve.routing.base import AUTO
 from packhorse.serve.routing.router import Router
-from packhorse.serve.routing.table_cache import Kept
-from packhorse.serve.service import Service
-from packhorse.serve.settings import Settings, answer_environment, prepare_environment, shown
-from packhorse.serve.settings.sections import CacheSettings
-from packhorse.serve.signals import LAST_RESORT_S, Signals
-from packhorse.serve.telemetry import logs
+from packhorse.serve.routing.table_cache import TableCache
+from packhorse.serve.settings import Settings, answer_environment, shown
+from packhorse.serve.settings.cache import CacheSettings
 from packhorse.serve.telemetry.logs import RequestLog
 from packhorse.serve.telemetry.machine import LoopLag
 from packhorse.serve.tenancy import Tenancy
 
+if TYPE_CHECKING:
+    from packhorse.serve.rpc.server import RpcServer
+
 logger = logging.getLogger("packhorse")
+
 
 TABLES = ".routes"  # beside the adapters in their store; no adapter's name
 
 
-async def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT, then drain and return 0; or 1 when the engine was given up. A
-    second signal cuts the drain short.
-
-    HTTP is up while the engine loads: live, but not ready. Raises StartupError when the port or the
-    model cannot be had.
+def create(settings: Settings) -> App:
+    """The server of these settings, not started. Call it in the event loop that it is to serve in.
+    Raises StartupError.
     """
-    loop = asyncio.get_running_loop()
-    signals = Signals()
-    stop, hurry = signals.stop, signals.hurry
-    metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
-    lag = LoopLag()
-    metrics.LOOP_LAG.set_function(lag.worst)
-    started_s = time.monotonic()
-    name = settings.service.served_model_name or default_name(settings)
-    registry = build_registry(settings, name)
-    router = build_router(settings, registry)
-    signals.take_hangups(router.reload_soon if router else None)
-    given = settings.cache.secret
-    secret = given.get_secret_value().encode() if given else secrets.token_bytes(32)
-    cache = build_cache(settings.cache, secret)
-    tracing = None
-    if settings.tracing.endpoint is not None:
-        from packhorse.serve.telemetry.tracing import tracing_of  # takes a moment to import
+    return App(settings)
 
-        tracing = tracing_of(settings.tracing)
-        logger.info("Traces go to %s", settings.tracing.endpoint)
-    service = Service(
-        name,
-        admission=Admission(settings.admission),
-        adapters=registry,
-        routing=router,
-        cache=cache,
-        tenancy=Tenancy(secret),
-        log=RequestLog(prompts=settings.log_prompts),
-        request_timeout_s=settings.service.request_timeout_s,
-        max_request_timeout_s=settings.service.max_request_timeout_s,
-    )
-    check_listeners(settings.auth, settings.http, settings.rpc)
-    keys = Keys(settings.auth)
-    admin = Admin(registry, router, cache, model=name, settings=shown(settings))
-    listeners = Listeners(
-        settings.http,
-        build_app(service, settings.http, keys, admin, tracing),
-        build_admin_app(service, settings.http, keys, admin),
-    )
-    rpc = None
-    if settings.rpc.port is not None:
+
+class App:
+    """See above."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises StartupError."""
+        self.settings = settings
+        self.name = settings.service.served_model_name or default_name(settings)
+        """What clients ask for."""
+        self.metrics = ServerMetrics()
+        self.metrics.watch_machine()
+        counted = ModelMetrics(self.name)
+        secret = _secret(settings.cache)
+        self._registry = build_registry(settings, self.name, counted)
+        self._router = build_router(settings, self._registry, counted)
+        self._cache = build_cache(settings.cache, secret, counted)
+        self._tracing = None
+        if settings.tracing.endpoint is not None:
+            from packhorse.serve.telemetry.tracing import tracing_of  # takes a moment to import
+
+            self._tracing = tracing_of(settings.tracing)
+            logger.info("Traces go to %s", settings.tracing.endpoint)
+        self.model = Model(
+            self.name,
+            adapters=self._registry,
+            routing=self._router,
+            cache=self._cache,
+            admission=Admission(settings.admission, metrics=counted, server_metrics=self.metrics),
+            metrics=counted,
+        )
+        self.pipeline = Pipeline(
+            Models(self.model),
+            tenancy=Tenancy(secret),
+            accounting=Accounting(RequestLog(prompts=settings.log_prompts)),
+            request_timeout_s=settings.service.request_timeout_s,
+            max_request_timeout_s=settings.service.max_request_timeout_s,
+        )
+        self._keys = Keys(settings.auth, metrics=self.metrics)
+        self._admin = Admin(
+            self._registry,
+            self._router,
+            self._cache,
+            model=self.name,
+            settings=shown(settings),
+        )
+        self.asgi = build_app(
+            self.pipeline,
+            settings.http,
+            self._keys,
+            self._admin,
+            self._tracing,
+            metrics=self.metrics,
+            patches=lambda: [row._asdict() for row in patches.table()],
+        )
+        """The users' HTTP API; the operators' too, unless they have a port of their own."""
+        self.admin_asgi = build_admin_app(
+            self.pipeline, settings.http, self._keys, self._admin, metrics=self.metrics
+        )
+        """What is on the operators' own port; None when they have none."""
+        # Before the engine: vLLM adds to the environment.
+        self._builder = Builder(
+            settings, self.name, self._cache, answer_environment(), metrics=counted
+        )
+        self._supervisor = Supervisor(self._builder.build, settings.supervisor, metrics=counted)
+        self._lag = LoopLag()
+        self.metrics.loop_lag.set_function(self._lag.worst)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def rpc(self) -> RpcServer:
+        """The gRPC API of `settings.rpc`, its port taken, not started. Raises StartupError."""
         from packhorse.serve.rpc.server import RpcServer  # takes a moment to import
 
+        settings = self.settings
         with_admin = settings.rpc.admin
         if with_admin is None:
             with_admin = settings.http.admin_port is None
-        rpc = RpcServer(service, admin if with_admin else None, keys, settings.rpc, tracing)
-        await rpc.start()
-        logger.info("gRPC at %s", rpc.address)
-    listeners.start()
-    url = listeners.url
-    if listeners.admin_url:
-        logger.info("Metrics and administration at %s", listeners.admin_url)
-    logger.info("Loading %s; %s/health/ready tells when it is there", name, url)
-    environment = answer_environment()  # vLLM adds to it
-    builder = Builder(settings, name, cache, environment)
-    supervisor = Supervisor(builder.build, settings.supervisor)
-    looking = asyncio.create_task(lag.watch())
-    watching: list[asyncio.Task[None]] = []
-    try:
-        starting = asyncio.create_task(_start(supervisor, builder, registry, router, settings))
-        if await _first_of(starting, stop.wait()) is starting:
-            watching = starting.result()
-            if cache is not None:
-                await cache.start()
-                watching.append(asyncio.create_task(cache.watch()))
-            capacity = supervisor.capacity
-            service.admission.fit(capacity.max_num_seqs, capacity.kv_cache_tokens)
-            service.attach(supervisor)
-            took_s = time.monotonic() - started_s
-            logger.info("Serving %s at %s/v1 after %.0f s", name, url, took_s)
-            await _first_of(supervisor.gave_up.wait(), stop.wait())
-        service.stop_admitting()
-        listeners.drain()
-        if rpc is not None:
-            await rpc.drain()
-        if not supervisor.gave_up.is_set():
-            await _drain(service, settings.service.drain_timeout_s, hurry)
-    finally:
-        for task in (looking, *watching):
+        admin = self._admin if with_admin else None
+        return RpcServer(
+            self.pipeline,
+            admin,
+            self._keys,
+            settings.rpc,
+            self._tracing,
+            metrics=self.metrics,
+        )
+
+    @property
+    def has_routes(self) -> bool:
+        return self._router is not None
+
+    def reload(self) -> None:
+        """Read the routes file again, soon."""
+        if self._router is not None:
+            self._router.reload_soon()
+
+    @property
+    def gave_up(self) -> asyncio.Event:
+        """Set when no engine is built any more; the reason is in the log."""
+        return self._supervisor.gave_up
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a thread that builds an engine cannot be ended."""
+        return self._supervisor.is_stuck
+
+    async def start(self) -> None:
+        """Return when requests are taken. Raises StartupError. May be cancelled."""
+        loop = asyncio.get_running_loop()
+        self.metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
+        self._watch(self._lag.watch())
+        await self._supervisor.start()
+        for work in await self._start_adapters():
+            self._watch(work)
+        if self._cache is not None:
+            await self._cache.start()
+            self._watch(self._cache.watch())
+        capacity = self._supervisor.capacity
+        self.model.admission.fit(capacity.max_num_seqs, capacity.kv_cache_tokens)
+        self.model.attach(self._supervisor)
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    async def _start_adapters(self) -> list[Coroutine[Any, Any, None]]:
+        """The adapters, and the routes to them; returns what goes on beside requests. Raises
+        StartupError.
+        """
+        registry, settings = self._registry, self.settings
+        if registry is None:
+            return []
+        layers = await asyncio.to_thread(self._builder.layers)
+        capacity = self._supervisor.capacity
+        limits = AdapterLimits(
+            max_rank=capacity.max_lora_rank,
+            layers=layers,
+            max_bytes=settings.adapters.max_bytes,
+        )
+        await registry.start(
+            self._supervisor,
+            limits,
+            slots=capacity.max_loras,
+            extra_slots=capacity.max_active_loras - capacity.max_loras,
+            few_requests=capacity.max_num_seqs,  # all fit in it
+            max_waiting=settings.adapters.max_waiting or capacity.max_num_seqs,
+        )
+        watching = []
+        if settings.adapters.folder is not None:
+            watch = FolderWatch(settings.adapters.folder, registry, metrics=self.model.metrics)
+            await watch.look(wait=False)
+            watching.append(watch.run())
+        if self._router is not None:
+            try:
+                await self._router.start()
+            except ServeError as error:
+                raise StartupError(f"The routes cannot be built: {error.message}") from error
+            watching.append(self._router.watch())
+        watching.append(registry.warm())
+        return watching
+
+    def stop_admitting(self) -> None:
+        """From now on every new request is refused; those in flight go on."""
+        self.pipeline.stop_admitting()
+
+    async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Wait for the requests in flight, at most timeout_s or until `hurry`."""
+        if self.gave_up.is_set():
+            return
+        logger.info("Draining for at most %.0f s", timeout_s)
+        draining = asyncio.ensure_future(self.pipeline.drain(timeout_s))
+        waits: list[Awaitable[object]] = [draining]
+        if hurry is not None:
+            waits.append(hurry.wait())
+        if await first_of(*waits) is not draining or not draining.result():
+            logger.warning("Aborting the requests that are still running")
+
+    async def close(self) -> None:
+        """Let the engine go, and all that belongs to it. Requests that are cut off can still be
+        told so. Safe to call before `start` has ended.
+        """
+        for task in self._tasks:
             task.cancel()
-        try:
-            # Before HTTP, so that what is cut off can still be told.
-            await supervisor.close()
-            if cache is not None:
-                await cache.close()
-        finally:
-            if rpc is not None:
-                await rpc.stop(LAST_WORDS_S)
-            await listeners.stop()
-            if tracing is not None:
-                await tracing.close()
-            gc.freeze()  # engines do not bear being torn down after the modules that they use
-            end_children()  # nothing is left by now; should something be, Python would wait for it
-            if supervisor.is_stuck:  # Python would wait for its thread, too
-                ending = threading.Timer(LAST_RESORT_S, os._exit, [1])
-                ending.daemon = True
-                ending.start()
-    logger.info("Stopped")
-    return 1 if supervisor.gave_up.is_set() else 0
+        await self._supervisor.close()
+        if self._cache is not None:
+            await self._cache.close()
+
+    async def close_tracing(self) -> None:
+        """Send what is left of the traces: the last step, after the last answer."""
+        if self._tracing is not None:
+            await self._tracing.close()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """All of it, for hosts whose listeners need no steps in between."""
+        self.stop_admitting()
+        await self.drain(drain_s)
+        await self.close()
+        await self.close_tracing()
 
 
-def build_registry(settings: Settings, name: str) -> Registry | None:
+def _secret(settings: CacheSettings) -> bytes:
+    given = settings.secret
+    return given.get_secret_value().encode() if given else secrets.token_bytes(32)
+
+
+def build_registry(settings: Settings, name: str, metrics: ModelMetrics) -> Registry | None:
     """The adapters, if the settings have any. Raises StartupError."""
     folder = settings.adapters.folder
     if folder is not None and not folder.is_dir():
@@ -170,17 +274,20 @@ def build_registry(settings: Settings, name: str) -> Registry | None:
     roots = settings.adapters.allowed_roots
     roots = (hub_cache(),) if roots is None else roots
     return Registry(
-        Store(store_folder),
+        AdapterStore(store_folder),
         max_registered=settings.adapters.max_registered,
         max_resident=settings.engine.max_cpu_loras,
-        turn_tokens=settings.adapters.turn_tokens,
-        max_running=settings.adapters.max_running,
+        quantum_tokens=settings.adapters.quantum_tokens,
+        max_concurrent_per_adapter=settings.adapters.max_concurrent_per_adapter,
         taken=frozenset({name, AUTO}),
         allowed_roots=(folder, *roots) if folder is not None else roots,
+        metrics=metrics,
     )
 
 
-def build_router(settings: Settings, registry: Registry | None) -> Router | None:
+def build_router(
+    settings: Settings, registry: Registry | None, metrics: ModelMetrics
+) -> Router | None:
     """Routing by text, where there are adapters. Raises StartupError."""
     file = settings.routing.file
     if file is not None and not file.is_file():
@@ -194,55 +301,14 @@ def build_router(settings: Settings, registry: Registry | None) -> Router | None
         registry,
         known=lambda: [card.name for card in registry.cards()],
         takes_base_name=settings.routing.base_name,
-        train=Kept(store_folder / TABLES),
+        train=TableCache(store_folder / TABLES),
+        metrics=metrics,
     )
 
 
-async def _start(
-    supervisor: Supervisor,
-    builder: Builder,
-    registry: Registry | None,
-    router: Router | None,
-    settings: Settings,
-) -> list[asyncio.Task[None]]:
-    """The engine, its adapters, the routes to them; returns what goes on beside requests. Raises
-    StartupError.
-    """
-    await supervisor.start()
-    if registry is None:
-        return []
-    layers = await asyncio.to_thread(builder.layers)
-    limits = AdapterLimits(
-        max_rank=supervisor.capacity.max_lora_rank,
-        layers=layers,
-        max_bytes=settings.adapters.max_bytes,
-    )
-    capacity = supervisor.capacity
-    waiting = settings.adapters.max_waiting or capacity.max_num_seqs
-    await registry.start(
-        supervisor,
-        limits,
-        slots=capacity.max_loras,
-        extra_slots=capacity.loras_at_work - capacity.max_loras,
-        few_requests=capacity.max_num_seqs,  # all fit in it
-        max_waiting=waiting,
-    )
-    watching = []
-    if settings.adapters.folder is not None:
-        watch = Watch(settings.adapters.folder, registry)
-        await watch.look(wait=False)
-        watching.append(watch.run())
-    if router is not None:
-        try:
-            await router.start()
-        except ServeError as error:
-            raise StartupError(f"The routes cannot be built: {error.message}") from error
-        watching.append(router.watch())
-    watching.append(registry.warm())
-    return [asyncio.create_task(task) for task in watching]
-
-
-def build_cache(settings: CacheSettings, secret: bytes) -> ResultCache | None:
+def build_cache(
+    settings: CacheSettings, secret: bytes, metrics: ModelMetrics
+) -> ResultCache | None:
     """The result cache. Raises StartupError."""
     if not settings.enabled:
         return None
@@ -264,10 +330,11 @@ def build_cache(settings: CacheSettings, secret: bytes) -> ResultCache | None:
         max_entry_bytes=settings.max_entry_bytes,
         ttl_s=settings.ttl_s,
         store=store,
+        metrics=metrics,
     )
 
 
-async def _first_of(*waits: Awaitable[object]) -> asyncio.Future[object]:
+async def first_of(*waits: Awaitable[object]) -> asyncio.Future[object]:
     """Wait until one of them is done, and return that; the others are cancelled."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -276,25 +343,6 @@ async def _first_of(*waits: Awaitable[object]) -> asyncio.Future[object]:
     return done.pop()
 
 
-async def _drain(service: Service, timeout_s: float, hurry: asyncio.Event) -> None:
-    """Wait for the requests in flight, at most timeout_s or until `hurry`."""
-    logger.info("Draining for at most %.0f s", timeout_s)
-    draining = asyncio.ensure_future(service.drain(timeout_s))
-    if await _first_of(draining, hurry.wait()) is not draining or not draining.result():
-        logger.warning("Aborting the requests that are still running")
-
-
 def default_name(settings: Settings) -> str:
     """The folder's own name, also for `.` and `../x/`; without a folder, the engine's kind."""
     return Path(settings.model).resolve().name if settings.model else settings.engine.kind
-
-
-def run(settings: Settings) -> None:
-    """Serve with uvloop until stopped; see `serve`. Exits with 1 when the engine was given up."""
-    prepare_environment()
-    print_stacks_when_asked()
-    logs.set_up(settings.log_level, settings.log_format, prompts=settings.log_prompts)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(serve(settings))
-    if code:
-        raise SystemExit(code)

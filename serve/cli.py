@@ -168,7 +168,7 @@ def serve(
         if not settings.model and settings.engine.kind == "vllm":
             raise StartupError("Which model? Give its folder: packhorse serve FOLDER.")
         # Imported late, so that --help and mistakes answer at once.
-        from packhorse.serve.app import run
+        from packhorse.serve.server import run
 
         run(settings)
     except StartupError as error:

@@ -1,4 +1,4 @@
-"""Every error that a caller can meet, and the one table that says what each becomes on the wire.
+"""Every error that a caller can meet, and the one table that maps each kind to the protocols.
 
 ServeError
   Invalid            the request's own fault; message says value, limit, fix
@@ -41,9 +41,10 @@ class ErrorKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Wire:
-    """How one kind of error looks from outside. `grpc` is the name of a status code, so that this
-    stays a leaf. `openai_type` and `openai_code` are OpenAI's words, as far as it has any.
+class ErrorMapping:
+    """What one kind of error becomes in each protocol. `grpc` is the name of a status code, so that
+    this module imports no gRPC. `openai_type` and `openai_code` are OpenAI's words, where it has
+    any.
     """
 
     http: int
@@ -53,30 +54,32 @@ class Wire:
     retry: bool = False
 
 
-WIRE: dict[ErrorKind, Wire] = {
-    ErrorKind.INVALID: Wire(400, "INVALID_ARGUMENT", "invalid_request_error"),
-    ErrorKind.UNAUTHENTICATED: Wire(
+ERROR_MAPPINGS: dict[ErrorKind, ErrorMapping] = {
+    ErrorKind.INVALID: ErrorMapping(400, "INVALID_ARGUMENT", "invalid_request_error"),
+    ErrorKind.UNAUTHENTICATED: ErrorMapping(
         401, "UNAUTHENTICATED", "invalid_request_error", "invalid_api_key"
     ),
-    ErrorKind.FORBIDDEN: Wire(
+    ErrorKind.FORBIDDEN: ErrorMapping(
         403, "PERMISSION_DENIED", "invalid_request_error", "permission_denied"
     ),
-    ErrorKind.UNKNOWN_MODEL: Wire(404, "NOT_FOUND", "invalid_request_error", "model_not_found"),
-    ErrorKind.NOT_FOUND: Wire(404, "NOT_FOUND", "invalid_request_error"),
-    ErrorKind.CONFLICT: Wire(409, "FAILED_PRECONDITION", "invalid_request_error"),
-    ErrorKind.TOO_LARGE: Wire(413, "INVALID_ARGUMENT", "invalid_request_error"),
-    ErrorKind.UNSUPPORTED_CODING: Wire(415, "INVALID_ARGUMENT", "invalid_request_error"),
+    ErrorKind.UNKNOWN_MODEL: ErrorMapping(
+        404, "NOT_FOUND", "invalid_request_error", "model_not_found"
+    ),
+    ErrorKind.NOT_FOUND: ErrorMapping(404, "NOT_FOUND", "invalid_request_error"),
+    ErrorKind.CONFLICT: ErrorMapping(409, "FAILED_PRECONDITION", "invalid_request_error"),
+    ErrorKind.TOO_LARGE: ErrorMapping(413, "INVALID_ARGUMENT", "invalid_request_error"),
+    ErrorKind.UNSUPPORTED_CODING: ErrorMapping(415, "INVALID_ARGUMENT", "invalid_request_error"),
     # 499 never reaches anybody: the client is gone. It is what the log and the metrics show.
-    ErrorKind.CANCELLED: Wire(499, "CANCELLED", "invalid_request_error"),
-    ErrorKind.OVERLOADED: Wire(
+    ErrorKind.CANCELLED: ErrorMapping(499, "CANCELLED", "invalid_request_error"),
+    ErrorKind.OVERLOADED: ErrorMapping(
         429, "RESOURCE_EXHAUSTED", "requests", "rate_limit_exceeded", retry=True
     ),
     # No retry: what took too long once would take as long again.
-    ErrorKind.DEADLINE: Wire(504, "DEADLINE_EXCEEDED", "timeout_error"),
-    ErrorKind.UNAVAILABLE: Wire(
+    ErrorKind.DEADLINE: ErrorMapping(504, "DEADLINE_EXCEEDED", "timeout_error"),
+    ErrorKind.UNAVAILABLE: ErrorMapping(
         503, "UNAVAILABLE", "server_error", "service_unavailable", retry=True
     ),
-    ErrorKind.INTERNAL: Wire(500, "INTERNAL", "server_error"),
+    ErrorKind.INTERNAL: ErrorMapping(500, "INTERNAL", "server_error"),
 }
 
 
@@ -102,12 +105,12 @@ class ServeError(Exception):
         self.retry_after_s = retry_after_s
 
     @property
-    def wire(self) -> Wire:
-        return WIRE[self.kind]
+    def mapping(self) -> ErrorMapping:
+        return ERROR_MAPPINGS[self.kind]
 
     @property
     def openai_code(self) -> str | None:
-        return self._code or self.wire.openai_code
+        return self._code or self.mapping.openai_code
 
 
 class Invalid(ServeError):

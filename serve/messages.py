@@ -19,7 +19,7 @@ RouteStage = Literal["explicit", "rules", "learned", "default"]
 Scope = Literal["inference", "admin", "metrics"]
 CacheMode = Literal["auto", "always", "refresh", "off"]
 # What the result cache had to do with an answer.
-CacheMark = Literal["hit", "miss", "coalesced", "bypass"]
+CacheStatus = Literal["hit", "miss", "coalesced", "bypass"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 # One chat message in OpenAI's shape (role, content, ...). Kept as given: the engine's own renderer

@@ -335,6 +335,12 @@ class ModelMetrics:
             self.cache_store_failures: ("timeout", "refused", "error"),
         }  # fmt: skip
         _begin(self.closed)
+        # Looked up once, and not with every request.
+        self.requests_by_outcome = {
+            outcome: self.requests.labels(outcome) for outcome in self.closed[self.requests]
+        }
+        self.prompt_tokens = self.tokens.labels("prompt")
+        self.completion_tokens = self.tokens.labels("completion")
         self.by_adapter: tuple[Counter | Gauge, ...] = (self.adapter_waiting, self.routes)
         """What has series by adapter."""
 
@@ -360,7 +366,7 @@ class ModelMetrics:
 
 class Exposition(Collector):
     """One server's page: its own metrics, those of its models with the label `model`, and what
-    vLLM and Python have in the global registry.
+    Python, and vLLM for these models, have in the global registry.
     """
 
     def __init__(self, server: ServerMetrics, models: Callable[[], Iterable[ModelMetrics]]) -> None:
@@ -368,10 +374,10 @@ class Exposition(Collector):
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        yield from REGISTRY.collect()
         yield from self._server.registry.collect()
         families: dict[str, Metric] = {}
-        for model in self._models():
+        models = list(self._models())
+        for model in models:
             for family in model.registry.collect():
                 merged = families.setdefault(
                     family.name, Metric(family.name, family.documentation, family.type)
@@ -384,6 +390,13 @@ class Exposition(Collector):
             yield family
             if old := RENAMED.get(name):
                 yield _renamed(family, old)
+        names = {None, *(model.model for model in models)}
+        for family in REGISTRY.collect():
+            if family.name.startswith("vllm:"):  # of other servers in this process, too
+                family.samples = [
+                    sample for sample in family.samples if sample.labels.get("model_name") in names
+                ]
+            yield family
 
     def text(self) -> tuple[bytes, str]:
         """The page in Prometheus' text format, and its content type."""
@@ -400,38 +413,3 @@ def _renamed(family: Metric, old: str) -> Metric:
         for sample in family.samples
     ]
     return same
-
-
-# TODO(24): goes when everybody is handed theirs.
-_SERVER, _MODEL = ServerMetrics(), ModelMetrics()
-_OLD = {
-    "FIRST_TOKEN_SECONDS": "time_to_first_token_seconds",
-    "BEFORE_ENGINE_SECONDS": "frontend_seconds",
-    "HELD": "waiting_for_engine",
-    "STEP_ADAPTERS": "active_loras_per_step",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name.isupper():
-        attribute = _OLD.get(name, name.lower())
-        for owner in (_MODEL, _SERVER):
-            if hasattr(owner, attribute):
-                return getattr(owner, attribute)
-    raise AttributeError(name)
-
-
-def held() -> float:
-    return _MODEL.requests_waiting_for_engine()
-
-
-def adapters_waiting() -> dict[str, int]:
-    return _MODEL.adapters_waiting()
-
-
-def forget_adapter(name: str) -> None:
-    _MODEL.forget_adapter(name)
-
-
-def exposition() -> tuple[bytes, str]:
-    return Exposition(_SERVER, lambda: (_MODEL,)).text()

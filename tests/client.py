@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,12 @@ TEXT = "/v1/completions"
 
 
 def metric(http: httpx.Client, name: str) -> float:
-    """The value of a series; one that has not been counted yet is 0."""
-    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name + " ")]
+    """The value of a series, named with all of its labels but the model; one that has not been
+    counted yet is 0.
+    """
+    page = re.sub(r'(?<={)model="[^"]*",?|,model="[^"]*"', "", http.get("/metrics").text)
+    page = page.replace("{}", "")
+    lines = [line for line in page.splitlines() if line.startswith(name + " ")]
     return float(lines[0].rpartition(" ")[2]) if lines else 0.0
 
 

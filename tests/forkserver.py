@@ -104,7 +104,7 @@ class ForkServer:
                 [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=ROOT,
-                env={**os.environ, **forkserver._for_nursery(), "PYTHONSAFEPATH": ""},
+                env={**os.environ, **forkserver.forkserver_environment(), "PYTHONSAFEPATH": ""},
             )
         ours.settimeout(START_LIMIT_S)
         self._socket = ours

@@ -75,12 +75,13 @@ def seconds(duration: str) -> float:
     return sum(float(n) * units[unit] for n, unit in re.findall(r"([\d.]+)(ms|s|m|h)", duration))
 
 
-def expanded(expression: str, *, rate_s: float, range_s: float, instance: str = ".*") -> str:
-    """With Grafana's variables replaced."""
+def expanded(expression: str, *, rate_s: float, range_s: float) -> str:
+    """The expression with Grafana's variables replaced; for all servers and models."""
     values = {
         "$__rate_interval": f"{rate_s:.0f}s",
         "$__range": f"{range_s:.0f}s",
-        "$instance": instance,
+        "$instance": ".*",
+        "$model": ".*",
     }
     for name, value in values.items():
         expression = expression.replace(name, value)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from packhorse.serve import metrics
+from packhorse.serve.metrics import RENAMED, ModelMetrics, ServerMetrics
 from packhorse.serve.telemetry.machine import Gpus, Machine
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
@@ -24,6 +24,7 @@ PAGE = ROOT / "docs/metrics.md"
 BEGIN = "<!-- generated from serve/metrics.py by `make metrics-docs`; a test compares -->\n"
 END = "<!-- end of what is generated -->\n"
 HEAD = "| metric | type | labels | what it says |\n|---|---|---|---|\n"
+OLD_NAMES = "\nOld names, exported beside the new ones until the next release:\n\n"
 BUCKETS = "\nBuckets, in seconds unless the name says otherwise:\n\n"
 
 
@@ -35,14 +36,18 @@ def labels_of(collector: Any, family: Metric) -> tuple[str, ...]:
 
 def declared() -> Iterator[tuple[str, str, tuple[str, ...], str, tuple[float, ...]]]:
     """(exported name, type, labels, help, buckets), in the order of the file."""
-    for collector in vars(metrics).values():
-        if not isinstance(collector, MetricWrapperBase | Machine | Gpus):
-            continue
-        bounds = tuple(getattr(collector, "_upper_bounds", ()))
-        for family in collector.describe():
-            name = family.name + ("_total" if family.type == "counter" else "")
-            labels = labels_of(collector, family)
-            yield name, family.type, labels, family.documentation, bounds
+    server, model = vars(ServerMetrics()).values(), vars(ModelMetrics()).values()
+    for collectors, added in (((*server, Machine(), Gpus()), ()), (model, ("model",))):
+        for collector in collectors:
+            if not isinstance(collector, MetricWrapperBase | Machine | Gpus):
+                continue
+            if getattr(collector, "_labelvalues", ()):
+                continue  # one series of another
+            bounds = tuple(getattr(collector, "_upper_bounds", ()))
+            for family in collector.describe():
+                name = family.name + ("_total" if family.type == "counter" else "")
+                labels = (*added, *labels_of(collector, family))
+                yield name, family.type, labels, family.documentation, bounds
 
 
 def table() -> str:
@@ -54,7 +59,8 @@ def table() -> str:
             row = ", ".join(f"{bound:g}" for bound in bounds if bound != float("inf"))
             buckets.setdefault(row, []).append(f"`{name}`")
     listed = "".join(f"- {', '.join(names)}: {row}\n" for row, names in buckets.items())
-    return HEAD + "".join(rows) + BUCKETS + listed
+    renamed = "".join(f"- `{old}` is `{new}`\n" for new, old in RENAMED.items())
+    return HEAD + "".join(rows) + BUCKETS + listed + OLD_NAMES + renamed
 
 
 def main() -> int:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.quality import dequantized
-from packhorse.quantize.quality.evaluate import greedy_answers, read_questions, read_texts, score
+from packhorse.quantize.quality.evaluate import greedy_answers, read_questions, score
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +30,7 @@ BOOTSTRAPS = 2000
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class EvalData:
     """What is measured on."""
 
     original: Path
@@ -56,13 +57,13 @@ class Quality:
         return sum(self.kl_sums) / sum(self.positions)
 
 
-def measure(folder: Path, yardstick: Yardstick) -> Quality:
+def measure(folder: Path, eval_data: EvalData) -> Quality:
     """Read `folder` back and compare. Raises QuantizeError when it cannot be read."""
-    original = dequantized.load(yardstick.original).float()
+    original = dequantized.load(eval_data.original).float()
     model = dequantized.load(folder).float()
     kl_sums, positions, agreeing, loss = [], [], 0.0, 0.0
     with torch.inference_mode():
-        for ids_BT, mask_BT in _batches(yardstick.texts):
+        for ids_BT, mask_BT in _batches(eval_data.texts):
             p_BTV = _logprobs(original, ids_BT)
             q_BTV = _logprobs(model, ids_BT)
             kl_BT = (p_BTV.exp() * (p_BTV - q_BTV)).sum(-1)
@@ -71,7 +72,7 @@ def measure(folder: Path, yardstick: Yardstick) -> Quality:
             agreeing += ((p_BTV.argmax(-1) == q_BTV.argmax(-1)) & mask_BT).sum().item()
             next_BT = q_BTV.gather(2, ids_BT[:, 1:].unsqueeze(2)).squeeze(2)
             loss -= next_BT[mask_BT].sum().item()
-    right, questions = _task(model, yardstick)
+    right, questions = _task(model, eval_data)
     total = sum(positions)
     return Quality(
         positions=positions,
@@ -100,12 +101,12 @@ def _batches(texts: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         yield ids, torch.arange(1, width) < lengths
 
 
-def _task(model: PreTrainedModel, yardstick: Yardstick) -> tuple[int, int]:
+def _task(model: PreTrainedModel, eval_data: EvalData) -> tuple[int, int]:
     """(right, all) of the demo's questions, or of a cloze file."""
-    tokenizer = AutoTokenizer.from_pretrained(yardstick.original)
-    if yardstick.task_file.name == "cloze.jsonl":
-        return _cloze(model, tokenizer, yardstick)
-    questions = read_questions(yardstick.task_file)[: yardstick.task_limit]
+    tokenizer = AutoTokenizer.from_pretrained(eval_data.original)
+    if eval_data.task_file.name == "cloze.jsonl":
+        return _cloze(model, tokenizer, eval_data)
+    questions = read_questions(eval_data.task_file)[: eval_data.task_limit]
     # Large batches: a step costs about the same whatever their size.
     answers = greedy_answers(model, tokenizer, questions, batch_size=240)
     return sum(score(questions, answers).right.values()), len(questions)
@@ -113,11 +114,11 @@ def _task(model: PreTrainedModel, yardstick: Yardstick) -> tuple[int, int]:
 
 @torch.inference_mode()
 def _cloze(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, yardstick: Yardstick
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval_data: EvalData
 ) -> tuple[int, int]:
     """Right: every token of the answer is the most likely one after those before it."""
-    lines = yardstick.task_file.read_text(encoding="utf-8").splitlines()
-    clozes = [json.loads(line) for line in lines][: yardstick.task_limit]
+    lines = eval_data.task_file.read_text(encoding="utf-8").splitlines()
+    clozes = [json.loads(line) for line in lines][: eval_data.task_limit]
     longest = model.config.max_position_embeddings
     right = 0
     for cloze in clozes:

@@ -26,7 +26,7 @@ def run(job: Job) -> None:
         job.model,
         Path(job.out),
         calibration_tokens=rows.numel(),
-        row_tokens=rows.shape[1],
+        sequence_length=rows.shape[1],
         seed=0,
         force=True,
         quality=False,
@@ -36,7 +36,7 @@ def run(job: Job) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     ours = text.read(
-        place, tokenizer, max_tokens=rows.numel(), row_tokens=rows.shape[1], seed=0, force=True
+        place, tokenizer, max_tokens=rows.numel(), sequence_length=rows.shape[1], seed=0, force=True
     )
     if not torch.equal(ours.rows, rows):
         raise RuntimeError("The calibration rows are not those that the other tools got.")

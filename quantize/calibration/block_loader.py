@@ -1,4 +1,4 @@
-"""Walk a checkpoint one decoder block at a time, so that memory does not grow with depth."""
+"""Load a checkpoint one decoder block at a time, so that memory does not grow with depth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its tensors by full name, read from disk when the walk reaches it."""
+    """The tensors of one decoder block, by full name, as they are on disk."""
 
     index: int
     prefix: str
@@ -22,25 +22,25 @@ class Block:
 
 
 def count_blocks(checkpoint: Checkpoint, family: Family) -> int:
-    """How many decoder blocks the tensors on disk make; the planner has seen that all are there."""
+    """The number of decoder blocks on disk. The planner has checked that none is missing."""
     return 1 + max(_index_of(name, family) for name in checkpoint.names())
 
 
-def walk(checkpoint: Checkpoint, family: Family, start: int = 0) -> Iterator[Block]:
-    """Blocks `start`, ...; each is freed when the caller moves on."""
+def load_blocks(checkpoint: Checkpoint, family: Family, start: int = 0) -> Iterator[Block]:
+    """The blocks from index `start` on. Each is read when the caller asks for it."""
     for index in range(start, count_blocks(checkpoint, family)):
         prefix = f"{family.block_prefix}{index}."
         names = [name for name in _names(checkpoint) if name.startswith(prefix)]
         yield Block(index, prefix, {name: checkpoint.get(name) for name in names})
 
 
-def outside(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """The names of tensors that are in no block: embeddings, final norm, head."""
+def names_outside_blocks(checkpoint: Checkpoint, family: Family) -> list[str]:
+    """The names of the tensors that belong to no block: embeddings, final norm, head."""
     return [name for name in _names(checkpoint) if _index_of(name, family) < 0]
 
 
 def largest_block(checkpoint: Checkpoint, family: Family) -> int:
-    """The first of those with the most numbers."""
+    """The index of the block with the most parameters; of equal ones the first."""
     sizes: Counter[int] = Counter()
     for name in _names(checkpoint):
         sizes[_index_of(name, family)] += prod(checkpoint.shape_and_dtype(name)[0])
@@ -49,11 +49,12 @@ def largest_block(checkpoint: Checkpoint, family: Family) -> int:
 
 
 def _names(checkpoint: Checkpoint) -> Iterator[str]:
-    """But for what is in old checkpoints and is computed now."""
+    """All tensor names but the rotary buffers of old checkpoints, which transformers computes."""
     return (name for name in checkpoint.names() if not name.endswith("rotary_emb.inv_freq"))
 
 
 def _index_of(name: str, family: Family) -> int:
+    """The block's index; -1 outside the blocks."""
     if not name.startswith(family.block_prefix):
         return -1
     return int(name.removeprefix(family.block_prefix).split(".", 1)[0])

@@ -1,5 +1,5 @@
-"""Looking into modules that run: what their layers are given, how large keys and values are; and
-modules that stand in for others. Used by `blocks`.
+"""Forward hooks and stand-in modules: they record layer inputs and ranges of keys and values, and
+resume a part of a block at its last layer. Used by runner.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-RANGE = "packhorse_range"  # where an attention module that is watched has its KeyValueRange
+RANGE = "packhorse_range"
+"""The attribute of a recorded attention module that holds its KeyValueRange."""
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Products of float32 matrices may round their factors to bfloat16 (CPUs with AMX) or TF32
-    (GPUs); sums stay float32. The model is served in that precision, and statistics need no more;
-    the solvers run outside.
+def fast_matmul() -> Iterator[None]:
+    """Let float32 matrix products round their factors to bfloat16 (CPUs with AMX) or TF32 (GPUs)
+    and accumulate in float32. The engine serves the model in that precision, and statistics need no
+    more. Solvers run outside of this context.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -33,58 +34,60 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class Reached(Exception):
-    """Ends a run where nothing behind is wanted."""
+class LastLayerReached(Exception):
+    """Ends a forward pass at the last layer whose input is recorded."""
 
 
 def run(
     module: nn.Module,
-    watched: set[str],
+    recorded: set[str],
     hidden: Tensor,
     keywords: dict[str, Any],
     *,
     last: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What the watched parts of a block are given, and what the block puts out. The run ends at the
-    part `last`, and then the output is not one.
+    """Run a block. Returns the inputs of the recorded submodules by name, and the block's output. A
+    run with `last` ends at that submodule, and its output has no meaning.
     """
     seen: dict[str, Tensor] = {}
     output = hidden
     with ExitStack() as hooks:
-        for name in watched:
+        for name in recorded:
 
             def see(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
                 seen[name] = inputs[0]
                 if name == last:
-                    raise Reached
+                    raise LastLayerReached
 
             handle = module.get_submodule(name).register_forward_pre_hook(see)
             hooks.callback(handle.remove)
-        with suppress(Reached):
-            output = hidden_of(module(hidden, **keywords))
+        with suppress(LastLayerReached):
+            output = hidden_states_of(module(hidden, **keywords))
     return seen, output
 
 
-def hidden_of(output: Any) -> Tensor:
+def hidden_states_of(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 @dataclass
-class Continue:
-    """In place of a module's forward: its last layer on what that is given."""
+class ResumeAtLastLayer:
+    """A forward for a module: it applies the module's last layer to a stored input of that layer,
+    and ignores its arguments.
+    """
 
     layer: nn.Module
-    given: Tensor
+    layer_input: Tensor
     tupled: bool
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        output = self.layer(self.given)
+        output = self.layer(self.layer_input)
         return (output, None) if self.tupled else output
 
 
-class Note(nn.Module):
-    """In a block's place: passes its input on and keeps what it was last called with."""
+class InputRecorder(nn.Module):
+    """Stands in for a block: returns its input, and keeps the arguments of its latest call."""
 
     hidden: Tensor
     keywords: dict[str, Any]
@@ -94,21 +97,21 @@ class Note(nn.Module):
         return hidden_states
 
 
-def shared(value: Any, other: Any) -> Any:
-    """The other in its place, wherever it is equal: positions and masks of rows that are as long,
-    which would take as much memory for each batch.
+def deduplicated(value: Any, other: Any) -> Any:
+    """`value` with every tensor replaced by the equal one of `other`: position embeddings and masks
+    are equal for all batches of one shape, and need to be in memory once.
     """
     if isinstance(value, dict) and isinstance(other, dict):
-        return {name: shared(part, other.get(name)) for name, part in value.items()}
+        return {name: deduplicated(part, other.get(name)) for name, part in value.items()}
     if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
-        return tuple(map(shared, value, other))
+        return tuple(map(deduplicated, value, other))
     if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
         return other if value.equal(other) else value
     return value
 
 
-class Times(nn.Module):
-    """In float32."""
+class Scale(nn.Module):
+    """Multiplies by a factor, in float32."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -124,9 +127,10 @@ class KeyValueRange:
     value: float = 0.0
 
 
-def watch_attention(config: Any) -> str:
-    """The name of an attention that notes the range of keys and values where it is asked to: like
-    sdpa, or where scores are capped (Gemma 2), which sdpa does not know, like the model's own.
+def register_recording_attention(config: Any) -> str:
+    """Register an attention function that records the ranges of keys and values in modules with the
+    attribute RANGE, and return its name. It computes as sdpa does; for models with capped scores
+    (Gemma 2), which sdpa cannot compute, as the model's own eager attention.
     """
     kind = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     name = f"packhorse_{kind}"
@@ -141,7 +145,7 @@ def watch_attention(config: Any) -> str:
         if kind == "eager":
             own: Any = sys.modules[type(module).__module__]
             return own.eager_attention_forward(module, query, key, value, *args, **more)
-        if torch.get_float32_matmul_precision() == "medium":  # in fast_products
+        if torch.get_float32_matmul_precision() == "medium":  # in fast_matmul
             query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         output, weights = sdpa_attention_forward(module, query, key, value, *args, **more)
         return output.float(), weights

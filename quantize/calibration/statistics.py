@@ -1,6 +1,6 @@
-"""What a group of linear layers is given on the calibration rows, as running statistics.
+"""Running statistics of the inputs of a group of linear layers on the calibration rows.
 
-Knows torch only. Filled by `blocks`, read by the methods.
+Imports torch alone. Filled by runner.py, read by the methods.
 """
 
 # Shapes: T = tokens, I = inputs of the layers, O = outputs.
@@ -11,29 +11,35 @@ import torch
 from torch import Tensor
 
 TOKENS_AT_ONCE = 2048
-"""Of whole rows that go through a block together; at least one row does."""
+"""Tokens per batch of rows that run through a block together; a batch has at least one row."""
 SAMPLE_TOKENS = 2048
 STRIPS = 4
-"""In which a Hessian is computed: more save more of it, in products that are less efficient."""
+"""Strips of rows in which a Hessian is computed. More strips skip more of the lower triangle, in
+matrix products that are less efficient."""
 
 
-class Inputs:
-    """Means over all tokens seen so far, float32.
+class InputStatistics:
+    """Means over all tokens so far, float32. x is a layer's input in the quantized model, y in the
+    original.
 
-    `x` are the inputs as the quantized model produces them, `y` as the original does. hessian_II
-    is the mean of x x^T. Where it was asked how the two differ: for one layer, missing_OI is the
-    mean of m x^T, with m what its output on x, and what that is added to, lack of the original's;
-    for several, drift_II is that of (y - x) x^T, from which each layer's m follows.
+    hessian_II: mean of x x^T.
+    input_deviation_II: mean of (y - x) x^T. For groups of several layers, after the original's
+        inputs were recorded; None otherwise.
+    output_residual_OI: mean of (target - output) x^T, where target is the original model's residual
+        stream after this layer, and output is the quantized model's with this layer not yet
+        quantized. For groups of one layer; the residual stream is left out where the family does
+        not name the norm that it enters. None otherwise.
+    absmean_I, absmax_I: mean and maximum of |x|.
     """
 
     def __init__(self, *, magnitudes: bool = True) -> None:
-        """`magnitudes`: also collect absmean_I, absmax_I and the sample."""
+        """With `magnitudes`, also collects absmean_I, absmax_I and sample_TI."""
         self._magnitudes = magnitudes
         self.tokens = 0
         self._hessian_II: Tensor | None = None
         self._mirrored = True
-        self.drift_II: Tensor | None = None
-        self.missing_OI: Tensor | None = None
+        self.input_deviation_II: Tensor | None = None
+        self.output_residual_OI: Tensor | None = None
         self.absmean_I = torch.zeros(())
         self.absmax_I = torch.zeros(())
         self._samples: list[Tensor] = []
@@ -48,8 +54,8 @@ class Inputs:
         return self._hessian_II
 
     def _add_square(self, x_TI: Tensor, old: float, new: float) -> None:
-        """Into the Hessian: of what is below the diagonal only the nearest, as the rest mirrors
-        what is above.
+        """Add x x^T to the Hessian, without the part of its lower triangle that lies outside the
+        strips' diagonal squares; `hessian_II` mirrors it from the upper triangle.
         """
         inputs = x_TI.shape[1]
         if self._hessian_II is None:
@@ -61,14 +67,14 @@ class Inputs:
 
     @property
     def sample_TI(self) -> Tensor:
-        """Up to about SAMPLE_TOKENS of the inputs, spread evenly over the rows."""
+        """About SAMPLE_TOKENS of the inputs x at most, spread evenly over the rows."""
         x_TI = torch.cat(self._samples)
         return x_TI[:: max(1, len(x_TI) // SAMPLE_TOKENS)]
 
     def add(
-        self, x_TI: Tensor, drift_TI: Tensor | None = None, missing_TO: Tensor | None = None
+        self, x_TI: Tensor, deviation_TI: Tensor | None = None, residual_TO: Tensor | None = None
     ) -> None:
-        """Take more tokens. `drift_TI` is y - x."""
+        """Add tokens. `deviation_TI` is y - x; `residual_TO` is target - output."""
         x_TI = x_TI.reshape(-1, x_TI.shape[-1]).float()
         total = self.tokens + len(x_TI)
         old, new = self.tokens / total, 1 / total
@@ -78,12 +84,16 @@ class Inputs:
             self.absmean_I = self.absmean_I * old + magnitudes_TI.sum(dim=0) * new
             self.absmax_I = torch.maximum(self.absmax_I, magnitudes_TI.amax(dim=0))
             self._samples.append(x_TI[::16].clone())
-        if drift_TI is not None:
-            drift_TI = drift_TI.reshape(x_TI.shape).float()
-            self.drift_II = _running_mean(self.drift_II, drift_TI, x_TI, old, new)
-        if missing_TO is not None:
-            missing_TO = missing_TO.reshape(len(x_TI), -1).float()
-            self.missing_OI = _running_mean(self.missing_OI, missing_TO, x_TI, old, new)
+        if deviation_TI is not None:
+            deviation_TI = deviation_TI.reshape(x_TI.shape).float()
+            self.input_deviation_II = _running_mean(
+                self.input_deviation_II, deviation_TI, x_TI, old, new
+            )
+        if residual_TO is not None:
+            residual_TO = residual_TO.reshape(len(x_TI), -1).float()
+            self.output_residual_OI = _running_mean(
+                self.output_residual_OI, residual_TO, x_TI, old, new
+            )
         self.tokens = total
 
 
@@ -95,7 +105,7 @@ def _strips(inputs: int) -> list[tuple[int, int]]:
 def _running_mean(
     mean: Tensor | None, left_TA: Tensor, right_TB: Tensor, old: float, new: float
 ) -> Tensor:
-    """mean * old + left^T right * new, (A, B), in place where there is a mean already."""
+    """mean * old + left^T right * new: (A, B). In place when there is a mean already."""
     if mean is None:
         return (left_TA.T @ right_TB) * new
     updated: Tensor = mean.addmm_(left_TA.T, right_TB, beta=old, alpha=new)

@@ -1,9 +1,7 @@
-"""Calibration text -> rows of token ids. Seeded, so that a run can be repeated; hashed, so that a
-report says on what.
+"""Calibration text as rows of token ids: found, shuffled with a seed, packed, and hashed.
 
-Text is rendered with the model's own chat template where it is a conversation, and packed end to
-end into rows of one length: no padding, no half-used row. It comes from files here, or from a
-dataset of the Hugging Face hub.
+Texts are packed end to end into rows of one length, without padding. The digests in the report name
+the text of a run. Called by run.py.
 """
 
 from __future__ import annotations
@@ -11,36 +9,34 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from packhorse.quantize.calibration.dataset import (
+    hub_dataset,
+    text_files,
+    texts_of_file,
+    texts_of_hub_dataset,
+)
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import sha256_of
-from packhorse.quantize.quality.evaluate import Text, read_utf8, texts_of
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-ENOUGH_TOKENS = 64 * 1024  # below this the statistics of a layer are noise
-DATASET_ROWS = 10_000
-"""Rows of a dataset that are looked at, from its beginning."""
-DATASET_CHARACTERS = 64
-"""And no more than this many characters for each token wanted; 16 times what is needed or so."""
-_DATASET = re.compile(
-    r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?"
-)
+ENOUGH_TOKENS = 64 * 1024
+"""With fewer calibration tokens, the statistics of a layer are noise."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids int64 (rows, row_tokens), and where they are from: files or a dataset."""
+    """Token ids, int64 (rows, sequence length), and their source: files or a hub dataset."""
 
     rows: Tensor
     files: tuple[Path, ...] = ()
     dataset: dict[str, str] | None = None
-    """Its name, config where one is named, and split."""
+    """Name, config (where given) and split."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,11 +44,13 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """Of the rows: what the tokenizer made of the text."""
+        """sha256 of the token ids."""
         return hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
 
     def as_json(self) -> dict[str, object]:
-        """With a digest of the files; for a dataset, which may change on the hub, of the rows."""
+        """For the report. `sha256` is that of the files; for a dataset, which may change on the
+        hub, that of the token ids.
+        """
         if self.dataset is None:
             names: dict[str, object] = {"files": [path.name for path in self.files]}
             digest = sha256_of(list(self.files))
@@ -63,28 +61,48 @@ class Calibration:
         return {**names, "sha256": digest, **shape}
 
 
+def find(folder: Path, named: Path | str | None) -> Path | str | None:
+    """The named place, or `../calibration.jsonl` seen from the model folder; None when neither is
+    there.
+    """
+    beside = folder.absolute().parent / "calibration.jsonl"
+    return named or (beside if beside.is_file() else None)
+
+
+def tokenizer_for(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises BadInput when the model folder has no tokenizer that loads."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{folder} has no tokenizer that loads, which calibration needs: {error}"
+        ) from error
+    return tokenizer
+
+
 def read(
     place: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
-    row_tokens: int,
+    sequence_length: int,
     seed: int,
     force: bool = False,
 ) -> Calibration:
-    """Rows from a file, from all *.jsonl and *.txt of a folder, or from the first rows of a dataset
-    (`name`, `organisation/name`, `name@config:split`; the split is `train` where none is named).
-    Texts are shuffled by `seed`, and tokenized until `max_tokens` are there.
+    """Rows of `sequence_length` tokens from a file, from the *.jsonl and *.txt files of a folder,
+    or from the first rows of a hub dataset: `name`, `organisation/name` or `name@config:split`; the
+    default split is `train`.
 
-    JSON lines and datasets hold `messages` or `text`; a .txt file is one text a paragraph. Raises
-    BadInput when nothing is there, or less than ENOUGH_TOKENS unless `force`.
+    JSON lines and datasets hold `messages` or `text`; a .txt file holds one text per paragraph. The
+    texts are shuffled with `seed`, and tokenized until `max_tokens` are there. Raises BadInput for
+    no text, or for fewer tokens than ENOUGH_TOKENS without `force`.
     """
     files: list[Path] = []
-    if dataset := _dataset(place):
-        texts = _of_dataset(dataset, max_tokens * DATASET_CHARACTERS)
+    if dataset := hub_dataset(place):
+        texts = texts_of_hub_dataset(dataset, max_tokens)
     else:
-        files = _files(Path(place))
-        texts = [text for path in files for text in _of_file(path)]
+        files = text_files(Path(place))
+        texts = [text for path in files for text in texts_of_file(path)]
     random.Random(seed).shuffle(texts)
     tokens = itertools.chain.from_iterable(text.tokens(tokenizer) for text in texts)
     stream = list(itertools.islice(tokens, max_tokens))
@@ -98,77 +116,19 @@ def read(
             f"{place} has {len(stream)} tokens for calibration, below the {ENOUGH_TOKENS} that "
             "give a stable result; add text of the kind the model will see, or pass --force."
         )
-    row_tokens = min(row_tokens, len(stream))
-    if not row_tokens:
+    sequence_length = min(sequence_length, len(stream))
+    if not sequence_length:
         raise BadInput(f"{place} holds no text.")
-    count = len(stream) // row_tokens
-    rows = torch.tensor(stream[: count * row_tokens]).reshape(count, row_tokens)
+    count = len(stream) // sequence_length
+    rows = torch.tensor(stream[: count * sequence_length]).reshape(count, sequence_length)
     return Calibration(rows, tuple(files), dataset)
 
 
-def _dataset(place: Path | str) -> dict[str, str] | None:
-    """What `place` names, when it is neither here nor called like a file."""
-    named = _DATASET.fullmatch(str(place))
-    if named is None or Path(place).exists() or Path(place).suffix in (".jsonl", ".txt"):
-        return None
-    parts = {**named.groupdict(), "split": named["split"] or "train"}
-    return {key: value for key, value in parts.items() if value}
-
-
-def _files(place: Path) -> list[Path]:
-    if place.is_dir():
-        files = sorted(path for path in place.iterdir() if path.suffix in (".jsonl", ".txt"))
-        if not files:
-            raise BadInput(f"{place} holds no *.jsonl and no *.txt.")
-        return files
-    if not place.is_file():
-        raise BadInput(f"--calibration {place}: no such file or folder.")
-    return [place]
-
-
-def _of_file(path: Path) -> list[Text]:
-    if path.suffix != ".txt":
-        return texts_of(path)
-    paragraphs = read_utf8(path).split("\n\n")
-    return [Text(part, None, str(path)) for part in paragraphs if part.strip()]
-
-
-def _of_dataset(dataset: dict[str, str], max_characters: int) -> list[Text]:
-    """The first texts of a dataset, streamed, so that no more of it is downloaded than that."""
-    name, split = dataset["name"], dataset["split"]
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise BadInput(
-            f"--calibration {name}: no such file or folder. If it is a dataset of the Hugging Face "
-            "hub, reading it needs: pip install 'packhorse[hub-data]'."
-        ) from error
-    texts: list[Text] = []
-    characters = 0
-    try:
-        rows = load_dataset(name, dataset.get("config"), split=split, streaming=True)
-        for number, row in enumerate(itertools.islice(rows, DATASET_ROWS), start=1):
-            text = Text.of(_without_none(row), f"{name}:{split}, row {number}")
-            texts.append(text)
-            characters += len(str(text.content))
-            if characters >= max_characters:
-                break
-    except BadInput:
-        raise
-    except Exception as error:  # of datasets, the hub's client, pyarrow, the network
-        raise BadInput(
-            f"--calibration {name}: no such file or folder, and no dataset that could be read: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return texts
-
-
-def _without_none(value: Any) -> Any:
-    """A table gives every row all columns, and every message all keys; templates ask whether they
-    are there.
-    """
-    if isinstance(value, dict):
-        return {key: _without_none(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_without_none(part) for part in value]
-    return value
+def refuse_evaluation_text(text: Calibration, evaluation_digests: Collection[str]) -> None:
+    """Raises BadInput when a calibration file is also an evaluation file, by its sha256."""
+    for path in text.files:
+        if sha256_of([path]) in evaluation_digests:
+            raise BadInput(
+                f"{path} is also what quality is measured with, so the report would "
+                "flatter; calibrate on other text, or pass --force."
+            )

@@ -1,5 +1,5 @@
-"""On-disk layouts by name. One layout is one file: which tensors a weight becomes, what the config
-says, how to read it back.
+"""Checkpoint formats by name; one file per format: the tensors of a quantized layer, the config,
+and reading both back.
 """
 
 from __future__ import annotations
@@ -8,37 +8,37 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from packhorse.quantize.errors import Unsupported
-from packhorse.quantize.numerics.grid import Codes, Scheme
+from packhorse.quantize.numerics.grid import QuantizedWeight, Scheme
 from torch import Tensor
 
 FORMATS = ("compressed-tensors", "gptq", "awq")
 
 
 class Format(Protocol):
-    """How the quantized layers of one checkpoint are laid out."""
+    """How the quantized layers of one checkpoint are stored."""
 
     @property
     def name(self) -> str:
-        """config.json's `quant_method`."""
+        """`quant_method` in config.json."""
         ...
 
     @property
     def scheme(self) -> Scheme:
-        """Of most layers."""
+        """The scheme of most layers."""
         ...
 
     def scheme_of(self, prefix: str) -> Scheme: ...
 
-    def tensors(self, prefix: str, codes: Codes) -> dict[str, Tensor]:
-        """The tensors of one linear layer, by full name. Raises ValueError when the layer's sizes
+    def tensors(self, prefix: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The tensors of one linear layer, by full name. Raises ValueError when the layer's codes
         do not fill whole 32-bit words.
         """
         ...
 
     def config(self, *, ignore: Sequence[str], kv_scales: bool) -> dict[str, Any]:
-        """config.json's `quantization_config`. `ignore` names the linear layers that stay as they
-        are; `kv_scales` says that the checkpoint has k_scale and v_scale tensors. Raises
-        Unsupported for what the layout cannot say.
+        """`quantization_config` in config.json. `ignore` names the linear layers that are not
+        quantized; `kv_scales` says that the checkpoint has k_scale and v_scale tensors. Raises
+        Unsupported for what the format cannot express.
         """
         ...
 
@@ -46,15 +46,15 @@ class Format(Protocol):
         """The prefixes of the quantized linear layers among tensor names."""
         ...
 
-    def read(self, prefix: str, get: Callable[[str], Tensor]) -> Codes:
-        """The codes back from the tensors."""
+    def read(self, prefix: str, get: Callable[[str], Tensor]) -> QuantizedWeight:
+        """Read a quantized weight back from its tensors."""
         ...
 
 
 def make(name: str, scheme: Scheme, others: Mapping[str, Scheme] | None = None) -> Format:
-    """The layout for checkpoints that are to be written; `others` are the layers of another scheme,
-    which compressed-tensors alone can hold. Raises Unsupported for an unknown name, or a scheme
-    that the layout cannot hold.
+    """The format for writing a checkpoint. `others` are the layers of another scheme, which only
+    compressed-tensors can store. Raises Unsupported for an unknown name, or a scheme that the
+    format cannot store.
     """
     from packhorse.quantize.formats import awq, compressed_tensors, gptq, mixed
 
@@ -73,8 +73,8 @@ def make(name: str, scheme: Scheme, others: Mapping[str, Scheme] | None = None) 
 
 
 def of(config: dict[str, Any]) -> Format:
-    """The layout of a checkpoint with this `quantization_config`, ours or another tool's. Raises
-    Unsupported.
+    """The format of a checkpoint with this `quantization_config`, which may be another tool's.
+    Raises Unsupported.
     """
     from packhorse.quantize.formats import awq, compressed_tensors, gptq, mixed
 

@@ -1,12 +1,12 @@
-"""compressed-tensors: one config, three layouts of a linear layer.
+"""compressed-tensors: one config, and three layouts of a linear layer.
 
 pack-quantized   weight_packed int32 (O, I*bits/32), codes from 0 up, packed along I; weight_scale
-                 (O, G); weight_shape int64 (2); weight_zero_point int32 (O*bits/32, G), packed
-                 along O, for an asymmetric grid. Activations left alone.
+                 (O, G); weight_shape int64 (2); with zero points also weight_zero_point int32
+                 (O*bits/32, G), packed along O. Activations are not quantized.
 int-quantized    weight int8 (O, I), weight_scale (O, 1). int8 activations.
 float-quantized  weight float8_e4m3fn (O, I), weight_scale (O, 1). fp8 activations.
 
-Activations are rounded while serving, with a scale a token. Source: the config classes and packing
+The engine quantizes activations, with one scale per token. Source: the config classes and packing
 helpers of compressed-tensors 0.17, which vLLM installs.
 """
 
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 from packhorse.quantize.errors import Unsupported
-from packhorse.quantize.numerics.grid import Codes, Grid, Scheme, pack, unpack
+from packhorse.quantize.numerics.grid import QuantizationArgs, QuantizedWeight, Scheme, pack, unpack
 from torch import Tensor
 
 PACKED = "pack-quantized"
-# Layout -> the tensor that shows that a layer is quantized.
+# Layout -> the tensor that marks a quantized layer.
 _MARKS = {
     PACKED: ".weight_packed",
     "int-quantized": ".weight_scale",
     "float-quantized": ".weight_scale",
-    "naive-quantized": ".weight_scale",  # either of the two above, as other tools call it
+    "naive-quantized": ".weight_scale",  # another tool's name for either of the two above
 }
 KV_CACHE = {
     "num_bits": 8,
@@ -48,26 +48,26 @@ class CompressedTensors:
     def scheme_of(self, prefix: str) -> Scheme:
         return self.scheme
 
-    def tensors(self, prefix: str, codes: Codes) -> dict[str, Tensor]:
-        found = {f"{prefix}.weight_scale": codes.scales_OG}
+    def tensors(self, prefix: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        found = {f"{prefix}.weight_scale": weight.scales_OG}
         if self.layout != PACKED:
-            return {f"{prefix}.weight": codes.codes_OI, **found}
-        bits = codes.grid.bits
-        found[f"{prefix}.weight_packed"] = pack(codes.codes_OI.int() - codes.grid.low, bits)
-        found[f"{prefix}.weight_shape"] = torch.tensor(codes.codes_OI.shape)
-        if codes.zeros_OG is not None:
-            found[f"{prefix}.weight_zero_point"] = pack(codes.zeros_OG.T, bits).T
+            return {f"{prefix}.weight": weight.codes_OI, **found}
+        bits = weight.args.bits
+        found[f"{prefix}.weight_packed"] = pack(weight.codes_OI.int() - weight.args.low, bits)
+        found[f"{prefix}.weight_shape"] = torch.tensor(weight.codes_OI.shape)
+        if weight.zeros_OG is not None:
+            found[f"{prefix}.weight_zero_point"] = pack(weight.zeros_OG.T, bits).T
         return found
 
     def config(self, *, ignore: Sequence[str], kv_scales: bool) -> dict[str, Any]:
-        grid = self.scheme.grid
-        kind = "float" if grid.floating else "int"
+        args = self.scheme.weights
+        kind = "float" if args.floating else "int"
         weights = {
-            "num_bits": grid.bits,
+            "num_bits": args.bits,
             "type": kind,
-            "symmetric": grid.symmetric,
-            "strategy": "group" if grid.group_size else "channel",
-            "group_size": grid.group_size,
+            "symmetric": args.symmetric,
+            "strategy": "group" if args.group_size else "channel",
+            "group_size": args.group_size,
             "dynamic": False,
         }
         activations = {
@@ -97,29 +97,29 @@ class CompressedTensors:
         mark = _MARKS[self.layout]
         return [name.removesuffix(mark) for name in names if name.endswith(mark)]
 
-    def read(self, prefix: str, get: Callable[[str], Tensor]) -> Codes:
-        grid = self.scheme.grid
+    def read(self, prefix: str, get: Callable[[str], Tensor]) -> QuantizedWeight:
+        args = self.scheme.weights
         scales_OG = get(f"{prefix}.weight_scale")
         if self.layout != PACKED:
             codes_OI = get(f"{prefix}.weight")
-            return Codes(codes_OI, scales_OG.reshape(codes_OI.shape[0], -1), grid)
-        # Other tools fill up the last word; the shape says what counts.
+            return QuantizedWeight(codes_OI, scales_OG.reshape(codes_OI.shape[0], -1), args)
+        # Other tools pad the last word; the shape tells where the codes end.
         outputs, inputs = get(f"{prefix}.weight_shape").tolist()
-        codes_OI = unpack(get(f"{prefix}.weight_packed"), grid.bits)[:, :inputs].int() + grid.low
+        codes_OI = unpack(get(f"{prefix}.weight_packed"), args.bits)[:, :inputs].int() + args.low
         zeros_OG = None
-        if not grid.symmetric:
+        if not args.symmetric:
             words_GP = get(f"{prefix}.weight_zero_point").T.contiguous()
-            zeros_OG = unpack(words_GP, grid.bits)[:, :outputs].T.to(grid.code_dtype)
-        return Codes(codes_OI.to(grid.code_dtype), scales_OG, grid, zeros_OG)
+            zeros_OG = unpack(words_GP, args.bits)[:, :outputs].T.to(args.code_dtype)
+        return QuantizedWeight(codes_OI.to(args.code_dtype), scales_OG, args, zeros_OG)
 
 
 def make(scheme: Scheme) -> CompressedTensors:
-    grid = scheme.grid
-    whole_rows = grid.symmetric and grid.bits == 8 and grid.group_size is None
-    if not grid.floating and grid.bits in (4, 8) and scheme.activation_bits == 16:
+    args = scheme.weights
+    whole_rows = args.symmetric and args.bits == 8 and args.group_size is None
+    if not args.floating and args.bits in (4, 8) and scheme.activation_bits == 16:
         return CompressedTensors(scheme, PACKED)
     if whole_rows and scheme.activation_bits == 8:
-        layout = "float-quantized" if grid.floating else "int-quantized"
+        layout = "float-quantized" if args.floating else "int-quantized"
         return CompressedTensors(scheme, layout)
     raise Unsupported(
         f"compressed-tensors cannot hold {scheme} like this: it is for integers of 4 or 8 bits "
@@ -128,7 +128,7 @@ def make(scheme: Scheme) -> CompressedTensors:
 
 
 def of(config: dict[str, Any]) -> list[tuple[tuple[str, ...], CompressedTensors]]:
-    """The kinds of layers of a `quantization_config`, with their targets. Raises Unsupported."""
+    """The layouts in a `quantization_config`, each with its targets. Raises Unsupported."""
     found = [
         (tuple(group.get("targets") or ()), _of_group(group, config))
         for group in (config.get("config_groups") or {}).values()
@@ -154,7 +154,7 @@ def _of_group(group: dict[str, Any], config: dict[str, Any]) -> CompressedTensor
             f"compressed-tensors with actorder {weights['actorder']!r} cannot be read, by vLLM "
             "neither; quantize again with actorder static."
         )
-    grid = Grid(
+    args = QuantizationArgs(
         weights.get("num_bits", 8),
         weights.get("group_size") if weights.get("strategy") == "group" else None,
         weights.get("symmetric", True),
@@ -163,24 +163,24 @@ def _of_group(group: dict[str, Any], config: dict[str, Any]) -> CompressedTensor
     packed = layout == PACKED
     if (
         weights.get("strategy") not in ("group", "channel")
-        or grid.bits not in (4, 8)
-        or (grid.floating and (packed or grid.bits != 8))
-        or not (packed or grid.symmetric)
+        or args.bits not in (4, 8)
+        or (args.floating and (packed or args.bits != 8))
+        or not (packed or args.symmetric)
     ):
         raise Unsupported(f"compressed-tensors weights of this kind cannot be read: {weights}.")
-    if group.get("output_activations") or (activations and not _by_token(activations, grid)):
+    if group.get("output_activations") or (activations and not _by_token(activations, args)):
         raise Unsupported(
             f"compressed-tensors with these activations cannot be read: {activations}; 8 bits, "
             "symmetric, dynamic, one scale a token can."
         )
-    return CompressedTensors(Scheme(grid, 8 if activations else 16), layout)
+    return CompressedTensors(Scheme(args, 8 if activations else 16), layout)
 
 
-def _by_token(activations: dict[str, Any], grid: Grid) -> bool:
+def _by_token(activations: dict[str, Any], args: QuantizationArgs) -> bool:
     return (
         activations.get("num_bits") == 8
         and activations.get("strategy") == "token"
         and bool(activations.get("dynamic"))
         and activations.get("symmetric", True)
-        and (activations.get("type", "int") == "float") == grid.floating
+        and (activations.get("type", "int") == "float") == args.floating
     )

@@ -1,4 +1,4 @@
-"""Methods by name. One method is one file that reads top to bottom."""
+"""Quantization methods by name; one file per method. docs/add-a-method.md adds one step by step."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.families import Family
-from packhorse.quantize.numerics.grid import Codes, Scheme
+from packhorse.quantize.numerics.grid import QuantizedWeight, Scheme
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """A weight's codes, and what the report should say about how they came to be, if anything."""
+class QuantizationResult:
+    """A quantized weight and, where something went differently than planned, a note for the
+    report.
+    """
 
-    codes: Codes
+    weight: QuantizedWeight
     note: str | None = None
 
-    def noted(self, note: str | None) -> Rounded:
-        """With one more note."""
-        return Rounded(self.codes, "; ".join(filter(None, (note, self.note))) or None)
+    def with_note(self, note: str | None) -> QuantizationResult:
+        """The same weight with one more note, placed before the present one."""
+        return QuantizationResult(self.weight, "; ".join(filter(None, (note, self.note))) or None)
 
 
 class Method(Protocol):
-    """How the weights of linear layers become codes. Scales are made in `scale_dtype`, in which the
-    engine reads them.
-    """
+    """How the weights of linear layers are quantized."""
 
     @property
     def scheme(self) -> Scheme: ...
 
     @property
     def calibrated(self) -> bool:
-        """Whether it looks at what layers are given: `prepare` is called, `quantize` gets inputs
-        (or None after all, where there is no calibration text and it can do without).
+        """Whether the method reads input statistics. If so, `prepare` is called and `quantize` gets
+        statistics, or None when there is no calibration text and the method can do without.
         """
         ...
 
@@ -45,21 +45,24 @@ class Method(Protocol):
         self,
         block: nn.Module,
         family: Family,
-        inputs: Callable[[], dict[str, Inputs]],
+        statistics: Callable[[], dict[str, InputStatistics]],
         quantized: Collection[str],
     ) -> list[str]:
-        """Move scales between the layers of a block (float32, changed in place) where that makes
-        the `quantized` ones easier to round; the block's function stays, and so do other linear
-        layers. Returns the names of the layers whose
-        inputs were looked at and left as they are. `inputs` runs the rows through the block: what
-        each fused group is given, by its first layer's name.
+        """Move scales between the layers of a block where the `quantized` layers then lose less.
+
+        `block` is in float32 and changed in place. The function that it computes stays the same,
+        and so do the weights of linear layers that are not quantized. `statistics` runs the
+        calibration rows through the block and returns the input statistics of each fused group, by
+        the group's first layer. Returns the names of the layers that were searched and left alone.
         """
         ...
 
     def quantize(
-        self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
-    ) -> Rounded:
-        """The codes of one layer."""
+        self, weight_OI: Tensor, statistics: InputStatistics | None, scale_dtype: torch.dtype
+    ) -> QuantizationResult:
+        """Quantize one layer's weight. Scales are made in `scale_dtype`, in which the engine reads
+        them.
+        """
         ...
 
 

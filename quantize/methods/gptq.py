@@ -1,15 +1,15 @@
-"""GPTQ: round column by column, and let the columns still to come make up for each one's error.
+"""GPTQ: round a weight column by column, and move each column's rounding error onto the columns
+that are not rounded yet.
 
-Scales are fixed first, from the weight as it was ("static groups"), by a search that weighs each
-input by its size in the calibration data. Then columns are rounded in the order of falling
-importance ("act-order"), which static groups allow without a g_idx on disk.
+First the weight is compensated for the errors of earlier layers (error_compensation.py). Then the
+scales are fixed ("static groups"), by a search that weights each input by its mean square in the
+calibration data. Then the columns are rounded in the order of falling importance ("act-order");
+with static groups this order needs no g_idx on disk.
 
-Before all that, the weight is corrected for the errors of the layers before it (correction.py).
-
-Source: GPTQ, arXiv:2210.17323. Its algorithm 1 spreads each error with a factor of the inverse
-Hessian; the same codes come out of a factor of the Hessian itself when columns are taken from its
-end (arXiv:2507.18553), which saves the inverse. Checked in the tests against a version that solves
-the least-squares problem anew after every column.
+Source: GPTQ, arXiv:2210.17323. Its algorithm 1 distributes each error with a Cholesky factor of the
+inverse Hessian. A factor of the Hessian itself gives the same codes when columns are taken from its
+end (arXiv:2507.18553), and no inverse is needed. The tests compare the result with a version that
+solves the least-squares problem again after every column.
 """
 
 # Shapes: O = outputs, I = inputs, G = groups along I, B = columns of a block.
@@ -20,16 +20,22 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from packhorse.quantize.calibration.statistics import Inputs
-from packhorse.quantize.methods import Rounded
-from packhorse.quantize.methods.error_compensation import correct
+from packhorse.quantize.calibration.statistics import InputStatistics
+from packhorse.quantize.methods import QuantizationResult
+from packhorse.quantize.methods.error_compensation import compensate
 from packhorse.quantize.model.families import Family
 from packhorse.quantize.numerics.cholesky import factor_
-from packhorse.quantize.numerics.grid import Codes, Placement, Scheme, search_placement
+from packhorse.quantize.numerics.grid import (
+    QuantizationParameters,
+    QuantizedWeight,
+    Scheme,
+    search_parameters,
+)
 from torch import Tensor, nn
 
-BLOCK = 128  # columns that make up in one product for all that are rounded before them
-DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean diagonal, until the factorization succeeds
+BLOCK = 128  # columns that receive the errors of all earlier blocks in one matrix product
+# Shares of the mean diagonal, tried in order until the factorization succeeds.
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -41,79 +47,97 @@ class Gptq:
         self,
         block: nn.Module,
         family: Family,
-        inputs: Callable[[], dict[str, Inputs]],
+        statistics: Callable[[], dict[str, InputStatistics]],
         quantized: Collection[str],
     ) -> list[str]:
         return []
 
     def quantize(
-        self, weight_OI: Tensor, inputs: Inputs | None, scale_dtype: torch.dtype
-    ) -> Rounded:
-        assert inputs is not None
-        corrected_OI, note = correct(weight_OI, inputs)
-        placement = search_placement(
-            corrected_OI, self.scheme.grid, inputs.hessian_II.diagonal(), scale_dtype=scale_dtype
+        self, weight_OI: Tensor, statistics: InputStatistics | None, scale_dtype: torch.dtype
+    ) -> QuantizationResult:
+        assert statistics is not None
+        compensated_OI, note = compensate(weight_OI, statistics)
+        parameters = search_parameters(
+            compensated_OI,
+            self.scheme.weights,
+            statistics.hessian_II.diagonal(),
+            scale_dtype=scale_dtype,
         )
-        return solve(corrected_OI, inputs.hessian_II, placement).noted(note)
+        return solve(compensated_OI, statistics.hessian_II, parameters).with_note(note)
 
 
-def solve(weight_OI: Tensor, hessian_II: Tensor, placement: Placement) -> Rounded:
-    """Codes on the placement that change the layer's output least on inputs with this Hessian (the
-    mean of x x^T, float32); never worse than rounding to nearest, row by row. Neither argument is
-    changed. Where no damping makes the Hessian invertible, rounds to nearest and says so.
+def solve(
+    weight_OI: Tensor, hessian_II: Tensor, parameters: QuantizationParameters
+) -> QuantizationResult:
+    """Quantize a weight with fixed parameters, so that the layer's output changes least on inputs
+    with this Hessian.
+
+    weight_OI is float32 or a half type, hessian_II the mean of x x^T in float32; neither is
+    changed. No row's output error is above that of rounding to nearest. When no damping makes the
+    Hessian positive definite, the weight is rounded to nearest, and the note says so.
     """
     diagonal_I = hessian_II.diagonal()
     order_I = diagonal_I.argsort(descending=True, stable=True).flip(0)
     mean = diagonal_I.mean().item()
     for damping in DAMPING:
-        # An input that is always 0 takes no part, but must keep the matrix invertible, and not be
-        # large beside the others: what it adds is taken off again at the end.
+        # An input that is always 0 has no part in the error. Its diagonal must keep the matrix
+        # invertible without being large beside the others; added_I is subtracted again at the end.
         added_I = torch.where(diagonal_I == 0, 1.0, damping) * (mean if mean > 0 else 1.0)
         damped_II = hessian_II[order_I[:, None], order_I]
         damped_II.diagonal().add_(added_I[order_I])
         lower_II = factor_(damped_II)
         if lower_II is not None:
             note = None if damping == DAMPING[0] else f"damped by {damping} of the mean diagonal"
-            codes, changed_O = _round_columns(weight_OI, placement, order_I, lower_II, added_I)
-            return Rounded(_better_rows(weight_OI, hessian_II, placement, codes, changed_O), note)
-    return Rounded(placement.round(weight_OI), "rounded to nearest: Hessian not invertible")
+            quantized, changed_O = _round_columns(weight_OI, parameters, order_I, lower_II, added_I)
+            return QuantizationResult(
+                _better_rows(weight_OI, hessian_II, parameters, quantized, changed_O), note
+            )
+    return QuantizationResult(
+        parameters.round(weight_OI), "rounded to nearest: Hessian not invertible"
+    )
 
 
 def _round_columns(
-    weight_OI: Tensor, placement: Placement, order_I: Tensor, lower_II: Tensor, added_I: Tensor
-) -> tuple[Codes, Tensor]:
-    """Rounded in order_I, from its end to its beginning, and how much that changes each output:
-    (O,), mean square. lower_II is the Cholesky factor of the Hessian, in that order and with
-    added_I on its diagonal. A column is rounded from where it makes up best for all that was
-    rounded before it: those behind it in one product, those of its block one by one.
+    weight_OI: Tensor,
+    parameters: QuantizationParameters,
+    order_I: Tensor,
+    lower_II: Tensor,
+    added_I: Tensor,
+) -> tuple[QuantizedWeight, Tensor]:
+    """Round the columns in order_I, from its end to its beginning.
+
+    lower_II is the Cholesky factor of the Hessian in that order, with added_I on its diagonal. Each
+    column's target is its weight plus the errors that it receives: those of earlier blocks in one
+    matrix product, those of its own block one by one. Returns the quantized weight and the mean
+    squared change of each output (O,).
     """
-    grid, inputs = placement.grid, weight_OI.shape[1]
-    # Columns as rows: contiguous in memory.
+    args, inputs = parameters.args, weight_OI.shape[1]
+    # Columns become rows, which are contiguous in memory.
     wanted_IO = weight_OI.float().T[order_I].contiguous()
-    scales_GO = placement.scales_OG.float().T.contiguous()
-    zeros_GO = None if placement.zeros_OG is None else placement.zeros_OG.float().T.contiguous()
+    scales_GO = parameters.scales_OG.float().T.contiguous()
+    zeros_GO = None if parameters.zeros_OG is None else parameters.zeros_OG.float().T.contiguous()
     groups = (order_I // (inputs // len(scales_GO))).tolist()
     upper_II = lower_II.T
     diagonal_I1 = upper_II.diagonal().unsqueeze(1)
     lost_IO = torch.empty_like(wanted_IO)
-    codes_IO = torch.empty(wanted_IO.shape, dtype=grid.code_dtype, device=wanted_IO.device)
+    codes_IO = torch.empty(wanted_IO.shape, dtype=args.code_dtype, device=wanted_IO.device)
     changed_O = torch.zeros_like(wanted_IO[0])
     for end in range(inputs, 0, -BLOCK):
         start = max(0, end - BLOCK)
         owed_BO = (upper_II[start:end, end:] @ lost_IO[end:]).div_(diagonal_I1[start:end])
         target_BO = owed_BO.add_(wanted_IO[start:end])
-        # Row j: how much of what column j loses each column before it has to make up for.
+        # Row j: the share of column j's error that each column before it receives.
         shares_BB = (upper_II[start:end, start:end] / diagonal_I1[start:end]).T.contiguous()
         for column in reversed(range(end - start)):
             place = start + column
             scale_O = scales_GO[groups[place]]
             steps_O = target_BO[column] / scale_O
             if zeros_GO is None:
-                code_O = steps_O.round_().clamp_(grid.low, grid.high)
+                code_O = steps_O.round_().clamp_(args.low, args.high)
                 rounded_O = code_O * scale_O
             else:
                 zero_O = zeros_GO[groups[place]]
-                code_O = steps_O.add_(zero_O).round_().clamp_(grid.low, grid.high)
+                code_O = steps_O.add_(zero_O).round_().clamp_(args.low, args.high)
                 rounded_O = (code_O - zero_O) * scale_O
             codes_IO[place] = code_O
             torch.sub(wanted_IO[place], rounded_O, out=lost_IO[place])
@@ -122,20 +146,24 @@ def _round_columns(
         changed_O += target_BO.mul_(diagonal_I1[start:end]).square_().sum(dim=0)
     changed_O -= added_I[order_I] @ lost_IO.square_()
     codes_OI = codes_IO[order_I.argsort()].T.contiguous()
-    return Codes(codes_OI, placement.scales_OG, grid, placement.zeros_OG), changed_O
+    return QuantizedWeight(codes_OI, parameters.scales_OG, args, parameters.zeros_OG), changed_O
 
 
 def _better_rows(
-    weight_OI: Tensor, hessian_II: Tensor, placement: Placement, codes: Codes, changed_O: Tensor
-) -> Codes:
-    """Each output row as solved, or rounded to nearest where that happens to be better."""
-    nearest = placement.round(weight_OI)
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    parameters: QuantizationParameters,
+    quantized: QuantizedWeight,
+    changed_O: Tensor,
+) -> QuantizedWeight:
+    """Each row as GPTQ solved it, or rounded to nearest where that has the smaller error."""
+    nearest = parameters.round(weight_OI)
     worse_O = changed_O > output_error(weight_OI, nearest, hessian_II)
-    codes_OI = torch.where(worse_O[:, None], nearest.codes_OI, codes.codes_OI)
-    return Codes(codes_OI, codes.scales_OG, codes.grid, codes.zeros_OG)
+    codes_OI = torch.where(worse_O[:, None], nearest.codes_OI, quantized.codes_OI)
+    return QuantizedWeight(codes_OI, quantized.scales_OG, quantized.args, quantized.zeros_OG)
 
 
-def output_error(weight_OI: Tensor, codes: Codes, hessian_II: Tensor) -> Tensor:
-    """The mean square change of each output on inputs with this Hessian: (O,)."""
-    error_OI = codes.dequantize() - weight_OI.float()
+def output_error(weight_OI: Tensor, quantized: QuantizedWeight, hessian_II: Tensor) -> Tensor:
+    """The mean squared change of each output on inputs with this Hessian: (O,)."""
+    error_OI = quantized.dequantize() - weight_OI.float()
     return ((error_OI @ hessian_II) * error_OI).sum(dim=1)

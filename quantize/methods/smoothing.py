@@ -1,8 +1,9 @@
-"""Move a factor per channel from what a norm or layer puts out into what the next layers take in:
-the block computes the same, its weights (and activations) are easier to round.
+"""Smoothing: divide the output channels of a norm or layer by factors, and multiply the input
+channels of the layers that it feeds by the same factors. The block computes the same function, and
+its weights and activations lose less when they are rounded. Used by awq.py and int8.py.
 """
 
-# Shapes: O = outputs, I = inputs of the layers behind, which are the outputs of the source.
+# Shapes: O = outputs, I = inputs of the fed layers, which are the outputs of the source.
 
 from __future__ import annotations
 
@@ -10,19 +11,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.model.families import Family
 from torch import Tensor, nn
 
 
 def weight_of(block: nn.Module, name: str) -> Tensor:
-    """A layer's or norm's weight itself, not a copy."""
+    """The weight of a layer or norm; not a copy."""
     return block.get_parameter(f"{name}.weight").data
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and the layers it feeds."""
+    """A source, which is a norm or a linear layer, and the linear layers that it feeds."""
 
     source: str
     layers: tuple[str, ...]
@@ -32,8 +33,8 @@ class Pair:
 
 
 def pairs(block: nn.Module, family: Family) -> Iterator[Pair]:
-    """The family's pairs that this block has and its shapes allow: behind grouped-query attention,
-    v has fewer outputs than o has inputs.
+    """The family's pairs that this block has and whose shapes fit. With grouped-query attention,
+    v_proj has fewer outputs than o_proj has inputs, and the pair is left out.
     """
     names = {name for name, _ in block.named_parameters()}
     for source, layers in family.smoothing:
@@ -46,7 +47,9 @@ def pairs(block: nn.Module, family: Family) -> Iterator[Pair]:
 
 
 def apply(block: nn.Module, family: Family, pair: Pair, scales_I: Tensor) -> None:
-    """Divide what the source puts out by scales_I and multiply it into the layers' inputs."""
+    """Divide the source's output channels by scales_I, and multiply the weights of the fed layers
+    by scales_I along their inputs. In place.
+    """
     weight = weight_of(block, pair.source)
     if weight.ndim == 1:
         weight.add_(family.norm_offset).div_(scales_I).sub_(family.norm_offset)
@@ -62,14 +65,15 @@ def apply(block: nn.Module, family: Family, pair: Pair, scales_I: Tensor) -> Non
 def search(
     block: nn.Module,
     family: Family,
-    seen: dict[str, Inputs],
-    best: Callable[[Sequence[Tensor], Inputs], Tensor | None],
+    statistics: dict[str, InputStatistics],
+    best: Callable[[Sequence[Tensor], InputStatistics], Tensor | None],
     quantized: Collection[str],
     only: Collection[str] | None = None,
 ) -> list[str]:
-    """For each pair, apply the scales that `best` finds for the layers' weights and inputs; with
-    `only`, for those that feed one of these layers. Linear layers that are not `quantized` stay as
-    they are. Returns the names of the layers for which it found none.
+    """Apply to each pair the factors that `best` returns for the fed layers' weights and input
+    statistics. `statistics` has an entry for each fused group, by its first layer's name. With
+    `only`, pairs that feed none of these layers are skipped. Linear layers that are not `quantized`
+    are not changed. Returns the names of the layers for which `best` returned None.
     """
     left: list[str] = []
     linears = {name for group in family.fused for name in group}
@@ -79,7 +83,7 @@ def search(
         if pair.source in linears and pair.source not in quantized:
             continue
         group = next(group[0] for group in family.fused if pair.layers[0] in group)
-        scales_I = best(pair.weights(block), seen[group])
+        scales_I = best(pair.weights(block), statistics[group])
         if scales_I is None:
             left += pair.layers
         else:
@@ -88,7 +92,9 @@ def search(
 
 
 def normalized(scales_I: Tensor) -> Tensor:
-    """Scales around 1, none of them zero or endless; ones where they cannot be used."""
+    """The factors, bounded below and scaled so that their smallest and largest are reciprocals;
+    ones when a factor is not finite.
+    """
     scales_I = scales_I.clamp_min(1e-4)
     scales_I = scales_I / (scales_I.max() * scales_I.min()).sqrt()
     return scales_I if scales_I.isfinite().all() else torch.ones_like(scales_I)

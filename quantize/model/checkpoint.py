@@ -1,7 +1,7 @@
 """A model folder on disk, read lazily, tensor by tensor.
 
-The folder is the only link between `quantize` and `serve`. Called by `run`, `blocks`, `simulate`
-and `inspect`; written by `workspace`.
+Model folders are the only link between `quantize` and `serve`. Read by most rooms of quantize;
+written by output/workspace.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 REPORT = "quantize_report.json"
-# Weights in any form, and what belongs to an earlier quantization: everything else in a folder is
-# copied.
+# Side files are all files of a folder but these, and but weights in any format.
 _NOT_COPIED = {"config.json", "quantize_config.json", "quant_config.json", REPORT}
 _WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -38,10 +37,10 @@ _OTHER_WEIGHTS = [f"*{suffix}" for suffix in _WEIGHT_SUFFIXES[1:-1]] + ["origina
 
 
 class Checkpoint:
-    """A folder with config.json and safetensors weights. Tensors are read when asked for."""
+    """A folder with config.json and safetensors weights. A tensor is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises BadInput when the folder is missing, is no checkpoint, or a shard is not whole."""
+        """Raises BadInput when the folder is missing, is no checkpoint, or has a damaged shard."""
         if not folder.is_dir():
             raise BadInput(
                 f"{folder} is not a folder; give a model folder or a hub name (organisation/name)."
@@ -112,14 +111,19 @@ class Checkpoint:
             raise BadInput(f"{self.folder}: tensor {name} cannot be read: {error}.") from error
         return tensor
 
-    def let_go(self) -> None:
-        """Unmap the files, whose pages count as this process's memory once they were read; they are
-        opened anew when something is asked for.
+    def number(self, key: str) -> int:
+        """A whole number of the config or of its text part; 0 when neither has it."""
+        value = self.config.get(key, (self.config.get("text_config") or {}).get(key))
+        return value if isinstance(value, int) else 0
+
+    def close_files(self) -> None:
+        """Close and unmap the weight files; the next read opens them again. Mapped pages that were
+        read count as this process's memory.
         """
         self._handles.clear()
 
     def shape_and_dtype(self, name: str) -> tuple[list[int], str]:
-        """From the header alone, without reading the tensor."""
+        """From the file's header; the dtype is safetensors' name, such as BF16."""
         try:
             part = self._open(self._shard_of[name]).get_slice(name)
         except SafetensorError as error:
@@ -140,7 +144,9 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.weight_files())
 
     def side_files(self) -> list[str]:
-        """Every other file that a server may want: tokenizer, chat template, custom code, ..."""
+        """The names of all other files, which a server may need: tokenizer, chat template, custom
+        code, ...
+        """
         return [
             path.name
             for path in sorted(self.folder.iterdir())
@@ -155,7 +161,9 @@ class Checkpoint:
 
 
 def find(model: str) -> Path:
-    """The folder of a model: the path itself, or a download of `organisation/name` from the hub."""
+    """The folder of a model: the path itself, or a download of `organisation/name` from the hub.
+    Raises BadInput when the download fails.
+    """
     path = Path(model).expanduser()
     if (
         path.exists()

@@ -1,11 +1,11 @@
-"""Mixture-of-experts layers, taken apart: transformers holds all experts of a block in two 3-D
-parameters, which can be neither watched nor quantized one by one; on disk and in vLLM they are
-linear layers of their own.
+"""Mixture-of-experts layers as separate linear layers.
 
-Used by `blocks` and `simulate`.
+transformers holds all experts of a block in two 3-D parameters, so that their inputs cannot be
+recorded, nor their weights quantized, one by one. On disk and in vLLM each expert has linear layers
+of its own, and so it has here. Used by calibration/runner.py and quality/dequantized.py.
 """
 
-# Shapes: N = tokens, K = experts a token is sent to, E = experts, H = hidden size, I = inner size.
+# Shapes: N = tokens, K = experts per token, H = hidden size.
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 SAMPLE_EVERY = 16
-"""While layers are watched, every expert also sees one of so many of all tokens: one that is rarely
-chosen would be quantized for a handful of them."""
+"""While inputs are recorded, every expert also gets every 16th token of the batch. Without this
+sample, a rarely chosen expert would be calibrated on a handful of tokens."""
 
 
 class Expert(nn.Module):
@@ -36,17 +36,17 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """What a fused experts module of transformers computes, expert by expert."""
+    """Computes what a fused experts module of transformers computes, expert by expert."""
 
     def __init__(self, fused: Any) -> None:
-        """With the sizes, dtype and device of `fused`, and views of its weights."""
+        """Takes the sizes, dtype and device of `fused`, and views of its weights."""
         count, twice_inner, hidden = fused.gate_up_proj.shape
         inner = twice_inner // 2
         kind = {"device": fused.gate_up_proj.device, "dtype": fused.gate_up_proj.dtype}
         super().__init__(Expert(hidden, inner, fused.act_fn, **kind) for _ in range(count))
-        self.is_watched = False
+        self.is_recorded = False
         self.tokens: list[int] = [0] * count
-        """Sent to each expert while it was watched."""
+        """The number of tokens that were routed to each expert while inputs were recorded."""
         for number, expert in enumerate(self.all):
             gate, up = fused.gate_up_proj.data[number].split(inner)
             expert.gate_proj.weight.data = gate
@@ -58,11 +58,11 @@ class Experts(nn.ModuleList):
         return [cast(Expert, expert) for expert in self]
 
     def forward(self, x_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        sample = x_NH[::SAMPLE_EVERY] if self.is_watched else x_NH[:0]
+        sample = x_NH[::SAMPLE_EVERY] if self.is_recorded else x_NH[:0]
         output_NH = torch.zeros_like(x_NH)
         for number, expert in enumerate(self.all):
             token, place = torch.where(chosen_NK == number)
-            if self.is_watched:
+            if self.is_recorded:
                 self.tokens[number] += len(token)
             elif not len(token):
                 continue
@@ -72,8 +72,8 @@ class Experts(nn.ModuleList):
         return output_NH
 
 
-def take_apart(model: nn.Module) -> None:
-    """Replace all fused experts modules within, in place."""
+def unfuse_experts(model: nn.Module) -> None:
+    """Replace all fused experts modules of the model by `Experts`, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             gate_up = getattr(child, "gate_up_proj", None)

@@ -1,8 +1,8 @@
-"""Model families as data: where the decoder blocks are, which linear layers share one scheme, and
-what may be rescaled without changing what the model computes.
+"""Model families as data: where the decoder blocks are, which linear layers share a scheme, and
+which weights may be rescaled without changing the model's function.
 
-vLLM fuses q, k, v into one kernel and gate, up into another, so each fused group must be quantized
-alike or loading fails. A family is found by the config's `model_type`.
+vLLM fuses q, k and v into one layer and gate and up into another, so the layers of such a group
+must be quantized alike, or vLLM does not load the checkpoint. The key is the config's `model_type`.
 """
 
 from __future__ import annotations
@@ -16,48 +16,50 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """All names are within a block; `block_prefix` + `3.` is where block 3's tensors begin."""
+    """Names are relative to a block, but for `block_prefix`: the names of block 3's tensors begin
+    with `block_prefix` + `3.`.
+    """
 
     block_prefix: str
     fused: tuple[Group, ...]
-    """Groups of linear layers that share their input, in the order in which a token meets them, but
-    for experts'. A block need not have all of them."""
+    """Groups of linear layers that share their input, without experts, in the order in which a
+    token meets them. A block need not have all of them."""
     smoothing: tuple[tuple[str, tuple[str, ...]], ...]
-    """(source, layers): a factor per channel can move from what the source puts out into what the
-    layers take in. A source is a norm, or a linear layer with as many outputs as they have inputs.
-    """
+    """(source, layers): a factor per channel can move from the source's outputs to the layers'
+    inputs. A source is a norm, or a linear layer with as many outputs as the layers have inputs."""
     parts: tuple[tuple[str, str], ...] = (
         ("self_attn", "self_attn.o_proj"),
         ("mlp", "mlp.down_proj"),
     )
-    """(module, layer): the module puts out what its last layer does, so that it need not run again
-    once that layer's inputs are known."""
+    """(module, layer): the module's output is that of its last layer, so that the module need not
+    run again once the inputs of this layer are stored."""
     residuals: tuple[tuple[str, str], ...] = ()
-    """(layer, norm): the layer's output is added to what that norm is given."""
+    """(layer, norm): the layer's output is added to the residual stream, which is the input of the
+    norm."""
     norm_offset: float = 0.0
-    """Norms multiply by their weight plus this."""
+    """Norms multiply by their weight plus this offset."""
     experts: str | None = None
-    """Where a block's experts are; they are `<experts>.<number>.gate_proj` and so on."""
+    """The module with a block's experts, whose layers are `<experts>.<number>.gate_proj` etc."""
     router: str | None = None
-    """The layer that chooses experts, which is never quantized."""
+    """The layer that routes tokens to experts; it is never quantized."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of names, as transformers' modules have them and as files do."""
+    """(part of a name in transformers' modules, the same part in files)."""
 
     def on_disk(self, name: str) -> str:
-        """A layer's or tensor's name within a block, from the module's."""
+        """The name in files of a layer or tensor, from its name in the module."""
         for module, disk in self.renamed:
             name = name.replace(module, disk)
         return name
 
     def in_module(self, name: str) -> str:
-        """The inverse."""
+        """The inverse of `on_disk`."""
         for module, disk in self.renamed:
             name = name.replace(disk, module)
         return name
 
     def stages(self, names: Collection[str]) -> list[list[Group]]:
-        """The groups of a block with tensors of these names (the module's), in the order in which a
-        token meets them; groups of one stage do not depend on each other.
+        """The groups of a block with tensors of these names (as in the module), in the order in
+        which a token meets them. The groups of one stage do not depend on each other.
         """
         found = [[group] for group in self.fused if f"{group[0]}.weight" in names]
         count = 0
@@ -94,7 +96,8 @@ _LLAMA = Family(
     ),
 )
 _GEMMA = replace(_LLAMA, norm_offset=1.0)
-# Norms before and after both parts of a block; the ones behind them are no plain residual.
+# Norms come before and after attention and MLP; a layer's output passes a norm before it is added
+# to the residual stream, so no `residuals`.
 _GEMMA2 = Family(
     _LLAMA.block_prefix,
     _FUSED,
@@ -109,7 +112,7 @@ _GEMMA2 = Family(
 
 _MOE = replace(
     _LLAMA,
-    # What a norm before experts puts out goes to the router, too: nothing is moved there.
+    # The norm before the experts also feeds the router, so no factors move out of it.
     smoothing=(("input_layernorm", _QKV), _V_TO_O, _UP_TO_DOWN),
     experts="mlp.experts",
     router="mlp.gate",

@@ -1,28 +1,37 @@
-"""How much memory this process may still take, and how what it no longer needs is given back."""
+"""Memory of this process: how much is free, its peak, returning freed memory to the system, and the
+error for too little.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import re
+import resource
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from packhorse.quantize.errors import OutOfMemory
+
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 RETURNED_BYTES = 4 * 1024**2
-"""Less costs more time, as returned memory is cleared before it comes back: 4 MiB 6%."""
+"""malloc returns freed blocks of at least this size to the system. The system clears pages before
+it gives them out again, which at 4 MiB costs 6% of the time, and more below."""
 
 
 @dataclass(frozen=True)
 class _Version:
-    """Where control groups of one version say what they limit: names of files, and of lines in
-    memory.stat. What a limit squeezes out first counts as free, as in MemAvailable.
+    """Where a version of Linux control groups has its limits: names of files, and of lines in
+    memory.stat. Memory that the kernel reclaims first counts as free, as in MemAvailable.
     """
 
     base: str
     limits: tuple[str, ...]
     used: str
-    squeezed: tuple[str, ...]
+    reclaimable: tuple[str, ...]
 
 
 VERSION_1 = _Version(
@@ -40,8 +49,9 @@ VERSION_2 = _Version(
 
 
 def free_memory_bytes(root: Path = Path("/")) -> int | None:
-    """What this process may still take: of the machine's memory, and of what the control groups
-    leave that it is in, such as a container's limit. None where the system tells neither.
+    """The memory that this process may still take: the least of what the machine has free and what
+    the limits of its control groups leave, such as a container's. None when the system tells
+    neither.
     """
     of_machine = _numbers(root / "proc/meminfo").get("MemAvailable:")
     free = [] if of_machine is None else [1024 * of_machine]
@@ -49,7 +59,7 @@ def free_memory_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Bytes, of each group with a limit, from the innermost to the outermost that can be seen."""
+    """Bytes left in each control group with a limit, from the innermost outwards."""
     for number, controllers, path in re.findall(
         r"^(\d+):(.*?):(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE
     ):
@@ -61,29 +71,29 @@ def _left_in_groups(root: Path) -> Iterator[int]:
             continue
         base = root / version.base
         group = base / path.lstrip("/")
-        if not group.is_dir():  # a container may see its own group alone, by the host's name
+        if not group.is_dir():  # in a container: the path is the host's, only the base is visible
             group = base
         for folder in (group, *group.parents):
             if not folder.is_relative_to(base):
                 break
-            # "max" is no limit; nor is version 1's, nearly 2^63, which is above any machine's.
+            # "max" means no limit, and so does version 1's number of nearly 2^63, by its size.
             limits = [_text(folder / name).strip() for name in version.limits]
             limit = min((int(text) for text in limits if text.isdecimal()), default=None)
             used = _text(folder / version.used).strip()
             if limit is not None and used.isdecimal():
                 stat = _numbers(folder / "memory.stat")
-                squeezed = sum(stat.get(name, 0) for name in version.squeezed)
-                yield max(0, limit - int(used) + squeezed)
+                reclaimable = sum(stat.get(name, 0) for name in version.reclaimable)
+                yield max(0, limit - int(used) + reclaimable)
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The file's lines that begin with a name and a number."""
+    """The numbers of a file's lines that begin with a name and a number."""
     found = re.findall(r"^(\S+)\s+(\d+)\b", _text(path), re.MULTILINE)
     return {name: int(number) for name, number in found}
 
 
 def _text(path: Path) -> str:
-    """Empty where it cannot be read."""
+    """The file's text; empty when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -91,10 +101,37 @@ def _text(path: Path) -> str:
 
 
 def return_freed_memory() -> None:
-    """Have the C library give what is larger than RETURNED_BYTES back to the system as soon as it
-    is freed. Its own rule is to keep it for later, which for activations and weights of all sizes
-    adds up to half a gigabyte. Does nothing where the library is not glibc.
+    """Make the C library return freed blocks of RETURNED_BYTES and more to the system at once. By
+    default it keeps them for later, which adds up to half a gigabyte for activations and weights of
+    all sizes. Does nothing when the library is not glibc.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, RETURNED_BYTES)
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process has had so far, without child processes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere
+
+
+@contextmanager
+def memory_errors(planned_bytes: int) -> Iterator[None]:
+    """Raises OutOfMemory for the errors of torch and Python that mean that memory is full."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).lower()
+        named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not named and "allocate memory" not in words and "not enough memory" not in words:
+            raise
+        raise OutOfMemory(
+            f"The memory is full; the plan was for {planned_bytes / 1e9:.1f} GB. Take "
+            "fewer --calibration-tokens, a lower --offload-limit, or another --device."
+        ) from error

@@ -1,34 +1,35 @@
-"""Bytes and bits per weight of a checkpoint, with what was not quantized, from its headers alone.
+"""Bytes and bits per weight of a checkpoint, of its quantized and of its other tensors, from file
+headers.
 
 A weight counts once, as stored: a head that shares the embeddings' tensor adds nothing. Scales,
-zero points and shapes are no weights, but their bytes are the price of having few bits, so they
-count as bytes. Called by `run` for the report, and by `distance`.
+zero points and shapes count as bytes, but not as weights. Called by run.py for the report, and by
+quality/divergence.py.
 """
 
 from __future__ import annotations
 
-import re
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from packhorse.quantize.model.checkpoint import Checkpoint
+from packhorse.quantize.model.dtypes import bits_of
 
-# What says that a layer is quantized, in any layout that `formats` reads.
+# Name endings that mark a quantized layer, in every layout that formats/ reads.
 _MARKS = (".weight_packed", ".qweight", ".weight_scale", ".weight_scale_inv")
-# Kept in the checkpoint but not learned: a cache's scales, and what is computed from the config.
+# Tensors that are not learned: scales of the KV cache, and buffers computed from the config.
 _NOT_WEIGHTS = (".k_scale", ".v_scale", ".q_scale", ".inv_freq")
 LARGEST = 5
-"""So many of the tensors that stay as they are get named."""
+"""How many of the unquantized tensors are named."""
 
 
 def of(folder: Path) -> dict[str, Any]:
-    """What the tensors of a checkpoint folder take.
+    """The sizes of a checkpoint folder.
 
-    Returns bytes, parameters and bits_per_weight of all; the same under "quantized" (None where
-    nothing is) and "left_alone", whose "largest" names the tensors that weigh most. Reads headers,
-    and the two numbers of each compressed-tensors `weight_shape`. Raises BadInput for a folder that
-    is no checkpoint.
+    Returns bytes, parameters and bits_per_weight of all tensors, and the same under "quantized"
+    (None without quantized layers) and "left_alone", whose "largest" names the largest tensors.
+    Reads headers, and the two numbers of each compressed-tensors `weight_shape`. Raises BadInput
+    for a folder that is no checkpoint.
     """
     checkpoint = Checkpoint(folder)
     names = checkpoint.names()
@@ -57,19 +58,13 @@ def of(folder: Path) -> dict[str, Any]:
     }
 
 
-def bits_of(dtype: str) -> int:
-    """Of one number, from a safetensors dtype such as BF16, F8_E4M3, I32 or BOOL."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8
-
-
 def _weights(checkpoint: Checkpoint, prefix: str, part: str, shape: list[int]) -> int:
-    """How many weights one tensor of a quantized layer holds; 0 for scales and the like."""
+    """The number of weights in one tensor of a quantized layer; 0 for scales and the like."""
     match part:
         case "weight":
             return prod(shape)
         case "weight_packed":
-            # Other tools fill up the last word, so the words say too much.
+            # Other tools pad the last word, so the words may hold more than the weights.
             return int(checkpoint.get(f"{prefix}.weight_shape").prod())
         case "qweight":
             bits = int(checkpoint.config["quantization_config"].get("bits", 4))

@@ -1,8 +1,8 @@
-"""Cholesky factors in the matrix's own memory: of the Hessian of a wide layer, every copy counts.
+"""Cholesky factorization and solving in place: the Hessian of a wide layer is too large to copy.
 
-LAPACK works in place on matrices that lie column by column, and a symmetric one lies both ways: its
-transpose is handed to torch as input and as output, which then copies nothing. Called by `gptq` and
-`correction`.
+LAPACK works in place on column-major matrices. The transpose of a symmetric row-major matrix is
+such a matrix, so these functions give it to torch as input and as output, and torch copies nothing.
+Called by methods/gptq.py and methods/error_compensation.py.
 """
 
 # Shapes: I = inputs, O = outputs.
@@ -14,19 +14,19 @@ from torch import Tensor
 
 
 def factor_(symmetric_II: Tensor) -> Tensor | None:
-    """The lower Cholesky factor, (I, I), in the memory of the contiguous argument, which is lost;
-    None where it is not positive definite.
+    """The lower Cholesky factor (I, I). It overwrites the argument, which must be contiguous. None
+    when the matrix is not positive definite.
     """
     columns_II = symmetric_II.T
     failed = torch.empty((), dtype=torch.int32, device=columns_II.device)
     torch.linalg.cholesky_ex(columns_II, out=(columns_II, failed))
-    # What is not finite anywhere in a row reaches its diagonal.
+    # A value that is not finite anywhere in a row makes the row's diagonal not finite.
     return None if failed or not columns_II.diagonal().isfinite().all() else columns_II
 
 
 def solve_(right_OI: Tensor, lower_II: Tensor) -> Tensor:
-    """right_OI times the inverse of the matrix with this lower factor, in the memory of the
-    contiguous right_OI.
+    """right_OI times the inverse of the matrix with this lower Cholesky factor. The result
+    overwrites right_OI, which must be contiguous.
     """
     columns_IO = right_OI.T
     torch.linalg.solve_triangular(lower_II, columns_IO, upper=False, out=columns_IO)

@@ -1,4 +1,4 @@
-"""Safetensors files put together into shards without holding a tensor in memory."""
+"""Merge safetensors files into shards, without holding a tensor in memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from packhorse.quantize.model.dtypes import bytes_of
+
 LENGTH_BYTES = 8
 COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in a file: its header's entry, and where its bytes are."""
+    """A tensor in a file: its entry in the header, and the offset of its bytes."""
 
     name: str
     entry: dict[str, Any]
@@ -28,14 +30,13 @@ class _Stored:
 
     @property
     def alignment(self) -> int:
-        """Bytes a number; F8_E4M3 has one, as all of 8 bits."""
-        digits = "".join(filter(str.isdigit, self.entry["dtype"].split("_")[0]))
-        return max(1, int(digits) // 8) if digits else 1
+        """In bytes."""
+        return bytes_of(self.entry["dtype"])
 
 
 def shards_of(sizes: Mapping[str, int], limit_bytes: int) -> list[tuple[str, list[str]]]:
-    """Files in their order, put together up to about the limit, under the names that readers of
-    checkpoints look for.
+    """Distribute files, in their order, over shards of about the limit. Returns (name of the shard,
+    its files); the names are those that readers of checkpoints expect.
     """
     found: list[list[str]] = []
     filled = 0
@@ -54,8 +55,8 @@ def shards_of(sizes: Mapping[str, int], limit_bytes: int) -> list[tuple[str, lis
 
 
 def merge(parts: Sequence[Path], target: Path) -> None:
-    """One safetensors file of several. The widest numbers come first, so that all are aligned; then
-    by name, so that equal parts make equal bytes.
+    """Write one safetensors file with the tensors of several. The widest dtypes come first, so that
+    all tensors are aligned, and then names in order, so that equal parts give equal bytes.
     """
     tensors = [stored for part in parts for stored in _tensors_of(part)]
     tensors.sort(key=lambda stored: (-stored.alignment, stored.name))
@@ -76,7 +77,7 @@ def merge(parts: Sequence[Path], target: Path) -> None:
 
 
 def index_of(shards: Sequence[Path]) -> dict[str, Any]:
-    """What lies beside several shards: where each tensor is, and the bytes of all."""
+    """The index of several shards: each tensor's file, and the bytes of all tensors."""
     found = [stored for shard in shards for stored in _tensors_of(shard)]
     return {
         "metadata": {"total_size": sum(stored.size for stored in found)},

@@ -1,16 +1,16 @@
-"""A run's place on disk: what it has finished, so that a killed run can go on where it was, and the
-folder that appears under its name all at once.
+"""A run's files on disk: its finished steps, from which a killed run can be resumed, and the
+result, which is published under its name in one rename.
 
-While a run is on its way, `.<out>.partial` lies beside `out`:
+During a run, the folder `.<out>.partial` is beside `out`:
 
 lock            held by the run that writes here
-manifest.json   what the run is, and which steps are finished; replaced by a rename
+manifest.json   the run's identity and its finished steps; replaced by a rename
 part-00007      tensors that a step made, safetensors
-state-00007     a folder: what the next step needs of those before (hidden states)
-spill           a folder: what does not fit in memory (quantize/calibration/activation_store.py)
-checkpoint      a folder: what becomes `out`
+state-00007     a folder: the state that the next step starts from (hidden states)
+offload         a folder: activations beyond the memory limit (calibration/activation_store.py)
+checkpoint      a folder, which becomes `out`
 
-A step counts once the manifest names it, with the sha256 of all its files. Called by `run`.
+A step is finished once the manifest has it, with the sha256 of all its files. Called by run.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Tensors = dict[str, Tensor]
 
 
 class Workspace:
-    """Use as a context: what holds a finished step outlives an error, all else is removed."""
+    """A context manager. On an error, finished steps stay on disk, and all else is removed."""
 
     def __init__(
         self,
@@ -51,19 +51,21 @@ class Workspace:
         needed_bytes: int = 0,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Raises BadInput when `out` may not be made or replaced (never the source or what holds
-        it, and nothing but a checkpoint), when another run is making it, or when its disk has no
-        room for `needed_bytes`.
+        """Take the lock, and remove what no finished step needs.
+
+        Raises BadInput when `out` must not be created or replaced (it is the source, a folder that
+        holds the source, or not a checkpoint), when another run is making it, or when its disk has
+        less than `needed_bytes` free.
         """
         self._out = out.expanduser().resolve()
-        self._said = out
+        self._name = out
         self._shard_bytes = shard_bytes
         self._source = source.resolve()
         self._overwrite = overwrite
         self._check()
         self.root = self._out.parent / f".{self._out.name}.partial"
         self.folder = self.root / "checkpoint"
-        self.spill = self.root / "spill"
+        self.offload_folder = self.root / "offload"
         self._retired = self._out.parent / f".{self._out.name}.retired"
         self._manifest: dict[str, Any] = {}
         self._has_begun = False
@@ -79,7 +81,7 @@ class Workspace:
             raise BadInput(f"{out} cannot be written: {error}.") from error
 
     def _check(self) -> None:
-        out, overwrite = self._said, self._overwrite
+        out, overwrite = self._name, self._overwrite
         if self._out in (self._source, *self._source.parents):
             raise BadInput(f"{out} is or holds the original; choose another --out.")
         if self._out.is_dir() and any(self._out.iterdir()):
@@ -93,7 +95,7 @@ class Workspace:
             raise BadInput(f"{out} is a mount point and cannot be replaced; name a folder in it.")
 
     def _take_lock(self) -> IO[str]:
-        """The system lets go of it when the process ends, however it ends."""
+        """The system releases the lock when the process ends, in any way."""
         path = self.root / "lock"
         while True:
             self.root.mkdir(exist_ok=True)
@@ -105,10 +107,10 @@ class Workspace:
                 owner = lock.read() or "unknown"
                 lock.close()
                 raise BadInput(
-                    f"Another run (process {owner}) is making {self._said}; wait for it, or choose "
+                    f"Another run (process {owner}) is making {self._name}; wait for it, or choose "
                     "another --out."
                 ) from error
-            # A run that ended in between has taken the folder away, and this lock with it.
+            # A run that ended in between has removed the folder, and this lock's file with it.
             if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
                 lock.truncate(0)
                 lock.write(str(os.getpid()))
@@ -121,11 +123,11 @@ class Workspace:
             if self._out.exists():
                 shutil.rmtree(self._retired)
             else:
-                self._retired.rename(self._out)  # killed between the two renames of publish
+                self._retired.rename(self._out)  # the run was killed between publish's renames
                 self._check_again()
 
     def _check_again(self) -> None:
-        """Before anything is replaced that was not there when the run began."""
+        """`_check`, for a folder that was restored after the first check."""
         try:
             self._check()
         except BadInput:
@@ -133,13 +135,13 @@ class Workspace:
             raise
 
     def _sweep(self) -> None:
-        """Remove what no finished step needs."""
-        if self._holds_something and not self.folder.exists():
-            self._manifest = {}  # killed just behind the rename that published it
+        """Remove the files that no finished step needs."""
+        if self._is_resumable and not self.folder.exists():
+            self._manifest = {}  # the run was killed just after publishing
         named = {"lock", MANIFEST, self.folder.name}
         named |= {part["file"] for step in self.steps for part in step["parts"]}
         named |= {name.split("/")[0] for step in self.steps[-1:] for name in step["state"]}
-        if not self._holds_something:
+        if not self._is_resumable:
             named -= {MANIFEST, self.folder.name}
         for left in self.root.iterdir():
             if left.name not in named:
@@ -151,7 +153,7 @@ class Workspace:
         if free_bytes + there < needed_bytes:
             self.close()
             raise BadInput(
-                f"{self._said} needs {needed_bytes:,} bytes of disk (what it replaces goes last), "
+                f"{self._name} needs {needed_bytes:,} bytes of disk (what it replaces goes last), "
                 f"and {free_bytes:,} are free there; make room, or choose another --out."
             )
 
@@ -164,7 +166,7 @@ class Workspace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._has_begun and self._holds_something:
+        if error is not None and self._has_begun and self._is_resumable:
             error.add_note(
                 f"{len(self.steps)} finished steps are kept: the same command with --resume goes "
                 "on from there, with --restart it begins again."
@@ -172,9 +174,9 @@ class Workspace:
         self.close()
 
     def close(self) -> None:
-        """Let go; remove what nobody can go on from."""
-        shutil.rmtree(self.spill, ignore_errors=True)
-        if not self._holds_something:
+        """Release the lock; remove the folder when there is nothing to resume."""
+        shutil.rmtree(self.offload_folder, ignore_errors=True)
+        if not self._is_resumable:
             shutil.rmtree(self.root, ignore_errors=True)
         self._lock.close()
 
@@ -184,39 +186,39 @@ class Workspace:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except ValueError as error:  # not by a kill: it is replaced by a rename
+        except ValueError as error:  # no kill can damage it, as it is replaced by a rename
             raise BadInput(f"{path} is damaged ({error}); remove {self.root}.") from error
         return found
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """What was said of each finished step."""
+        """The summaries of the finished steps, with the digests of their files."""
         found: list[dict[str, Any]] = self._manifest.get("steps", [])
         return found
 
     @property
-    def _holds_something(self) -> bool:
+    def _is_resumable(self) -> bool:
         return bool(self.steps or self._manifest.get("remembered"))
 
     def begin(self, run: dict[str, Any], *, resume: bool, restart: bool) -> bool:
-        """Say what the run is: whatever its bytes depend on. Returns whether it goes on from steps
-        that an earlier one finished. Raises BadInput when one did and nothing is said about it, or
-        when it was another run.
+        """Start or resume the run with the identity `run`, which has everything that the bytes of
+        the result depend on. Returns whether the run is resumed. Raises BadInput when there are
+        finished steps and neither `resume` nor `restart`, or when they have another identity.
         """
-        if self._holds_something and not restart:
+        if self._is_resumable and not restart:
             if not resume:
                 raise BadInput(
-                    f"{self._said}: an earlier run was cut short after {len(self.steps)} steps; go "
+                    f"{self._name}: an earlier run was cut short after {len(self.steps)} steps; go "
                     "on from there with --resume, or begin again with --restart."
                 )
             earlier = self._manifest["run"]
             if other := [key for key in {**run, **earlier} if run.get(key) != earlier.get(key)]:
-                said = "; ".join(
+                differences = "; ".join(
                     f"{key}: {earlier.get(key)} then, {run.get(key)} now" for key in other
                 )
                 raise BadInput(
-                    f"{self._said}: the unfinished run cannot be gone on with, as it was another "
-                    f"({said}). Repeat it as it was, or begin again with --restart."
+                    f"{self._name}: the unfinished run cannot be gone on with, as it was another "
+                    f"({differences}). Repeat it as it was, or begin again with --restart."
                 )
             self._check_files()
             self._has_begun = True
@@ -253,72 +255,75 @@ class Workspace:
     def finish_step(
         self,
         parts: Iterable[Tensors],
-        said: Callable[[], dict[str, Any]],
+        summary: Callable[[], dict[str, Any]],
         state: Callable[[], Iterable[Tensors]],
     ) -> None:
-        """Write what a step made, then what the next one needs, one dictionary at a time; then it
-        counts, with what is said of it after that. Raises BadInput when the disk is full.
+        """Write a step's tensors and then its state, one dictionary at a time, and then the
+        manifest with the step's summary. Raises BadInput when the disk is full.
         """
         number = sum(len(step["parts"]) for step in self.steps)
         written: list[dict[str, Any]] = []
         for tensors in parts:
             path = self.root / f"part-{number + len(written):05d}"
             self.save(tensors, path)
-            _to_disk(path)
+            _sync(path)
             size = path.stat().st_size
             written.append({"file": path.name, "bytes": size, "sha256": sha256_of([path])})
         folder = self.root / f"state-{len(self.steps):05d}"
         digests: dict[str, str] = {}
         for index, tensors in enumerate(state()):
-            with self._room():
+            with self._disk_full_errors():
                 folder.mkdir(exist_ok=True)
             path = folder / f"{index:05d}"
             self.save(tensors, path)
-            _to_disk(path)
+            _sync(path)
             digests[f"{folder.name}/{path.name}"] = sha256_of([path])
-        step = {**said(), "parts": written, "state": digests}
+        step = {**summary(), "parts": written, "state": digests}
         self._write_manifest({**self._manifest, "steps": [*self.steps, step]})
         for left in self.root.glob("state-*"):
             if left != folder:
                 shutil.rmtree(left)
 
     def save(self, tensors: Tensors, path: Path) -> None:
-        """As safetensors. Raises BadInput when the disk is full."""
+        """Write a safetensors file. Raises BadInput when the disk is full."""
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with self._room():
+        with self._disk_full_errors():
             save_file(whole, path, {"format": "pt"})
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
-        """Raises BadInput where the disk has none."""
+    def _disk_full_errors(self) -> Iterator[None]:
+        """Raises BadInput for errors that mean that the disk is full."""
         try:
             yield
         except (SafetensorError, OSError) as error:
-            # safetensors has no error number, but the system's words.
-            said = any(f"os error {number}" in str(error) for number in FULL)
-            if not said and getattr(error, "errno", None) not in FULL:
+            # An error of safetensors has the system's message, and no error number.
+            is_full = any(f"os error {number}" in str(error) for number in FULL)
+            if not is_full and getattr(error, "errno", None) not in FULL:
                 raise
             raise BadInput(
-                f"The disk of {self._said} is full; make room there, and go on with --resume."
+                f"The disk of {self._name} is full; make room there, and go on with --resume."
             ) from error
 
     def state(self) -> Iterator[Tensors]:
-        """What the last finished step left for the next, as it was given."""
+        """The state of the last finished step."""
         for name in self.steps[-1]["state"]:
             yield load_file(self.root / name)
 
-    def remembered(self, key: str) -> Any:
-        """What `remember` was told, by this run or the one that it goes on from; else None."""
+    def saved_value(self, key: str) -> Any:
+        """The value that `save_value` stored in this run or in the run that it resumes; None when
+        there is none.
+        """
         return self._manifest.get("remembered", {}).get(key)
 
-    def remember(self, key: str, value: Any) -> None:
-        remembered = {**self._manifest.get("remembered", {}), key: value}
-        self._write_manifest({**self._manifest, "remembered": remembered})
+    def save_value(self, key: str, value: Any) -> None:
+        """Keep a result that is not a step, as JSON in the manifest."""
+        values = {**self._manifest.get("remembered", {}), key: value}
+        self._write_manifest({**self._manifest, "remembered": values})
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        """What counts from now on."""
+        """Replace the manifest."""
         fresh = self.root / f"{MANIFEST}.new"
-        with self._room(), fresh.open("w", encoding="utf-8") as file:
+        with self._disk_full_errors(), fresh.open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
@@ -330,16 +335,16 @@ class Workspace:
         return shards_of(sizes, self._shard_bytes)
 
     def finish_weights(self) -> None:
-        """Make shards of the parts, and an index where there are several. A run that is killed in
-        here goes on from the shards that are whole.
+        """Merge the parts into shards, and write an index if there are several. A run that is
+        killed here resumes after the finished shards.
         """
         for name, members in self._shards():
             shards: dict[str, str] = self._manifest["shards"]
             if name not in shards:
                 fresh = self.root / f"{name}.new"
-                with self._room():
+                with self._disk_full_errors():
                     merge([self.root / part for part in members], fresh)
-                _to_disk(fresh)
+                _sync(fresh)
                 fresh.rename(self.folder / name)
                 digest = sha256_of([self.folder / name])
                 self._write_manifest({**self._manifest, "shards": {**shards, name: digest}})
@@ -350,22 +355,22 @@ class Workspace:
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         text = json.dumps(document, indent=2, ensure_ascii=False)
-        with self._room():
+        with self._disk_full_errors():
             (self.folder / name).write_text(text + "\n", encoding="utf-8")
 
     def copy_side_files(self, source: Checkpoint) -> None:
-        with self._room():
+        with self._disk_full_errors():
             for name in source.side_files():
                 shutil.copyfile(source.folder / name, self.folder / name)
 
     def publish(self) -> None:
-        """Make the folder visible under its name, in one rename, and forget the steps. Raises
-        BadInput when something has come there meanwhile that may not be replaced.
+        """Move the result to `out` in one rename, and drop the steps. Raises BadInput when
+        something has appeared at `out` that must not be replaced.
         """
         self._check()
         if self._out.exists():
-            # rename() replaces an empty folder only; the old checkpoint goes when the new one is
-            # complete.
+            # rename() replaces only an empty folder, so the old checkpoint is renamed first, and
+            # removed once the new one is in place.
             self._out.rename(self._retired)
             try:
                 self.folder.rename(self._out)
@@ -379,7 +384,7 @@ class Workspace:
             self._manifest = {}
 
 
-def _to_disk(path: Path) -> None:
-    """What the manifest names must outlive a power cut, too."""
+def _sync(path: Path) -> None:
+    """Flush a file to the disk: files that the manifest names must survive a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""The machine at hand, and what vLLM 0.32 runs a scheme with: on it, or on a target in general.
+"""This machine, and the kernels that vLLM 0.32 has for a scheme, here and on other targets.
 
-Read from /proc/cpuinfo, torch and vLLM's source, not from an engine; `verify` looks at the real
-one. Called by `planner` and `run`.
+Known from /proc/cpuinfo, torch and vLLM's source, not from an engine; quality/engine_check.py asks
+the real one. Called by planner.py and run.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MACHETE = (9, 0)
 
 @dataclass(frozen=True)
 class Host:
-    """The machine that quantizes; it may not be the one that serves."""
+    """The machine that quantizes, which need not be the one that serves."""
 
     amx: bool
     avx512: bool
@@ -30,22 +30,22 @@ class Host:
     cuda_capability: tuple[int, int] | None
     """None: torch sees no CUDA device."""
     flops_per_s: float
-    """Of float32 matrix products on the CPU."""
+    """Speed of float32 matrix products on the CPU."""
     int4_w4a8: bool = True
-    """VLLM_CPU_INT4_W4A8: whether vLLM may round activations under 4-bit weights."""
+    """VLLM_CPU_INT4_W4A8: whether vLLM may round the inputs of layers with 4-bit weights."""
     machine: str = "x86_64"
 
 
 def this_host() -> Host:
-    """Read the CPU's flags (none where there is no /proc/cpuinfo), ask torch for CUDA, and time one
-    matrix product; takes about a tenth of a second.
+    """Read the CPU's flags (none without /proc/cpuinfo), ask torch for CUDA, and time one matrix
+    product. Takes about a tenth of a second.
     """
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     flags = set(found.group(1).split()) if found else set()
     square = torch.ones(1024, 1024)
-    torch.mm(square, square)  # threads start and caches fill outside the measurement
+    torch.mm(square, square)  # warm-up: starts threads and fills caches
     started_s = time.perf_counter()
     torch.mm(square, square)
     seconds = max(time.perf_counter() - started_s, 1e-6)
@@ -61,10 +61,10 @@ def this_host() -> Host:
 
 
 def kernel(target: str, scheme: Scheme, dtype: str, host: Host) -> str:
-    """What runs the quantized layers of a model in `dtype` (as in a safetensors header)."""
+    """The kernel for the quantized layers of a model in `dtype` (safetensors' name)."""
     if target == "cuda":
         return _on_cuda(scheme)
-    if scheme.grid.floating:
+    if scheme.weights.floating:
         return "W8A8 float8, torch's product"
     if scheme.activation_bits == 8:
         return f"W8A8 int8 ({'AMX' if host.amx else 'oneDNN'})"
@@ -80,23 +80,25 @@ def kernel(target: str, scheme: Scheme, dtype: str, host: Host) -> str:
 
 
 def _on_cuda(scheme: Scheme) -> str:
-    if scheme.grid.floating:
+    if scheme.weights.floating:
         return "Cutlass float8 (cc >= 8.9), else Marlin as W8A16"
     if scheme.activation_bits == 8:
         return "Cutlass int8 (cc >= 7.5) or Triton"
     return "Machete (cc 9.0) or Marlin (cc >= 7.5)"
 
 
-def unprovable(scheme: Scheme, host: Host, *, kv: bool, experts: bool = False) -> str | None:
-    """Why vLLM cannot load the result on this host to prove it, though it may elsewhere; None where
-    it can.
+def not_checkable_here(
+    scheme: Scheme, host: Host, *, kv: bool, experts: bool = False
+) -> str | None:
+    """Why vLLM on this host cannot run the load check of the result, which another host may serve;
+    None when it can.
     """
     if host.cuda_capability is not None:
         needed = MARLIN if not kv else FP8_UNITS
         return None if host.cuda_capability >= needed else "this host's GPU is too old for it"
-    if scheme.grid.floating:
+    if scheme.weights.floating:
         return "vLLM's float8 product on a CPU would take hours; verify on a GPU"
-    if scheme.activation_bits == 16 and scheme.grid.bits == 8:
+    if scheme.activation_bits == 16 and scheme.weights.bits == 8:
         return "this host has no GPU, and vLLM's CPU build no 8-bit weight-only kernel"
     if experts and host.machine == "x86_64" and not host.amx:
         return "this host has no AMX, without which vLLM has no kernel for quantized experts"
@@ -106,33 +108,35 @@ def unprovable(scheme: Scheme, host: Host, *, kv: bool, experts: bool = False) -
 
 
 def _unpacks(host: Host) -> bool:
-    """Whether 4-bit weights are served by our own kernel: avx2_int4 of the engine's patches."""
+    """Whether 4-bit weights are served by Packhorse's kernel (avx2_int4 in serve), which unpacks
+    them on load.
+    """
     return host.machine == "x86_64" and not host.avx512
 
 
 def serving_notes(
     targets: tuple[str, ...], scheme: Scheme, host: Host, *, kv: bool, experts: bool = False
 ) -> list[str]:
-    """What to know before the result is served, here or on a target."""
+    """Notes on serving the result, here or on the targets."""
     notes = []
     if experts and "cpu" in targets:
         notes.append("on x86 CPUs vLLM runs quantized experts with AMX only (Xeon, 2023 and later)")
     weight_only = scheme.activation_bits == 16
     if "cpu" in targets and _unpacks(host):
-        if weight_only and scheme.grid.bits == 4:
+        if weight_only and scheme.weights.bits == 4:
             notes.append(
                 "this host has no AVX-512, and vLLM's build for it no 4-bit kernel: served here, "
                 "the result is unpacked on load, and takes the memory and time of the original"
             )
         if kv:
             notes.append("this host has no AVX-512: vLLM has no 8-bit KV cache on it")
-    if "cpu" in targets and scheme.grid.floating:
+    if "cpu" in targets and scheme.weights.floating:
         notes.append(
             "on a CPU vLLM computes float8 with torch's reference product, hundreds of times "
             "slower than INT8: for CPUs use --method int8"
         )
     if "cuda" in targets:
-        if scheme.grid.floating:
+        if scheme.weights.floating:
             notes.append("on GPUs below compute capability 8.9 it runs as W8A16 (Marlin)")
         here = host.cuda_capability
         if here is not None and here < MARLIN:

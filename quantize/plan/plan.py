@@ -1,4 +1,4 @@
-"""What a run will do: the planner's decision, for `run`, for the report and for people."""
+"""The plan of a run: the planner's decisions, as data, as JSON for the report, and as a table."""
 
 from __future__ import annotations
 
@@ -13,65 +13,68 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, decided. Sizes are in bytes; `peak_memory_bytes` and `seconds` are estimates, of
-    quantizing alone: measuring quality and loading the result in the engine come on top.
+    """The decisions on one run. Sizes are in bytes. `peak_memory_bytes` and `seconds` are estimates
+    for quantizing, without measuring quality and without the load check.
     """
 
     method: str
     scheme: Scheme
     format: str
     group_size: int
-    """Really used; CHANNEL for one scale an output."""
+    """The group size that is used; CHANNEL for one scale per output."""
     kv: bool
     """Whether scales of an 8-bit KV cache are calibrated and written."""
     calibrated: bool
-    """Whether calibration text is run through the model where there is any; the estimates assume
-    that there is."""
+    """Whether calibration text runs through the model, if there is any. The estimates assume that
+    there is."""
     needs_text: bool
-    """Whether a run without calibration text must be refused."""
-    row_tokens: int
-    """Of that text, seen together."""
+    """Whether a run without calibration text is refused."""
+    sequence_length: int
+    """Tokens per calibration row; 0 without calibration."""
     convert_to: str | None
-    """The dtype that tensors outside the quantized layers get; None: they stay as they are."""
+    """The dtype that the tensors outside the quantized layers are converted to; None: not
+    converted."""
     linears: tuple[str, ...]
-    """Prefixes of the layers that are quantized."""
+    """Prefixes of the quantized layers."""
     ignored: tuple[str, ...]
-    """Prefixes of linear layers that stay as they are."""
+    """Prefixes of the linear layers that are not quantized."""
     budget: float | None
-    """Bits a weight of `linears` that may be spent on average; None: all have the same scheme."""
+    """Mixed precision: the mean bits per weight of `linears`, scales included. None: all layers
+    have the same scheme."""
     choices: tuple[Scheme, ...]
-    """What layers may get instead of `scheme` within the budget, besides staying as they are."""
+    """Mixed precision: the schemes that layers may get instead of `scheme`, besides staying
+    unquantized."""
     bytes_before: int
     bytes_after: int
     peak_memory_bytes: int
     seconds: float
     flops_per_s: float
-    """What `seconds` assumes."""
+    """The speed that `seconds` assumes."""
     tensor_parallel: tuple[int, ...]
-    """Sizes that work, of 1, 2, 4 and 8."""
+    """The tensor parallel sizes that work, of 1, 2, 4 and 8."""
     kernels: dict[str, str]
-    """What vLLM runs the layers with, by target."""
-    unprovable: str | None
-    """Why this host's vLLM cannot load the result; None: it can."""
+    """The kernels with which vLLM runs the layers, by target."""
+    not_checkable_here: str | None
+    """Why vLLM on this host cannot run the load check; None: it can."""
     notes: list[str]
-    """Departures from what was asked, and what to know before serving."""
+    """Differences from the settings, and notes on serving."""
     others: Mapping[str, Scheme] = field(default_factory=dict)
-    """Schemes of the layers that got another one, once that is known."""
+    """Mixed precision, after the budget is spent: the layers with another scheme than `scheme`."""
 
     def scheme_of(self, prefix: str) -> Scheme:
         return self.others.get(prefix, self.scheme)
 
     def as_json(self) -> dict[str, Any]:
-        grid = self.scheme.grid
+        args = self.scheme.weights
         return {
             "method": self.method,
             "scheme": str(self.scheme),
             "format": self.format,
-            "bits": grid.bits,
+            "bits": args.bits,
             "budget": self.budget,
             "others": {prefix: str(scheme) for prefix, scheme in self.others.items()},
             "group_size": self.group_size,
-            "symmetric": grid.symmetric,
+            "symmetric": args.symmetric,
             "kv_scales": self.kv,
             "calibrated": self.calibrated,
             "converted_to": self.convert_to,
@@ -89,14 +92,14 @@ class Plan:
         }
 
     def as_table(self) -> Table:
-        """For people; notes below the figures."""
-        grid = self.scheme.grid
+        """For the terminal; notes follow the figures."""
+        args = self.scheme.weights
         group = "one scale an output" if self.group_size == CHANNEL else f"groups {self.group_size}"
         table = Table(title="Plan", title_justify="left", show_header=False)
         table.add_column("")
         table.add_column("")
         table.add_row("method", self.method)
-        sign = "symmetric" if grid.symmetric else "asymmetric"
+        sign = "symmetric" if args.symmetric else "asymmetric"
         table.add_row("scheme", f"{self.scheme}, {group}, {sign}")
         table.add_row("format", self.format)
         table.add_row("KV cache", "fp8, calibrated scales" if self.kv else "as served")
@@ -112,13 +115,13 @@ class Plan:
         table.add_row("memory (estimate)", f"{self.peak_memory_bytes / 1e9:.1f} GB")
         speed = f"at {self.flops_per_s / 1e9:.0f} GFLOP/s, measured here"
         table.add_row(
-            "time (estimate)", f"{self.seconds:.0f} s {speed}; quality and proof excluded"
+            "time (estimate)", f"{self.seconds:.0f} s {speed}; quality and load check excluded"
         )
         table.add_row("tensor parallel", ", ".join(map(str, self.tensor_parallel)))
         for target, name in self.kernels.items():
             table.add_row(f"kernel on {target}", name)
-        if self.unprovable:
-            table.add_row("load proof", f"none: {self.unprovable}")
+        if self.not_checkable_here:
+            table.add_row("load check", f"none: {self.not_checkable_here}")
         for note in self.notes:
             table.add_row("note", note)
         return table

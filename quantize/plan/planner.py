@@ -1,8 +1,8 @@
-"""What a run will do, decided before any work, from config.json and tensor headers alone: refuse
-what cannot be done or served, choose what was left open, foretell size, memory and time.
+"""Plan a run before any work, from config.json and tensor headers: refuse what cannot be done or
+served, choose what the settings leave open, and estimate size, memory and time.
 
-Called by `run` first of all, and by `quantize model --plan` alone. Reads no weights. The kernels
-named here are what vLLM 0.32 chooses; `verify` looks at the real engine.
+Called by run.py before everything else, and by `quantize model --plan`. Reads no weights. The
+kernels named here are those that vLLM 0.32 chooses; quality/engine_check.py asks the real engine.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from math import prod
 from packhorse.quantize.errors import BadInput, Unsupported
 from packhorse.quantize.formats import FORMATS
 from packhorse.quantize.model.checkpoint import Checkpoint
+from packhorse.quantize.model.dtypes import OF_TORCH
 from packhorse.quantize.model.families import FAMILIES, Family
-from packhorse.quantize.numerics.grid import Grid, Scheme
-from packhorse.quantize.plan import estimates
-from packhorse.quantize.plan import targets as found
-from packhorse.quantize.plan.host import Host, kernel, serving_notes, this_host, unprovable
+from packhorse.quantize.numerics.grid import QuantizationArgs, Scheme
+from packhorse.quantize.plan import estimates, targets
+from packhorse.quantize.plan.host import Host, kernel, not_checkable_here, serving_notes, this_host
 from packhorse.quantize.plan.plan import Plan
 from packhorse.quantize.settings import CHANNEL, Settings
 
 GROUP_SIZES = (128, 64, 32)
 BASE_BITS, MOST_BITS = 4, 16
 TARGETS = ("cpu", "cuda")
-ROW_TOKENS = 512
+SEQUENCE_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """What a method can do; the first of `bits` and `symmetric` is its default."""
+class Rule:
+    """The options of a method; the first of `bits` and of `symmetric` is the default."""
 
     bits: tuple[int, ...]
     symmetric: tuple[bool, ...]
@@ -38,51 +38,52 @@ class _Rule:
     floating: bool = False
     calibrated: bool = False
     needs_text: bool = False
-    """Whether it cannot do without calibration text."""
+    """Whether the method cannot do without calibration text."""
     scales_tried: int = 0
-    """For each weight, besides the plain one."""
+    """Candidate scales per weight, besides that of the whole range; for the time estimate."""
     forwards: int = 0
-    """Runs of all calibration tokens through a block."""
+    """Passes of all calibration tokens through a block; for the time estimate."""
 
 
-_RULES = {
-    "gptq": _Rule(
+RULES = {
+    "gptq": Rule(
         (4, 8), (True, False), calibrated=True, needs_text=True, scales_tried=48, forwards=3
     ),
-    "awq": _Rule(
+    "awq": Rule(
         (4,), (False, True), calibrated=True, needs_text=True, scales_tried=24, forwards=23
     ),
-    "int8": _Rule((8,), (True,), activation_bits=8, calibrated=True, forwards=5),
-    "fp8": _Rule((8,), (True,), activation_bits=8, floating=True),
-    "rtn": _Rule((4, 8), (True, False)),
+    "int8": Rule((8,), (True,), activation_bits=8, calibrated=True, forwards=5),
+    "fp8": Rule((8,), (True,), activation_bits=8, floating=True),
+    "rtn": Rule((4, 8), (True, False)),
 }
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def plan(
     settings: Settings, source: Checkpoint, family: Family | None, *, host: Host | None = None
 ) -> Plan:
-    """Decide a run. `family` is None for an unknown model_type; `host` None means this machine.
+    """Plan a run. `family` is None for an unknown model_type; `host` None means this machine.
 
-    Raises BadInput for an option or a checkpoint that cannot be used, Unsupported for what vLLM
-    would not load; the message has the value, the limit and the way out.
+    Raises BadInput for an option or a checkpoint that cannot be used, Unsupported for a result that
+    vLLM would not load. The message has the value, the limit and a way to fix it.
     """
     _refuse_quantized(source)
     budget, settings = _budget(settings)
-    rule, grid, layout = _choose(settings)
+    rule, args, layout = _choose(settings)
     weight_only = rule.activation_bits == 16
-    _check_targets(settings, grid, weight_only=weight_only)
+    _check_targets(settings, args, weight_only=weight_only)
     kv = _check_kv(settings, source, layout)
     if family is None:
         _check_unknown(settings, source)
-    layers = found.of_family(source, family) if family else found.of_unknown(source)
+    layers = targets.of_family(source, family) if family else targets.of_unknown(source)
     notes: list[str] = []
-    layers = found.without_kept(layers, settings.keep, family, notes)
-    found.check_sizes(layers)
+    layers = targets.without_kept(layers, settings.keep, family, notes)
+    targets.check_sizes(layers)
     host = host or this_host()
     group_size = _fit_groups(layers, settings.group_size, notes) if weight_only else CHANNEL
     groups = None if group_size == CHANNEL else group_size
-    scheme = Scheme(Grid(grid.bits, groups, grid.symmetric, grid.floating), rule.activation_bits)
+    scheme = Scheme(
+        QuantizationArgs(args.bits, groups, args.symmetric, args.floating), rule.activation_bits
+    )
     stored, dtype = _dtypes(source)
     if budget and family and family.experts:
         raise Unsupported(
@@ -100,14 +101,14 @@ def plan(
             f"model_type {source.config.get('model_type')!r} is not known: every linear layer of a "
             "block is rounded by itself, and tensor parallel sizes are not worked out"
         )
-    experts = family is not None and any(map(family.is_expert, found.inner_names(layers, family)))
+    experts = family is not None and any(map(family.is_expert, targets.inner_names(layers, family)))
     if experts:
-        found.check_experts(settings, scheme, layout)
+        targets.check_experts(settings, scheme, layout)
     notes += serving_notes(settings.targets, scheme, host, kv=kv, experts=experts)
     if _is_tied(source):
         notes.append("lm_head shares the embeddings' weights and stays as it is")
     calibrated = rule.calibrated or kv
-    row_tokens = _row_tokens(settings, source) if calibrated else 0
+    sequence_length = _sequence_length(settings, source) if calibrated else 0
     tokens = settings.calibration_tokens if calibrated else 0
     blocks = len({estimates.block_of(prefix) for prefix in layers})
     bytes_after = estimates.bytes_after(
@@ -128,10 +129,10 @@ def plan(
         kv=kv,
         calibrated=calibrated,
         needs_text=rule.needs_text or kv or budget is not None,
-        row_tokens=row_tokens,
+        sequence_length=sequence_length,
         convert_to=convert_to,
         linears=tuple(layers),
-        ignored=found.left_alone(source, layers),
+        ignored=targets.left_alone(source, layers),
         budget=budget,
         choices=choices,
         bytes_before=source.weight_bytes(),
@@ -141,7 +142,7 @@ def plan(
             layers,
             family,
             tokens=tokens,
-            hidden_size=found.number(source, "hidden_size"),
+            hidden_size=source.number("hidden_size"),
             mixed=budget is not None,
         ),
         seconds=estimates.seconds(
@@ -155,7 +156,7 @@ def plan(
         flops_per_s=host.flops_per_s,
         tensor_parallel=_tensor_parallel(source, layers, scheme, family) if family else (1,),
         kernels={target: kernel(target, scheme, dtype, host) for target in settings.targets},
-        unprovable=unprovable(scheme, host, kv=kv, experts=experts),
+        not_checkable_here=not_checkable_here(scheme, host, kv=kv, experts=experts),
         notes=notes,
     )
 
@@ -170,8 +171,8 @@ def _refuse_quantized(source: Checkpoint) -> None:
 
 
 def _budget(settings: Settings) -> tuple[float | None, Settings]:
-    """The bits that may be spent on average, if that is what --bits says, and settings with the
-    bits of most weights.
+    """The budget for mixed precision if --bits is not a whole number, and settings with the bits of
+    most weights.
     """
     bits = settings.bits
     if bits is None or (math.isfinite(bits) and bits == int(bits)):
@@ -190,18 +191,18 @@ def _budget(settings: Settings) -> tuple[float | None, Settings]:
 
 
 def _choices(settings: Settings, scheme: Scheme, layers: estimates.Shapes) -> tuple[Scheme, ...]:
-    """Coarser and more exact schemes that all targets take beside the usual one."""
-    grid = scheme.grid
-    found = [Scheme(replace(grid, group_size=size)) for size in (None, *_fitting(layers))]
-    found.append(Scheme(Grid(8), 8))
+    """The other schemes, coarser and finer, that vLLM can run on all targets."""
+    args = scheme.weights
+    choices = [Scheme(replace(args, group_size=size)) for size in (None, *_fitting(layers))]
+    choices.append(Scheme(QuantizationArgs(8), 8))
     if "cpu" not in settings.targets:
-        found.append(Scheme(Grid(8, grid.group_size)))
-    return tuple(one for one in found if one != scheme)
+        choices.append(Scheme(QuantizationArgs(8, args.group_size)))
+    return tuple(one for one in choices if one != scheme)
 
 
 def _over_budget(budget: float, layers: estimates.Shapes, scheme: Scheme) -> int:
-    """Bytes that the budget has room for beyond the usual scheme. Raises BadInput for less than
-    that scheme takes.
+    """The bytes of the budget beyond those of the plan's scheme. Raises BadInput when the scheme
+    itself takes more than the budget.
     """
     weights = sum(map(prod, layers.values()))
     usual = 8 * sum(
@@ -215,13 +216,13 @@ def _over_budget(budget: float, layers: estimates.Shapes, scheme: Scheme) -> int
     return round((budget * weights - usual) / 8)
 
 
-def _choose(settings: Settings) -> tuple[_Rule, Grid, str]:
-    """The method's rule, the grid without its group size, and the format."""
+def _choose(settings: Settings) -> tuple[Rule, QuantizationArgs, str]:
+    """The method's rule, the quantization args without a group size, and the format's name."""
     method, layout = settings.method, settings.format or FORMATS[0]
-    for option, value, known in (("method", method, tuple(_RULES)), ("format", layout, FORMATS)):
+    for option, value, known in (("method", method, tuple(RULES)), ("format", layout, FORMATS)):
         if value not in known:
             raise BadInput(f"--{option} {value} is not known; choose one of {', '.join(known)}.")
-    rule = _RULES[method]
+    rule = RULES[method]
     bits = rule.bits[0] if settings.bits is None else int(settings.bits)
     symmetric = rule.symmetric[0] if settings.symmetric is None else settings.symmetric
     if bits not in rule.bits:
@@ -257,28 +258,34 @@ def _choose(settings: Settings) -> tuple[_Rule, Grid, str]:
             "--format awq with --group-size -1: vLLM gives layers that are split along their "
             f"inputs no scales then: name 32, 64 or 128, or use --format {FORMATS[0]}."
         )
-    return rule, Grid(bits, None, symmetric, rule.floating), layout
+    return rule, QuantizationArgs(bits, None, symmetric, rule.floating), layout
 
 
-def _row_tokens(settings: Settings, source: Checkpoint) -> int:
-    """Tokens of a calibration row: as asked for, else 512 or what the model is made for."""
-    longest = found.number(source, "max_position_embeddings") or ROW_TOKENS
-    wanted = min(ROW_TOKENS, longest) if settings.row_tokens is None else settings.row_tokens
+def _sequence_length(settings: Settings, source: Checkpoint) -> int:
+    """Tokens per calibration row: as set, or 512, or the model's shorter context length."""
+    longest = source.number("max_position_embeddings") or SEQUENCE_LENGTH
+    wanted = (
+        min(SEQUENCE_LENGTH, longest)
+        if settings.sequence_length is None
+        else settings.sequence_length
+    )
     if not 1 <= wanted <= longest:
-        raise BadInput(f"--row-tokens {wanted}: give 1 to {longest}, which the model is made for.")
+        raise BadInput(
+            f"--sequence-length {wanted}: give 1 to {longest}, which the model is made for."
+        )
     if settings.calibration_tokens < wanted:
         raise BadInput(
             f"--calibration-tokens {settings.calibration_tokens} is not one row of {wanted}; "
-            "ask for more, or for shorter --row-tokens."
+            "ask for more, or for a shorter --sequence-length."
         )
     return wanted
 
 
-def _check_targets(settings: Settings, grid: Grid, *, weight_only: bool) -> None:
+def _check_targets(settings: Settings, args: QuantizationArgs, *, weight_only: bool) -> None:
     for target in settings.targets or ("",):
         if target not in TARGETS:
             raise BadInput(f"--target {target or '(none)'}: give {' or '.join(TARGETS)}.")
-    if weight_only and grid.bits == 8 and "cpu" in settings.targets:
+    if weight_only and args.bits == 8 and "cpu" in settings.targets:
         raise Unsupported(
             "--bits 8 of weights alone: vLLM has no such kernel on a CPU; use --method int8, or "
             "--target cuda alone."
@@ -286,8 +293,8 @@ def _check_targets(settings: Settings, grid: Grid, *, weight_only: bool) -> None
 
 
 def _fit_groups(layers: estimates.Shapes, wanted: int | None, notes: list[str]) -> int:
-    """The wanted group size, or where none is named the largest that divides all inputs; 32 always
-    does.
+    """The group size as set, or the largest that divides the inputs of all layers; 32 always does.
+    Raises BadInput for a group size that does not divide them.
     """
     if wanted == CHANNEL:
         return CHANNEL
@@ -310,13 +317,13 @@ def _fit_groups(layers: estimates.Shapes, wanted: int | None, notes: list[str]) 
 
 
 def _fitting(layers: estimates.Shapes) -> list[int]:
-    """The group sizes that divide all inputs, largest first."""
+    """The group sizes that divide the inputs of all layers, largest first."""
     return [size for size in GROUP_SIZES if not any(inputs % size for _, inputs in layers.values())]
 
 
 def _dtypes(source: Checkpoint) -> tuple[str, str]:
-    """Of most numbers on disk, and what the config has vLLM run the model in; in the words of
-    safetensors.
+    """The dtype of most numbers on disk, and the dtype in which vLLM runs the model by its config;
+    both as in safetensors.
     """
     numbers: dict[str, int] = {}
     for name in source.names():
@@ -325,7 +332,7 @@ def _dtypes(source: Checkpoint) -> tuple[str, str]:
     stored = max(numbers, key=lambda dtype: numbers[dtype])
     text = source.config.get("text_config") or {}
     named = [part.get(key) for part in (source.config, text) for key in ("dtype", "torch_dtype")]
-    declared = next((_DTYPES[name] for name in named if name in _DTYPES), stored)
+    declared = next((OF_TORCH[name] for name in named if name in OF_TORCH), stored)
     return stored, declared
 
 
@@ -337,14 +344,14 @@ def _is_tied(source: Checkpoint) -> bool:
 def _tensor_parallel(
     source: Checkpoint, layers: estimates.Shapes, scheme: Scheme, family: Family
 ) -> tuple[int, ...]:
-    heads, head_dim = found.number(source, "num_attention_heads"), _head_dim(source)
+    heads, head_dim = source.number("num_attention_heads"), _head_dim(source)
     if not heads:
         return (1,)
-    kv_heads = found.number(source, "num_key_value_heads") or heads
+    kv_heads = source.number("num_key_value_heads") or heads
     fused = {
         tuple(family.on_disk(name) for name in group)
         for prefix in {estimates.block_of(name) for name in layers}
-        for stage in family.stages(found.in_block(layers, prefix, family))
+        for stage in family.stages(targets.in_block(layers, prefix, family))
         for group in stage
     }
     return estimates.tensor_parallel(
@@ -384,7 +391,5 @@ def _check_kv(settings: Settings, source: Checkpoint, layout: str) -> bool:
 
 
 def _head_dim(source: Checkpoint) -> int:
-    heads = found.number(source, "num_attention_heads")
-    return found.number(source, "head_dim") or (
-        found.number(source, "hidden_size") // heads if heads else 0
-    )
+    heads = source.number("num_attention_heads")
+    return source.number("head_dim") or (source.number("hidden_size") // heads if heads else 0)

@@ -1,7 +1,7 @@
-"""Which linear layers of a checkpoint are quantized, found from tensor names and headers alone.
+"""The linear layers of a checkpoint that are quantized, by tensor names and headers.
 
-Called by `planner`. What a layer is for is known for the families of `families`; in other models
-every plain linear layer of a decoder block counts.
+For known families the roles of layers come from model/families.py; in other models, every plain
+linear layer of a decoder block is quantized. Called by planner.py.
 """
 
 from __future__ import annotations
@@ -20,29 +20,25 @@ from packhorse.quantize.plan.estimates import Shapes, block_of
 from packhorse.quantize.settings import Settings
 
 MULTIPLE = 32
-"""vLLM's kernels want both sizes of a layer to be multiples of it."""
+"""vLLM's kernels need both sizes of a layer to be multiples of this."""
 EXPERT_GROUPS = (64, 128)
-"""That vLLM's CPU kernel for experts takes."""
+"""The group sizes of vLLM's CPU kernel for experts."""
 _IN_BLOCK = re.compile(r"^(?!.*(vision|visual|audio)).*?(^|\.)(layers|h)\.\d+\.")
 _EMBEDDING = re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$")
 _NOT_LINEAR = re.compile(r"embed|norm|head\.weight$|\.(gate|router|shared_expert_gate)\.weight$")
-"""In a block of an unknown model. vLLM never quantizes what chooses the experts."""
+"""Not quantized in the blocks of unknown models. vLLM never quantizes routers."""
 _TRANSPOSED = ("gpt2", "openai-gpt")
 
 
-def number(source: Checkpoint, key: str) -> int:
-    """A whole number of the config, or of its text part; 0 when neither has it."""
-    value = source.config.get(key, (source.config.get("text_config") or {}).get(key))
-    return value if isinstance(value, int) else 0
-
-
 def of_family(source: Checkpoint, family: Family) -> Shapes:
-    """The layers of a known family, once every block of the config is whole."""
+    """The layers of a known family. Raises BadInput when a block or a tensor is missing,
+    Unsupported for a tensor of unknown role.
+    """
     blocks: dict[str, list[str]] = {}
     for name in source.names():
         if name.startswith(family.block_prefix):
             blocks.setdefault(name.removeprefix(family.block_prefix).split(".")[0], []).append(name)
-    expected = number(source, "num_hidden_layers")
+    expected = source.number("num_hidden_layers")
     if blocks.keys() != {str(index) for index in range(expected)} or not expected:
         raise BadInput(
             f"{source.folder}: config.json speaks of {expected} blocks, the weights hold "
@@ -74,11 +70,11 @@ def of_family(source: Checkpoint, family: Family) -> Shapes:
 
 
 def _check_whole(source: Checkpoint, family: Family, prefix: str, linears: Sequence[str]) -> None:
-    """All groups of the family are there, but for the MLP where there are as many experts as the
-    config says.
+    """Raises BadInput when a group of the family is missing in a block. A block with experts needs
+    as many as the config says, and no MLP.
     """
     experts = sum(family.is_expert(name) and name.endswith(".gate_proj") for name in linears)
-    expected = number(source, "num_local_experts") or number(source, "num_experts")
+    expected = source.number("num_local_experts") or source.number("num_experts")
     if experts and experts != expected:
         raise BadInput(
             f"{source.folder}: config.json speaks of {expected} experts, {prefix[:-1]} has "
@@ -91,8 +87,8 @@ def _check_whole(source: Checkpoint, family: Family, prefix: str, linears: Seque
 
 
 def of_unknown(source: Checkpoint) -> Shapes:
-    """The linear layers in the blocks of a model of no known family, which may only be rounded.
-    Raises Unsupported where they are not most of the model.
+    """The linear layers in the blocks of an unknown model, for rounding to nearest. Raises
+    Unsupported when they are not most of the model.
     """
     model_type = source.config.get("model_type")
     if model_type in _TRANSPOSED:
@@ -118,8 +114,9 @@ def of_unknown(source: Checkpoint) -> Shapes:
 def without_kept(
     layers: Shapes, patterns: Sequence[str], family: Family | None, notes: list[str]
 ) -> Shapes:
-    """The layers that no pattern keeps as they are. What vLLM fuses with a kept one is kept too,
-    and that is noted. Raises BadInput for a pattern that keeps nothing, or when nothing is left.
+    """The layers that match no pattern of --keep. Layers that vLLM fuses with a kept layer are kept
+    too, with a note. Raises BadInput for a pattern that matches no layer, or when all layers are
+    kept.
     """
     kept: set[str] = set()
     for pattern in patterns:
@@ -146,19 +143,19 @@ def without_kept(
 
 
 def inner_names(layers: Shapes, family: Family) -> set[str]:
-    """Names within their blocks, as the modules have them."""
+    """The layers' names within their blocks, as in the module."""
     return {family.in_module(prefix.removeprefix(f"{block_of(prefix)}.")) for prefix in layers}
 
 
 def in_block(layers: Shapes, block: str, family: Family) -> set[str]:
-    """The weights of one block's layers, as the module names them."""
+    """The weights of one block's layers, by their names in the module."""
     inside = {prefix: shape for prefix, shape in layers.items() if block_of(prefix) == block}
     return {f"{name}.weight" for name in inner_names(inside, family)}
 
 
 def fused_with(prefix: str, layers: Shapes, family: Family | None) -> tuple[str, ...]:
-    """The layers that vLLM computes together with this one, itself among them: a fused group, or
-    all experts of a block.
+    """The layers that vLLM computes in one kernel with this one, including itself: a fused group,
+    or all experts of a block.
     """
     if family is None:
         return (prefix,)
@@ -172,7 +169,7 @@ def fused_with(prefix: str, layers: Shapes, family: Family | None) -> tuple[str,
 
 
 def check_sizes(layers: Shapes) -> None:
-    """Raises Unsupported for a layer that vLLM's kernels do not take."""
+    """Raises Unsupported for a layer whose sizes vLLM's kernels do not support."""
     for prefix, (outputs, inputs) in layers.items():
         if outputs % MULTIPLE or inputs % MULTIPLE:
             raise Unsupported(
@@ -181,24 +178,24 @@ def check_sizes(layers: Shapes) -> None:
 
 
 def check_experts(settings: Settings, scheme: Scheme, layout: str) -> None:
-    """Raises Unsupported for what vLLM has no kernel for experts of."""
-    grid = scheme.grid
+    """Raises Unsupported for schemes and formats without a kernel for experts in vLLM."""
+    args = scheme.weights
     if layout != FORMATS[0]:
         raise Unsupported(f"--format {layout} with experts was never tried; use {FORMATS[0]}.")
     if "cpu" not in settings.targets:
         return
-    if grid.floating:
+    if args.floating:
         raise Unsupported(
             "fp8 with experts: vLLM has no CPU kernel for it; use --method int8, or --target cuda "
             "alone."
         )
-    if scheme.activation_bits == 16 and not grid.symmetric:
+    if scheme.activation_bits == 16 and not args.symmetric:
         raise Unsupported(
             f"asymmetric {settings.method} with experts: vLLM's CPU kernel for experts takes "
             "symmetric only; pass --symmetric, or use --target cuda alone."
         )
-    if scheme.activation_bits == 16 and grid.group_size not in EXPERT_GROUPS:
-        groups = f"in groups of {grid.group_size}" if grid.group_size else "with a scale per output"
+    if scheme.activation_bits == 16 and args.group_size not in EXPERT_GROUPS:
+        groups = f"in groups of {args.group_size}" if args.group_size else "with a scale per output"
         raise Unsupported(
             f"experts {groups}: vLLM's CPU kernel for experts takes groups of 64 or 128 only; name "
             "one, use --method int8, or --target cuda alone."
@@ -206,8 +203,8 @@ def check_experts(settings: Settings, scheme: Scheme, layout: str) -> None:
 
 
 def left_alone(source: Checkpoint, layers: Shapes) -> tuple[str, ...]:
-    """Linear layers that stay as they are: lm_head, tied or not, what is outside the blocks, and
-    what was kept.
+    """The linear layers that are not quantized: lm_head (tied or not), those outside the blocks,
+    and those that --keep names.
     """
     left = {"lm_head"}
     for name in source.names():
@@ -216,7 +213,7 @@ def left_alone(source: Checkpoint, layers: Shapes) -> tuple[str, ...]:
             shape, _ = source.shape_and_dtype(name)
             if len(shape) == 2:
                 left.add(prefix)
-                # For Qwen3 MoE's dense blocks vLLM does not know what it fuses (0.32).
+                # vLLM 0.32 looks up the fused name in the dense blocks of Qwen3 MoE.
                 if prefix.endswith(".mlp.gate_proj"):
                     left.add(f"{prefix.removesuffix('gate_proj')}gate_up_proj")
     return tuple(sorted(left))

@@ -1,9 +1,9 @@
-"""A finished checkpoint as a transformers model: weights dequantized, activations rounded where the
-kernel rounds them.
+"""A finished checkpoint as a transformers model: weights are dequantized, and activations are
+rounded where vLLM's kernel rounds them.
 
-What it computes is what vLLM's kernels compute up to their own arithmetic, so figures from it are
-marked "simulated". Reads what is on disk, not what is in memory: a packing mistake shows. Ours and
-other tools' checkpoints alike.
+The model computes what vLLM's kernels compute, up to their own arithmetic, so figures from it are
+called "simulated". It is read from disk, so that a mistake in packing shows. Checkpoints of other
+tools can be read, too.
 
 Not simulated: an 8-bit KV cache, and kernels that round the activations of a weight-only scheme.
 """
@@ -18,20 +18,20 @@ import torch
 from packhorse.quantize import formats
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import Checkpoint
-from packhorse.quantize.model.experts import take_apart
+from packhorse.quantize.model.experts import unfuse_experts
 from packhorse.quantize.model.families import FAMILIES
 from packhorse.quantize.numerics.grid import round_activations
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-# Scales of the KV cache, and what transformers computes by itself nowadays.
+# Scales of the KV cache, and buffers that transformers computes itself.
 _NOT_WEIGHTS = (".k_scale", ".v_scale", ".q_scale", "rotary_emb.inv_freq")
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The model of a folder, quantized or not, in the dtype of its config. One layer at a time is
-    dequantized. Raises BadInput when tensors are missing, too many or of another shape, and
-    Unsupported for a quantization that cannot be read.
+    """The model of a folder, quantized or not, in the dtype of its config. Dequantizes one layer at
+    a time. Raises BadInput for missing or unexpected tensors and for wrong shapes, Unsupported for
+    a quantization that cannot be read.
     """
     checkpoint = Checkpoint(folder)
     names = [name for name in checkpoint.names() if not name.endswith(_NOT_WEIGHTS)]
@@ -43,7 +43,7 @@ def load(folder: Path) -> PreTrainedModel:
         if not quantized:
             raise BadInput(f"{folder}: its config says quantized, but no layer is.")
         del config.quantization_config
-    # Other attentions of transformers leave out the cap on scores (Gemma 2).
+    # Of transformers' attention functions, only eager caps the scores (Gemma 2).
     capped = getattr(config, "attn_logit_softcapping", None)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config,
@@ -51,39 +51,39 @@ def load(folder: Path) -> PreTrainedModel:
         attn_implementation="eager" if capped else None,
     )
     if (folder / "generation_config.json").is_file():
-        # Where an answer ends may be said there only.
+        # The tokens that end an answer may be given only there.
         model.generation_config = GenerationConfig.from_pretrained(folder)
     packed = set(quantized)
     plain = [
         name for name in names if name.endswith(".bias") or name.rpartition(".")[0] not in packed
     ]
-    take_apart(model)
-    state = model.state_dict()  # the model's own tensors, so copying into them fills it
+    unfuse_experts(model)
+    state = model.state_dict()  # the model's own tensors: copying into them fills the model
     family = FAMILIES.get(str(config.model_type))
-    place_of = family.in_module if family else str
+    in_module = family.in_module if family else str
     found = {*plain, *(f"{prefix}.weight" for prefix in quantized)}
-    _check_names(folder, state, {place_of(name) for name in found}, config)
+    _check_names(folder, state, {in_module(name) for name in found}, config)
     for name in plain:
-        _copy(state[place_of(name)], checkpoint.get(name), f"{folder}: {name}")
+        _copy(state[in_module(name)], checkpoint.get(name), f"{folder}: {name}")
     if layout is not None:
         for prefix in quantized:
             weight_OI = layout.read(prefix, checkpoint.get).dequantize()
-            _copy(state[place_of(f"{prefix}.weight")], weight_OI, f"{folder}: {prefix}")
+            _copy(state[in_module(f"{prefix}.weight")], weight_OI, f"{folder}: {prefix}")
             scheme = layout.scheme_of(prefix)
             if scheme.activation_bits == 8:
-                hook = partial(_round_input, floating=scheme.grid.floating)
-                model.get_submodule(place_of(prefix)).register_forward_pre_hook(hook)
+                hook = partial(_round_input, floating=scheme.weights.floating)
+                model.get_submodule(in_module(prefix)).register_forward_pre_hook(hook)
     return model.eval()
 
 
 def logprobs(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Natural, of each prompt's token ids but the first. Raises as `load` does."""
+    """Natural log-probabilities of each prompt's tokens but the first. Raises as `load` does."""
     return logprobs_of(load(folder), prompts)
 
 
 @torch.inference_mode()
 def logprobs_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """The same of a model that is loaded already."""
+    """The same for a loaded model."""
     found = []
     for ids in prompts:
         steps_TV = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(dim=-1)
@@ -104,10 +104,10 @@ def _check_names(
         )
 
 
-def _copy(place: Tensor, tensor: Tensor, what: str) -> None:
-    if place.shape != tensor.shape:
-        raise BadInput(f"{what} is {tuple(tensor.shape)}, but the model has {tuple(place.shape)}.")
-    place.copy_(tensor)
+def _copy(target: Tensor, tensor: Tensor, what: str) -> None:
+    if target.shape != tensor.shape:
+        raise BadInput(f"{what} is {tuple(tensor.shape)}, but the model has {tuple(target.shape)}.")
+    target.copy_(tensor)
 
 
 def _round_input(

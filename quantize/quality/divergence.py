@@ -1,9 +1,9 @@
-"""How far a checkpoint's predictions are from its original's: KL divergence, agreement, and what
-became of the log-probabilities of the text's own tokens.
+"""Divergence of a checkpoint's predictions from its original's: KL divergence, agreement of the
+likeliest tokens, and changes of the log-probabilities of a text's own tokens.
 
-Two sources of predictions. `between` runs both checkpoints in transformers, text by text, and sees
-the whole vocabulary. `bucketed` takes what two engines say of their likeliest tokens, and gives a
-lower bound. Called by `report` and `verify`.
+Predictions come from two sources. `between` runs both checkpoints in transformers, text by text,
+over the whole vocabulary. `bucketed` takes two engines' log-probabilities of their likeliest
+tokens, and gives a lower bound. Called by measure.py, sensitivity.py and engine_check.py.
 
 Shapes: T = predictions (one less than a text's tokens), V = the vocabulary.
 """
@@ -29,59 +29,60 @@ TOP = 5
 BINS = 41
 """Odd, so that one bin has zero in its middle."""
 WITHIN = 0.99
-"""Share of the differences that lie inside the histogram; the rest is counted beside it."""
+"""Share of the differences that lie within the histogram; the others are counted beside it."""
 NARROWEST_NATS = 1e-4
-"""Half the histogram's width, at least: below it is float noise."""
+"""Least half width of the histogram; smaller differences are float noise."""
 SLICE_BYTES = 64 * 1024**2
-"""Of float64 log-probabilities at a time: a long text of a large vocabulary takes gigabytes."""
+"""Limit on float64 log-probabilities at a time: those of a long text over a large vocabulary take
+gigabytes."""
 MEMORY_MARGIN = 1.1
-"""Over the arithmetic of `needed_bytes`: activations, and one layer that is being dequantized."""
+"""Factor on the estimate of `needed_bytes`, for activations and one layer during dequantization."""
 NO_MASS = 1e-6
-"""Less probability than this in a rest bucket is the rounding of float32 log-probabilities."""
+"""A smaller probability of a rest bucket is rounding of float32 log-probabilities."""
 
 
-def divergence(original_TV: Tensor, made_TV: Tensor) -> Tensor:
-    """KL(original || made) in nats (T,), from natural log-probabilities."""
+def kl_divergence(original_TV: Tensor, quantized_TV: Tensor) -> Tensor:
+    """KL(original || quantized) in nats (T,), from natural log-probabilities."""
     likely_TV = original_TV.exp()
-    # A token that the original rules out adds nothing, whatever the other makes of it.
-    return torch.where(likely_TV > 0, likely_TV * (original_TV - made_TV), 0.0).sum(-1)
+    # A token with probability 0 in the original adds nothing, whatever the other's probability is.
+    return torch.where(likely_TV > 0, likely_TV * (original_TV - quantized_TV), 0.0).sum(-1)
 
 
 @dataclass
 class Tally:
-    """Adds up predictions. Keeps two floats a prediction, never logits."""
+    """Accumulates predictions. Keeps two floats per prediction, never logits."""
 
     kl: list[Tensor] = field(default_factory=list)
-    """KL(original || made) in nats, float32, one tensor of (T,) for each text."""
+    """KL(original || quantized) in nats, float32, one tensor of (T,) for each text."""
     differences: list[Tensor] = field(default_factory=list)
-    """Log-probability of the text's next token, made minus original, in nats; as above."""
+    """Log-probability of the text's next token, quantized minus original, in nats; as above."""
     same_first: int = 0
     shared_top: int = 0
     top: int = TOP
-    """Less in a smaller vocabulary."""
+    """TOP, or the size of a smaller vocabulary."""
 
-    def add(self, original_TV: Tensor, made_TV: Tensor, next_T: Tensor) -> None:
-        """One text: the logits of both at the same positions, any float dtype, and the token ids
-        (int64) that really come next.
+    def add(self, original_TV: Tensor, quantized_TV: Tensor, next_T: Tensor) -> None:
+        """Add one text: the logits of both models at the same positions, in any float dtype, and
+        the token ids (int64) that follow these positions in the text.
         """
         vocabulary = original_TV.shape[1]
         self.top = min(TOP, vocabulary)
         kl, differences = [], []
         for rows in _slices(len(next_T), max(1, SLICE_BYTES // (8 * vocabulary))):
-            # float64: sums over the vocabulary of small differences need the digits.
+            # Sums of small differences over the vocabulary need the precision of float64.
             original = original_TV[rows].double().log_softmax(-1)
-            made = made_TV[rows].double().log_softmax(-1)
-            kl.append(divergence(original, made).clamp_min(0.0).float())
+            quantized = quantized_TV[rows].double().log_softmax(-1)
+            kl.append(kl_divergence(original, quantized).clamp_min(0.0).float())
             own = next_T[rows, None]
-            differences.append((made.gather(1, own) - original.gather(1, own))[:, 0].float())
-            first, second = original.topk(self.top).indices, made.topk(self.top).indices
-            self.same_first += int((original.argmax(-1) == made.argmax(-1)).sum())
+            differences.append((quantized.gather(1, own) - original.gather(1, own))[:, 0].float())
+            first, second = original.topk(self.top).indices, quantized.topk(self.top).indices
+            self.same_first += int((original.argmax(-1) == quantized.argmax(-1)).sum())
             self.shared_top += int((first[:, :, None] == second[:, None, :]).sum())
         self.kl.append(torch.cat(kl))
         self.differences.append(torch.cat(differences))
 
     def as_json(self) -> dict[str, Any]:
-        """All figures; see docs/quality-report.md. Raises BadInput when nothing was added."""
+        """All figures, as in docs/quality-report.md. Raises BadInput when no text was added."""
         positions = sum(len(part) for part in self.kl)
         if not positions:
             raise BadInput(
@@ -108,8 +109,9 @@ class Tally:
         }
 
     def _standard_error(self) -> float | None:
-        """Of the mean KL, were other texts drawn: predictions within one text are not independent.
-        None of a single text. Source: the ratio estimator's, Cochran, Sampling Techniques, 6.4.
+        """The standard error of the mean KL over the choice of texts, as predictions within one
+        text are not independent. None for a single text. Source: the ratio estimator's standard
+        error, Cochran, Sampling Techniques, 6.4.
         """
         texts, positions = len(self.kl), sum(len(part) for part in self.kl)
         if texts < 2:
@@ -120,12 +122,13 @@ class Tally:
 
 
 def histogram(differences: Tensor) -> dict[str, Any]:
-    """BINS bins of equal width around zero, as wide as the middle 99% of the differences (nats).
+    """A histogram of differences in nats, with BINS bins of equal width around zero. Its range is
+    that of the middle 99%.
 
-    Returns `edges` (BINS + 1 of them), `counts` (BINS), and how many lie `below` and `above`.
+    Returns BINS + 1 `edges`, BINS `counts`, and the numbers of differences `below` and `above`.
     """
     reach = _percentile(differences.abs().sort().values, WITHIN)
-    # Two digits and no more, so that nearly equal runs share their edges.
+    # Rounded to two digits, so that nearly equal runs have the same edges.
     limit = max(float(f"{reach * 1.05:.1e}"), NARROWEST_NATS)
     edges = torch.linspace(-limit, limit, BINS + 1, dtype=torch.float64)
     inside = differences[(differences >= -limit) & (differences <= limit)].double()
@@ -141,25 +144,29 @@ def histogram(differences: Tensor) -> dict[str, Any]:
 @torch.inference_mode()
 def between(
     original: Path,
-    made: Path,
+    quantized: Path,
     texts: Sequence[Sequence[int]],
     *,
     max_length: int = MAX_LENGTH,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Run both checkpoints over the token ids of each text (cut at max_length) and tell them apart.
+    """Run both checkpoints on the token ids of each text, cut at max_length, and compare their
+    predictions.
 
-    Both are in memory at once, in float32, since what 8 bits change is less than the rounding of
-    bfloat16 sums; in the dtype of their configs where float32 does not fit ("computed_in" says
-    which). Where that does not fit either: {"left_out": what is missing, and how much}.
+    Both models are in memory at once, in float32, because the change by 8-bit quantization is
+    smaller than the rounding of bfloat16 sums. Where float32 does not fit, they are in the dtype of
+    their configs; "computed_in" tells which. Where that does not fit either, the result is
+    {"left_out": the missing memory}.
 
-    Raises as `simulate.load` does, and BadInput when no text has two tokens or the vocabularies
+    Raises as `dequantized.load` does, and BadInput when no text has two tokens or the vocabularies
     differ.
     """
     rows = [list(ids[:max_length]) for ids in texts if len(ids[:max_length]) > 1]
     longest = max(map(len, rows), default=0)
     free = free_memory_bytes()
-    needed = {half: needed_bytes([original, made], longest, half=half) for half in (False, True)}
+    needed = {
+        half: needed_bytes([original, quantized], longest, half=half) for half in (False, True)
+    }
     half = free is not None and free < needed[False]
     if free is not None and free < needed[half]:
         return {
@@ -167,7 +174,7 @@ def between(
             f"bytes of memory and {free:,} are free here (a container's limit counts), "
             f"{needed[half] - free:,} too few; measure where there is more"
         }
-    models = [dequantized.load(folder) for folder in (original, made)]
+    models = [dequantized.load(folder) for folder in (original, quantized)]
     if not half:
         models = [model.float() for model in models]
     tally = Tally()
@@ -176,7 +183,7 @@ def between(
         first_TV, second_TV = (model(row, use_cache=False).logits[0, :-1] for model in models)
         if first_TV.shape != second_TV.shape:
             raise BadInput(
-                f"{made} has a vocabulary of {second_TV.shape[1]}, {original} one of "
+                f"{quantized} has a vocabulary of {second_TV.shape[1]}, {original} one of "
                 f"{first_TV.shape[1]}; only a model and what was made of it can be compared."
             )
         tally.add(first_TV, second_TV, row[0, 1:])
@@ -186,8 +193,8 @@ def between(
 
 
 def needed_bytes(folders: Sequence[Path], tokens: int, *, half: bool) -> int:
-    """Memory that the models of these folders take dequantized, and their logits of one text of so
-    many tokens; in two bytes a number (`half`) or four. An estimate from headers.
+    """The memory of these folders' models, dequantized, and of their logits for one text of
+    `tokens` tokens; with 2 bytes per number (`half`) or 4. An estimate from file headers.
     """
     per_number = 2 if half else 4
     numbers = 0
@@ -197,33 +204,34 @@ def needed_bytes(folders: Sequence[Path], tokens: int, *, half: bool) -> int:
     return round(MEMORY_MARGIN * numbers * per_number) + 4 * SLICE_BYTES
 
 
-def bucketed_kl(original: Mapping[int, float], made: Mapping[int, float]) -> float:
-    """A lower bound of KL(original || made) in nats at one position, from the natural log-
+def bucketed_kl(original: Mapping[int, float], quantized: Mapping[int, float]) -> float:
+    """A lower bound of KL(original || quantized) in nats at one position, from the natural log-
     probabilities of each engine's likeliest tokens ({token id: logprob}).
 
-    Tokens that both name are kept apart, all others share one rest bucket with probability 1 - sum.
-    Pooling outcomes never raises a KL divergence (the log sum inequality: Cover and Thomas,
-    Elements of Information Theory, 2.7), so the full one is at least this.
+    Tokens in both mappings are separate outcomes; all others share one rest bucket with probability
+    1 - sum. Merging outcomes never raises a KL divergence (log sum inequality: Cover and Thomas,
+    Elements of Information Theory, 2.7), so the full KL is at least this.
     """
-    shared = original.keys() & made.keys()
+    shared = original.keys() & quantized.keys()
     known = {token: math.exp(original[token]) for token in shared}
-    kl = sum(mass * (original[token] - made[token]) for token, mass in known.items())
+    kl = sum(mass * (original[token] - quantized[token]) for token, mass in known.items())
     rest = 1.0 - sum(known.values())
-    other = 1.0 - sum(math.exp(made[token]) for token in shared)
+    other = 1.0 - sum(math.exp(quantized[token]) for token in shared)
     if rest > NO_MASS:
-        # Rounding may leave the other bucket less than it holds; more of it keeps the bound low.
+        # Rounding may make the other bucket too small; a larger one keeps the bound a lower bound.
         kl += rest * math.log(rest / max(other, NO_MASS))
     return max(kl, 0.0)
 
 
 def bucketed(
-    original: Sequence[Mapping[int, float]], made: Sequence[Mapping[int, float]]
+    original: Sequence[Mapping[int, float]], quantized: Sequence[Mapping[int, float]]
 ) -> dict[str, Any]:
-    """`bucketed_kl` over positions, in the order of both; with how often the likeliest token is the
-    same, and the mean probability that is not in the rest bucket. {} for no positions.
+    """Figures of `bucketed_kl` over positions, which both sequences have in the same order; the
+    share of positions with the same likeliest token; and the mean probability outside the rest
+    bucket. {} without positions.
     """
     bounds, same, seen = [], 0, 0.0
-    for one, other in zip(original, made, strict=True):
+    for one, other in zip(original, quantized, strict=True):
         bounds.append(bucketed_kl(one, other))
         same += max(one, key=one.__getitem__) == max(other, key=other.__getitem__)
         seen += sum(math.exp(one[token]) for token in one.keys() & other.keys())
@@ -245,10 +253,10 @@ def _slices(length: int, step: int) -> list[slice]:
 
 
 def _percentile(ranked: Tensor, share: float) -> float:
-    """The smallest value that at least this share of all is not above."""
+    """The smallest value that is not below this share of the ranked values."""
     return float(ranked[max(0, math.ceil(share * len(ranked)) - 1)])
 
 
 def _digits(value: float | None) -> float | None:
-    """Five digits: what is smaller is no figure of a report."""
+    """Rounded to five significant digits, for the report."""
     return None if value is None else float(f"{value:.5g}")

@@ -1,10 +1,10 @@
-"""The proof that a checkpoint loads: the real engine answers with it, and what it computes is held
-to the codes on disk; then the original answers, and the two are compared, which is a matter of
-quality.
+"""The load check: vLLM loads the finished checkpoint and generates with it, and its
+log-probabilities are compared with those of the codes on disk. Then it loads the original, and the
+two are compared, as a measure of quality.
 
-Each model runs in a child process (this file as a program), one after the other, which takes its
-engine along when it ends. Called by `run` before a folder is published. The only file of
-`quantize` that imports vllm, and it does so in the child alone.
+The models run one after the other, each in a child process, which is this file as a program; the
+engine ends with its process. Called by run.py before a result is published. No other file of
+`quantize` imports vllm, and this one does so in the child only.
 """
 
 from __future__ import annotations
@@ -25,37 +25,36 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packhorse.quantize import formats
 from packhorse.quantize.errors import QuantizeError, Unloadable
 from packhorse.quantize.model.memory import free_memory_bytes
-
-if TYPE_CHECKING:  # it brings transformers, which the child has no use for
-    from packhorse.quantize.report.report import Progress
+from packhorse.quantize.settings import Progress
 
 MAX_PROMPTS = 16
 ANSWER_TOKENS = 32
 TOP = 20
-"""Likeliest tokens of each position that are compared; vLLM gives no more unless told."""
+"""Likeliest tokens per position that are compared: vLLM's default limit."""
 MAX_MODEL_LEN = 2048
 PROMPT_TOKENS = 512
 """Longer prompts are cut off."""
 REFERENCE_TOKENS = 512
-"""Of the prompts, so many are held to the codes: the reference runs without an engine's speed."""
+"""Prompt tokens that are compared with the codes, as the reference runs without an engine's
+speed."""
 IMPLAUSIBLE_NATS = 0.2
-"""Mean difference from the codes above which the engine computes something else. Kernels' own
-rounding makes 0.00 to 0.07 (W4A8, random tokens); every code off by one 0.3; codes in the wrong
-order, or scales of the wrong group or sign, 8 (docs/lab-log.md)."""
+"""A mean difference from the codes above this means that the engine computes something else.
+Rounding in kernels causes 0.00 to 0.07 (W4A8, random tokens); every code off by one causes 0.3;
+codes in the wrong order, or scales of the wrong group or sign, 8 (docs/lab-log.md)."""
 KV_CACHE_BYTES = 1024**3
 GRACE_S = 10.0
-"""For an engine that is told to stop, before it is killed."""
+"""Between the signal to stop and the kill."""
 MODULE = "packhorse.quantize.quality.engine_check"  # in the child, __name__ is __main__
 RANDOM_PROMPTS = (4, 64)
-"""How many of how many tokens stand in where no prompt is given."""
+"""Number and length of the random prompts that replace missing ones."""
 
 Prompt = str | Sequence[int]
-"""Text as it goes to the model, special tokens in it (a rendered chat template), or token ids."""
+"""Token ids, or text for the model with its special tokens, such as a rendered chat template."""
 
 
 def _silent(label: str, steps: int) -> Callable[[int], None]:
@@ -70,17 +69,17 @@ def verify(
     *,
     timeout_s: float = 1800,
 ) -> dict[str, Any]:
-    """Load `made` and then `original` in vLLM, and compare what they make of the prompts (the first
-    16): greedy answers of up to 32 tokens, and the log-probabilities of the prompts' own tokens.
-    Prompts are all text or all token ids; without any, random tokens stand in. `timeout_s` is for
-    each model.
+    """Load `made` and then `original` in vLLM, and compare their outputs for the first 16 prompts:
+    greedy answers of up to 32 tokens, and the log-probabilities of the prompts' own tokens. Prompts
+    are all text or all token ids; without prompts, random tokens are used. `timeout_s` is per
+    model.
 
-    Raises Unloadable when `made` does not run (with the engine's last words), computes NaN, or not
-    what its codes say by IMPLAUSIBLE_NATS. An original that does not run is noted under "original",
-    codes that cannot be run without an engine under "reference". Leaves no process behind, not on
-    Ctrl-C either.
+    Raises Unloadable when `made` does not run (with the engine's last errors), computes NaN, or
+    differs from its codes by more than IMPLAUSIBLE_NATS. When the original does not run, the result
+    says so under "original"; when the codes cannot be run without an engine, under "reference".
+    Leaves no process behind, also after Ctrl-C.
     """
-    from packhorse.quantize.quality import divergence, evaluate  # late: transformers comes with it
+    from packhorse.quantize.quality import divergence, evaluate  # late: imports transformers
 
     advance = progress("loading in vLLM", 2)
     chosen = [p if isinstance(p, str) else list(p) for p in prompts[:MAX_PROMPTS]]
@@ -90,7 +89,7 @@ def verify(
         raise Unloadable(
             f"vLLM does not run the finished checkpoint, so it is not published. {failure} This is "
             "an error of Packhorse or a model it does not know well; --resume --no-verify "
-            "publishes it unproved."
+            "publishes it unchecked."
         ) from failure
     advance(1)
     if any(math.isnan(value) for output in after["outputs"] for value in output["logprobs"]):
@@ -105,10 +104,10 @@ def verify(
         "kernel": _kernel(after["layers"], made),
         "layers": after["layers"],
         "kv_cache_dtype": after["kv_cache_dtype"],
-        # Without an 8-bit cache they are all 1 and unused.
+        # Without an 8-bit cache, all scales are 1 and not used.
         "kv_scales": after["kv_scales"] if after["kv_cache_dtype"].startswith("fp8") else {},
     }
-    result["reference"] = _against_codes(made, original, after["outputs"])
+    result["reference"] = _compare_with_codes(made, original, after["outputs"])
     try:
         before = _run_child(original, chosen, timeout_s)
     except _EngineFailure as failure:
@@ -124,11 +123,12 @@ def verify(
     return result
 
 
-def _against_codes(
+def _compare_with_codes(
     made: Path, original: Path, outputs: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | str:
-    """How far the engine is from the codes on disk, dequantized and run by transformers; or why
-    that is not known. Raises Unloadable above IMPLAUSIBLE_NATS.
+    """Compare the engine's log-probabilities with those of the codes on disk, dequantized and run
+    by transformers. Returns the figures, or the reason why they cannot be had. Raises Unloadable
+    above IMPLAUSIBLE_NATS.
     """
     from packhorse.quantize.quality import dequantized, evaluate
 
@@ -159,14 +159,14 @@ def _against_codes(
             f"log-probabilities are {mean:.2f} nats apart on average; more than "
             f"{IMPLAUSIBLE_NATS} is no rounding. It is not published. "
             "This is an error of Packhorse or of this machine's vLLM (for W4A8 on a CPU, try "
-            "VLLM_CPU_INT4_W4A8=0); --resume --no-verify publishes it unproved."
+            "VLLM_CPU_INT4_W4A8=0); --resume --no-verify publishes it unchecked."
         )
     return moved
 
 
 def _kernel(layers: dict[str, int], made: Path) -> str:
-    """The effective scheme of most quantized layers, as the engine says; deduced from config.json
-    where it does not.
+    """The effective scheme and kernel of most quantized layers, as the engine reports them; else
+    the scheme in config.json.
     """
     named: Counter[str] = Counter()
     for description, count in layers.items():
@@ -182,22 +182,22 @@ def _kernel(layers: dict[str, int], made: Path) -> str:
 
 
 class _EngineFailure(Exception):
-    """A child that ended without a result; says why."""
+    """A child ended without a result. The message says why."""
 
 
 def _run_child(folder: Path, prompts: list[str | list[int]], timeout_s: float) -> dict[str, Any]:
-    """What `_answer` finds out, in a process group of its own that is gone afterwards."""
+    """The result of `_generate` in a child process. Its process group is gone afterwards."""
     environment = {
         **os.environ,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is the engine: vllm is imported once
-        "HF_HUB_OFFLINE": "1",  # both are folders; nothing of them is on the hub
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is the engine itself
+        "HF_HUB_OFFLINE": "1",  # both models are folders
     }
-    if "VLLM_PLUGINS" in environment:  # ours is how 4 bits run without AVX-512
+    if "VLLM_PLUGINS" in environment:  # Packhorse's plugin runs 4 bits without AVX-512
         environment["VLLM_PLUGINS"] += ",packhorse"
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would beat kv_cache_memory_bytes
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # overrides kv_cache_memory_bytes
     with tempfile.TemporaryDirectory(prefix="packhorse-verify-") as directory:
         job, result, log = (Path(directory) / name for name in ("job", "result", "log"))
         job.write_text(json.dumps({"folder": str(folder.resolve()), "prompts": prompts}))
@@ -207,7 +207,7 @@ def _run_child(folder: Path, prompts: list[str | list[int]], timeout_s: float) -
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,  # closes when this process dies, however it dies
+                stdin=subprocess.PIPE,  # closes when this process ends, in any way
                 stdout=output,
                 stderr=output,
                 env=environment,
@@ -218,9 +218,9 @@ def _run_child(folder: Path, prompts: list[str | list[int]], timeout_s: float) -
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            _end(process)
+            _end_group(process)
         words = log.read_text(encoding="utf-8", errors="replace")
-        # A result is complete once it is there; how the engine ends after that says nothing.
+        # The result appears in one rename; how the engine ends after that does not matter.
         if not result.is_file():
             if timed_out:
                 raise _EngineFailure(f"It took longer than {timeout_s:.0f} s. {_last_words(words)}")
@@ -229,9 +229,9 @@ def _run_child(folder: Path, prompts: list[str | list[int]], timeout_s: float) -
         return found
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the child's process group, which its engine's processes are in: politely,
-    as killed ones leave shared memory behind, then at once.
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End the child's process group, which has its engine's processes: with SIGTERM first, because
+    killed ones leave shared memory behind, and then with SIGKILL.
     """
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
@@ -250,7 +250,7 @@ _GENERAL = re.compile("Engine core initialization failed|See root cause above|En
 
 
 def _last_words(log: str, returncode: int = 0) -> str:
-    """The errors in an engine's log, the first of which is the cause; or its last lines."""
+    """The first errors in an engine's log, which name the cause; without errors, its last lines."""
     lines = [_LOGGED.sub("", line).strip() for line in log.splitlines()]
     errors = [
         line for line in dict.fromkeys(lines) if _ERROR.match(line) and not _GENERAL.search(line)
@@ -264,13 +264,13 @@ def _last_words(log: str, returncode: int = 0) -> str:
 
 
 class Probe:
-    """Added to vLLM's worker, so that the engine can be asked what it really runs."""
+    """Extends vLLM's worker by a method that describes what the engine runs."""
 
     def packhorse_describe(self) -> dict[str, Any]:
-        """Counts of linear layers by what computes them, and what attention layers hold."""
+        """Counts of linear layers by scheme and kernel, and the KV cache's dtype and scales."""
         layers: Counter[str] = Counter()
         scales: dict[str, dict[str, float]] = {}
-        dtypes: Counter[str] = Counter()  # the engine's own config still says "auto"
+        dtypes: Counter[str] = Counter()  # the engine's config may still say "auto"
         for name, module in self.get_model().named_modules():  # type: ignore[attr-defined]
             if hasattr(module, "_k_scale_float"):
                 dtypes[str(getattr(module, "kv_cache_dtype", "auto"))] += 1
@@ -285,7 +285,7 @@ class Probe:
 
 
 def _describe(layer: Any) -> str:
-    """`W4A8 by CPUWNA16LinearKernel`: what a linear layer of vLLM computes, and in which class."""
+    """The scheme and the kernel class of a linear layer of vLLM: `W4A8 by CPUWNA16LinearKernel`."""
     method = getattr(layer, "quant_method", None)
     scheme = getattr(layer, "scheme", None)
     owner = scheme if scheme is not None else method
@@ -305,17 +305,18 @@ def _describe(layer: Any) -> str:
     return f"W{bits}A16 by {name}" if bits else f"{kind} by {name}"
 
 
-def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
-    """Load the folder in vLLM and have it answer."""
-    gc.disable()  # it would look at all that is imported again and again
+def _generate(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
+    """Load the folder in vLLM and generate."""
+    gc.disable()  # it would scan all imported modules repeatedly, and free nothing
     import torch
     import vllm
     from vllm import LLM, SamplingParams
 
-    # Linux kills a process with SIGILL that uses AMX tiles without having asked; oneDNN asks at its
-    # first large product, vLLM's attention never does, so a short first prompt would end it.
+    # Linux kills a process with SIGILL that uses AMX tiles without permission. oneDNN asks for it
+    # at its first large product, vLLM's attention never does, so a short first prompt would be
+    # fatal.
     torch.cpu._init_amx()  # does nothing where there is no AMX
-    gc.freeze()  # vLLM has the collector look at all that was imported nine times a load
+    gc.freeze()  # vLLM runs the collector nine times per load, over all imported modules
     gc.enable()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = {**config, **(config.get("text_config") or {})}
@@ -365,7 +366,7 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
                     for token, entry in zip(ids, output.prompt_logprobs, strict=True)
                     if entry is not None
                 ],
-                # [token id, log-probability]: JSON would make text of ids as keys.
+                # Pairs of token id and log-probability, as JSON turns integer keys into text.
                 "likeliest": [
                     [[other, found.logprob] for other, found in entry.items() if found.rank <= TOP]
                     for entry in output.prompt_logprobs
@@ -377,18 +378,20 @@ def _answer(folder: Path, prompts: list[str | list[int]]) -> dict[str, Any]:
     }
 
 
-def _die_with_parent() -> None:
-    """Standard input is a pipe that the parent never writes to: it ends when the parent does."""
-    while os.read(0, 4096):  # sys.stdin has a lock, held by this thread when Python ends: an abort
+def _exit_with_parent() -> None:
+    """Kill this process group when the parent ends: standard input is a pipe from the parent, which
+    never writes to it.
+    """
+    while os.read(0, 4096):  # not sys.stdin, whose lock would abort Python at its exit
         pass
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def main(job: Path, result: Path) -> None:
-    """The child: answer the job, and put the result in place in one step."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    asked = json.loads(job.read_text(encoding="utf-8"))
-    found = _answer(Path(asked["folder"]), asked["prompts"])
+    """The child: generate for the job, and write the result in one rename."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    job_document = json.loads(job.read_text(encoding="utf-8"))
+    found = _generate(Path(job_document["folder"]), job_document["prompts"])
     written = result.with_suffix(".partial")
     written.write_text(json.dumps(found), encoding="utf-8")
     written.rename(result)

@@ -1,5 +1,5 @@
-"""What quality is measured with: questions and held-out text, found, looked through before any
-work, and asked of the engine.
+"""Evaluation data: the files with questions and held-out text. They are found and checked before
+any work, and give the prompts of the load check.
 """
 
 from __future__ import annotations
@@ -8,27 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import sha256_of
-from packhorse.quantize.quality.evaluate import prompt_of, read_questions, read_texts
+from packhorse.quantize.quality.evaluate import prompt_of, read_questions
 from packhorse.quantize.settings import Settings
 from torch import Tensor
 from transformers import AutoTokenizer
 
-PROOF_PROMPTS = 16
+CHECK_PROMPTS = 16
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """What quality is measured with. A file that is not there is not measured, and the report says
-    so.
-    """
+class EvalData:
+    """The evaluation files. Without a file its figures are not measured, and the report says so."""
 
     eval_file: Path | None = None
     text_file: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Names and digests of the files, to know whether two reports used the same."""
+        """Names and digests of the files, which tell whether two reports used the same."""
         files = {"eval": self.eval_file, "text": self.text_file}
         return {
             kind: {"file": path.name, "sha256": sha256_of([path])}
@@ -37,10 +36,12 @@ class Yardstick:
         }
 
 
-def find(folder: Path, settings: Settings) -> Yardstick:
-    """The files named in the settings, or those that lie where a demo keeps them."""
+def find(folder: Path, settings: Settings) -> EvalData:
+    """The files that the settings name, or those in `../eval` seen from the model folder. Raises
+    BadInput when a named file is missing.
+    """
     if not settings.quality:
-        return Yardstick()
+        return EvalData()
     beside = folder.absolute().parent / "eval"
     named = {"eval": settings.eval_file, "text": settings.text_file}
     usual = {"eval": beside / "general.jsonl", "text": beside / "held_out_text.jsonl"}
@@ -50,46 +51,50 @@ def find(folder: Path, settings: Settings) -> Yardstick:
     chosen = {
         kind: named[kind] or (usual[kind] if usual[kind].is_file() else None) for kind in named
     }
-    return Yardstick(chosen["eval"], chosen["text"])
+    return EvalData(chosen["eval"], chosen["text"])
 
 
-def look_through(folder: Path, yardstick: Yardstick) -> None:
-    """What is measured with must not turn out to be of no use after hours. Raises BadInput."""
-    if not yardstick.eval_file and not yardstick.text_file:
+def check(folder: Path, eval_data: EvalData) -> None:
+    """Read both files and render their texts, so that a mistake in them ends the run before hours
+    of work. Raises BadInput.
+    """
+    if not eval_data.eval_file and not eval_data.text_file:
         return
     tokenizer = tokenizer_of(folder)
-    if yardstick.text_file:
-        read_texts(yardstick.text_file, tokenizer)
-    if yardstick.eval_file:
-        for question in read_questions(yardstick.eval_file):
+    if eval_data.text_file:
+        read_texts(eval_data.text_file, tokenizer)
+    if eval_data.eval_file:
+        for question in read_questions(eval_data.eval_file):
             prompt_of(question, tokenizer)
 
 
-def prompts(folder: Path, yardstick: Yardstick, rows: Tensor | None) -> list[list[int]]:
-    """What the load proof asks: the evaluation's questions, else its text, else calibration rows;
-    nothing (so that verify takes random tokens) without any.
+def prompts(folder: Path, eval_data: EvalData, rows: Tensor | None) -> list[list[int]]:
+    """The prompts of the load check as token ids: questions, or held-out text, or calibration rows.
+    Without any of them an empty list, for which engine_check takes random tokens.
     """
-    if not (yardstick.eval_file or yardstick.text_file):
-        return [] if rows is None else [row.tolist() for row in rows[:PROOF_PROMPTS]]
+    if not (eval_data.eval_file or eval_data.text_file):
+        return [] if rows is None else [row.tolist() for row in rows[:CHECK_PROMPTS]]
     tokenizer = tokenizer_of(folder)
-    if yardstick.eval_file:
-        questions = read_questions(yardstick.eval_file)
-        chosen = questions[:: max(1, len(questions) // PROOF_PROMPTS)][:PROOF_PROMPTS]
+    if eval_data.eval_file:
+        questions = read_questions(eval_data.eval_file)
+        chosen = questions[:: max(1, len(questions) // CHECK_PROMPTS)][:CHECK_PROMPTS]
         return [prompt_of(question, tokenizer) for question in chosen]
-    assert yardstick.text_file is not None
-    return read_texts(yardstick.text_file, tokenizer)[:PROOF_PROMPTS]
+    assert eval_data.text_file is not None
+    return read_texts(eval_data.text_file, tokenizer)[:CHECK_PROMPTS]
 
 
-def missing(yardstick: Yardstick, settings: Settings) -> list[str]:
+def missing_notes(eval_data: EvalData, settings: Settings) -> list[str]:
+    """Notes for the report on figures without a file."""
     notes = []
-    if settings.quality and not yardstick.text_file:
+    if settings.quality and not eval_data.text_file:
         notes.append("perplexity not measured: no --text file")
-    if settings.quality and not yardstick.eval_file:
+    if settings.quality and not eval_data.eval_file:
         notes.append("score not measured: no --eval file")
     return notes
 
 
 def tokenizer_of(folder: Path) -> Any:
+    """Raises BadInput when the folder has no tokenizer that loads."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -1,35 +1,31 @@
-"""What a checkpoint knows, as figures: exact match on questions, perplexity on held-out text, and
-how far two are apart.
+"""Evaluation of a model: exact match on questions, perplexity on held-out text, and the comparison
+of two models' answers in an engine.
 
-Works on any causal language model of transformers; knows nothing of quantization. Called by
-`report.py` before and after, by `verify.py`, and by the demo's `score.py`.
+Works on any causal language model of transformers, and does not depend on quantization. Called by
+measure.py, engine_check.py, and the demo's score.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
+from packhorse.quantize.calibration.dataset import Message, read_json_lines, render
 from packhorse.quantize.errors import BadInput
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Message = dict[str, Any]
 MAX_LENGTH = 2048
-"""Tokens of a text that are looked at."""
+"""Tokens of a text that are used."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of an evaluation file: what is asked (chat messages), the one right answer, and its
-    domain.
-    """
+    """One line of an evaluation file: chat messages, the one right answer, and its domain."""
 
     messages: list[Message]
     answer: str
@@ -39,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of all, by domain."""
+    """Right answers, and all questions, by domain."""
 
     right: dict[str, int]
     total: dict[str, int]
@@ -60,40 +56,14 @@ class Score:
         }
 
 
-def read_utf8(path: Path) -> str:
-    """Raises BadInput for a file in another encoding, or that cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text: {error}.") from error
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file.")
-    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}, line {number}: not JSON ({error.msg}).") from error
-            if not isinstance(row, dict):
-                raise BadInput(
-                    f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}."
-                )
-            yield number, row
-
-
 def read_questions(path: Path) -> list[Question]:
-    """Questions from JSON lines `{"prompt", "answer", "domain"}`; `history` and `tools` are
-    optional.
+    """Questions from JSON lines `{"prompt", "answer", "domain"}`; `domain`, `history` and `tools`
+    are optional.
 
-    Raises BadInput with the file, the line and what is missing.
+    Raises BadInput with the file, the line and the missing key.
     """
     questions = []
-    for number, row in _lines(path):
+    for number, row in read_json_lines(path):
         if missing := [name for name in ("prompt", "answer") if not isinstance(row.get(name), str)]:
             raise BadInput(
                 f"{path}, line {number}: {' and '.join(missing)} must be there, as text."
@@ -107,78 +77,17 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text that is not tokenized yet, or a conversation, and where it is from."""
-
-    content: str | list[Message]
-    tools: list[dict[str, Any]] | None
-    where: str
-
-    @classmethod
-    def of(cls, row: dict[str, Any], where: str) -> Text:
-        """From a row with `messages` or `text`. Raises BadInput, with the columns there are."""
-        for content, kind in ((row.get("messages"), list), (row.get("text"), str)):
-            if isinstance(content, kind):
-                return cls(content, row.get("tools"), where)
-        columns = ", ".join(f"`{name}`" for name in row) or "nothing"
-        raise BadInput(f"{where}: has {columns}, needs `messages` or `text`.")
-
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Conversations are rendered with the chat template. Raises BadInput when it refuses."""
-        if isinstance(self.content, str):
-            return list(tokenizer.encode(self.content))
-        return _rendered(tokenizer, self.content, self.tools, self.where)
-
-
-def texts_of(path: Path) -> list[Text]:
-    """JSON lines `{"messages": [...]}` or `{"text": "..."}`."""
-    texts = [Text.of(row, f"{path}, line {number}") for number, row in _lines(path)]
-    if not texts:
-        raise BadInput(f"{path}: holds no text.")
-    return texts
-
-
-def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of `texts_of`."""
-    return [text.tokens(tokenizer) for text in texts_of(path)]
-
-
 def visible(text: str) -> str:
-    """The answer as a reader sees it: without a leading `<think>` part."""
+    """The answer without a leading `<think>` part."""
     return text.rpartition("</think>")[2].strip()
 
 
 def prompt_of(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the question, up to where the answer begins."""
+    """Token ids of the question with the generation prompt."""
     where = f"the question {question.messages[-1]['content'][:40]!r}"
-    return _rendered(
+    return render(
         tokenizer, question.messages, question.tools or None, where, add_generation_prompt=True
     )
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None,
-    where: str,
-    *,
-    add_generation_prompt: bool = False,
-) -> list[int]:
-    """Token ids by the chat template. Raises BadInput, naming `where`, when it refuses."""
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=False,
-        )
-    except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
-        raise BadInput(
-            f"{where}: the model's chat template does not take it ({error}); change the messages, "
-            'or give plain {"text": ...} for calibration and perplexity.'
-        ) from error
-    return list(ids)
 
 
 @torch.inference_mode()
@@ -191,11 +100,11 @@ def greedy_answers(
     batch_size: int = 64,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """What the model answers with temperature 0, in the order of the questions. `advance` is told
-    of each batch.
+    """The model's answers by greedy decoding, in the order of the questions. `advance` is called
+    with the size of each finished batch.
     """
     prompts = [prompt_of(question, tokenizer) for question in questions]
-    # Prompts of like length share a batch, so that padding costs little.
+    # Prompts of similar length share a batch, so that padding costs little.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -237,8 +146,8 @@ def perplexity(
     max_length: int = MAX_LENGTH,
     advance: Callable[[int], None] = lambda count: None,
 ) -> float:
-    """exp of the mean negative log-likelihood over all tokens but the first of each text, cut at
-    max_length.
+    """exp of the mean negative log-likelihood over all tokens but the first of each text. Texts are
+    cut at max_length. Raises BadInput when no text has two tokens.
     """
     total, count = 0.0, 0
     for ids in texts:
@@ -254,16 +163,16 @@ def perplexity(
 
 
 def count_predictions(texts: Sequence[Sequence[int]], *, max_length: int = MAX_LENGTH) -> int:
-    """How many next tokens `perplexity` is about."""
+    """The number of predicted tokens over which `perplexity` takes the mean."""
     return sum(max(min(len(ids), max_length) - 1, 0) for ids in texts)
 
 
 def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What an engine made of the same prompts with two checkpoints.
+    """Compare an engine's outputs for the same prompts with two checkpoints.
 
-    Shares are of prompts. `answers_until_difference` is the mean share of an answer that comes
-    before the first token that differs; `first_differences` are those positions, where there is
-    one. Log-probabilities are natural, of every prompt token but the first.
+    `answers_equal` is a share of prompts. `answers_until_difference` is the mean share of an answer
+    before its first differing token; `first_differences` are the positions of these tokens.
+    Log-probabilities are natural, of every prompt token but the first.
     """
     positions: list[int] = []
     shares: list[float] = []
@@ -288,12 +197,12 @@ def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -
 
 
 def apart(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """Position by position, without sign."""
+    """The absolute differences, position by position."""
     return [abs(x - y) for x, y in zip(one, other, strict=True)]
 
 
 def moved(differences: Sequence[float]) -> dict[str, Any]:
-    """Differences of log-probabilities, as a report has them."""
+    """Figures for the report from absolute differences of log-probabilities."""
     return {
         "prompt_tokens": len(differences),
         "logprob_difference_mean": round(sum(differences) / max(len(differences), 1), 5),

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, from its config and its tensors' headers alone."""
+"""The content of a checkpoint folder, from its config and its file headers. Called by cli.py."""
 
 from __future__ import annotations
 
@@ -9,33 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint
+from packhorse.quantize.model.dtypes import bits_of
 from rich.table import Table
-
-BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Architecture, quantization, bytes by dtype, side files, and what the report says. Raises
-    BadInput.
+    """Architecture, quantization, bytes by dtype, side files, and the quality report's main parts.
+    Raises BadInput.
     """
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
     by_dtype: Counter[str] = Counter()
     for name in checkpoint.names():
         shape, dtype = checkpoint.shape_and_dtype(name)
-        by_dtype[dtype] += math.prod(shape) * BYTES.get(dtype, 0)
+        by_dtype[dtype] += math.prod(shape) * bits_of(dtype) // 8
     report_path = folder / REPORT
     report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.is_file() else None
     return {
@@ -57,7 +44,7 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 
 def _quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """One kind of layer in full; `others` are the further kinds of a mixed checkpoint."""
+    """The first scheme in full; `others` are the further schemes of a mixed checkpoint."""
     if config is None:
         return None
     groups = (config.get("config_groups") or {"": {"weights": config}}).values()

@@ -1,6 +1,7 @@
-"""Quality reports for people: one self-contained HTML page, and its twin as a table in a terminal.
+"""Quality reports as one self-contained HTML page, and as a table for the terminal.
 
-The page needs no network and no scripts, and takes the reader's light or dark. Called by `cli`.
+The page needs no network and no scripts, and follows the reader's light or dark mode. Called by
+cli.py.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from packhorse.quantize.report.verdict import (
     REQUIRED,
     Limits,
 )
-from packhorse.quantize.report.view import NOT_MEASURED, card, figures, number, percent, size
+from packhorse.quantize.report.view import NOT_MEASURED, figures, number, percent, size, view_of
 from rich.markup import escape
 from rich.table import Table
 
-# (heading, figure, how it is shown): the columns by which checkpoints are compared.
+# (heading, figure, its formatter): the columns of the comparison.
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("scheme", "scheme", str),
     ("weights", "bytes", size),
@@ -40,8 +41,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("KL p99 (nats)", "kl_p99", partial(number, digits=3)),
     ("same likeliest token", "top1_agreement", percent),
 )
-# (figure, axis, which way is better): what checkpoints are placed by, if it was measured of two of
-# them at least; the first that was.
+# (figure, axis label, the better direction) for the vertical axis of the scatter plot: the first
+# that was measured for two checkpoints.
 _HEIGHTS = (
     ("kl_mean", "KL divergence, mean (nats)", "Lower"),
     ("perplexity_ratio", "perplexity, after / before", "Lower"),
@@ -50,8 +51,8 @@ _HEIGHTS = (
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The report of a checkpoint folder. Raises BadInput when there is none, or of another
-    version, with the way out.
+    """The report of a checkpoint folder. Raises BadInput for a missing report or another version,
+    with a way to fix it.
     """
     path = folder / REPORT
     if not path.is_file():
@@ -82,31 +83,31 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """What to call the folders: their last parts, or whole paths where those would be the same."""
+    """Names for the folders: their last parts, or their paths when those are not unique."""
     last = [folder.absolute().name for folder in folders]
     same = len(set(last)) < len(last)
     return [str(folder) for folder in folders] if same else last
 
 
 def rows(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a checkpoint, for --json: see `card.figures`."""
+    """One row per checkpoint, for --json; see `view.figures`."""
     return [figures(report, name) for report, name in zip(reports, names, strict=True)]
 
 
 def warnings(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Why figures of these reports may not be compared; empty when they may."""
+    """The reasons why the figures of these reports cannot be compared; empty when they can."""
     found = []
     if len({report["source"] for report in reports}) > 1:
         found.append("The checkpoints come from different originals: figures are of each its own.")
-    yardsticks = [report["quality"]["measured_with"] for report in reports]
-    files = {json.dumps(yardstick, sort_keys=True) for yardstick in yardsticks if yardstick}
+    eval_data = [report["quality"]["measured_with"] for report in reports]
+    files = {json.dumps(one, sort_keys=True) for one in eval_data if one}
     if len(files) > 1:
         found.append("They were measured with different files: figures cannot be compared.")
     return found
 
 
 def table(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    """For a terminal; a column a checkpoint, since a terminal is narrow."""
+    """For the terminal, with one column per checkpoint."""
     compared = rows(reports, names)
     shown = Table(title="Quality", title_justify="left", caption="\n".join(warnings(reports)))
     shown.add_column("")
@@ -119,7 +120,7 @@ def table(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
 
 
 def render(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """The page, as HTML; one report in full, several as a comparison with each in full below.
+    """The HTML page: one report in full, or a comparison followed by each report in full.
 
     Raises BadInput when matplotlib is not installed. The same reports give the same bytes.
     """
@@ -134,8 +135,8 @@ def render(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     return environment.get_template(
         "report.html"
     ).render(
-        cards=[
-            card(report, name, place)
+        views=[
+            view_of(report, name, place)
             for place, (report, name) in enumerate(zip(reports, names, strict=True))
         ],
         headings=[heading for heading, _, _ in COLUMNS],
@@ -144,7 +145,7 @@ def render(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
             for row in compared
         ],
         warnings=warnings(reports),
-        svg=Markup,  # plots are ours, with every name in them escaped
+        svg=Markup,  # plots.py escapes every name in a plot
         limits=[_limit_row(limits) for limits in ALL_LIMITS],
         levels=LEVELS,
         required=", ".join(REQUIRED[:-1]) + " and " + REQUIRED[-1],
@@ -155,7 +156,7 @@ def render(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 
 def _scatter(compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The plot of several checkpoints, if two have a measure in common, and who is not on it."""
+    """The scatter plot, if two checkpoints have a measure in common, and the names not on it."""
     for key, label, better in _HEIGHTS:
         have = [row for row in compared if row[key] is not None]
         if len(have) > 1:

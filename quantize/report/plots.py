@@ -1,8 +1,8 @@
-"""The report's plots as SVG text for one page: no fonts, no colours, no ids of their own.
+"""The plots of the report page as SVG text, without fonts, colours or ids of their own.
 
-Colours are names of the page's CSS variables, so one plot serves light and dark; text stays text
-and takes the page's font. The same figures give the same bytes. Knows numbers and labels, not
-reports. Called by `page`; matplotlib is imported when the first plot is drawn.
+Colours are CSS variables of the page, so that a plot works in light and dark mode; text stays text,
+in the page's font. The same figures give the same bytes. Takes numbers and labels, not reports.
+Called by page.py and view.py; matplotlib is imported when the first plot is drawn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from packhorse.quantize.errors import BadInput
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# matplotlib wants colours it can parse: each stands for a variable of the page until the end.
+# Colours that matplotlib can parse; each is replaced by a CSS variable in the end.
 INK, MUTED, GRID, PAPER = "#010101", "#010102", "#010103", "#010104"
 SERIES = tuple(f"#0101{number:02x}" for number in range(0x10, 0x18))
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
@@ -27,13 +27,13 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
 }
 _MARKERS = "osD^vPX*"
 WIDE, NARROW = (9.6, 3.5), (3.7, 3.0)
-"""Inches. Text keeps its size on a phone only in a plot that was drawn narrow."""
+"""Inches. A narrow plot keeps its text readable on a phone."""
 RINGED = "fell back"
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One layer: `block` counts from 0, `error` is relative and squared, `noted` puts a ring on."""
+    """One layer: `block` counts from 0, `error` is relative and squared, `noted` draws a ring."""
 
     kind: str
     block: int
@@ -51,14 +51,14 @@ class Point:
 
 
 def layers(dots: Sequence[Dot], ylabel: str, name: str) -> str:
-    """Error by block, a series for each kind of layer. `name` keeps ids of plots apart."""
+    """Error by block, with one series per kind of layer. `name` makes the plot's ids unique."""
     kinds = list(dict.fromkeys(dot.kind for dot in dots))
 
     def draw(axes: Axes) -> None:
         for number, kind in enumerate(kinds):
             own = sorted((dot for dot in dots if dot.kind == kind), key=lambda dot: dot.block)
             colour = SERIES[number % len(SERIES)]
-            once = len({dot.block for dot in own}) == len(own)  # not so for experts
+            once = len({dot.block for dot in own}) == len(own)  # experts: several per block
             axes.plot(
                 [dot.block for dot in own],
                 [dot.error for dot in own],
@@ -90,8 +90,8 @@ def layers(dots: Sequence[Dot], ylabel: str, name: str) -> str:
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], name: str) -> str:
-    """How log-probabilities moved; counts are of predictions, on a logarithmic axis, since most
-    hardly move and the others are what matters.
+    """A histogram of changes of log-probabilities. Counts of predictions are on a logarithmic axis,
+    as most changes are near zero and the others matter.
     """
 
     def draw(axes: Axes) -> None:
@@ -111,7 +111,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], name: str) -> str:
 
 
 def scatter(points: Sequence[Point], ylabel: str, name: str) -> str:
-    """Size against quality, each checkpoint by its name."""
+    """Size against quality, with the name of each checkpoint."""
 
     def draw(axes: Axes) -> None:
         axes.margins(0.15, 0.2)
@@ -142,7 +142,7 @@ def scatter(points: Sequence[Point], ylabel: str, name: str) -> str:
 
 def _legend(axes: Axes) -> None:
     figure: Any = axes.get_figure(root=True)
-    # The figure's legend takes height alone; one of the axes takes width too, on a phone all of it.
+    # A legend of the figure takes height; one of the axes would take width, on a phone all of it.
     figure.legend(
         loc="outside upper left", ncols=8 if figure.get_figwidth() > NARROW[0] else 3,
         frameon=False, labelcolor=INK, handlelength=1.4, columnspacing=1.2, borderaxespad=0.2,
@@ -150,7 +150,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _both(draw: Callable[[Axes], None], name: str, label: str) -> str:
-    """The plot for wide windows and for narrow ones; the page's CSS shows one of them."""
+    """The plot for wide and for narrow windows; the page's CSS shows one of them."""
     parts = [
         f'<div class="{kind}">{_svg(draw, size, f"{name}-{kind}", label)}</div>'
         for kind, size in (("wide", WIDE), ("narrow", NARROW))
@@ -197,7 +197,7 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], salt: str, lab
 
 
 def _plain_log(axes: Axes) -> None:
-    """A logarithmic axis with plain numbers at its ticks: powers are drawn for another font."""
+    """A logarithmic axis with plain numbers at its ticks, as powers need a font of their own."""
     axes.set_yscale("log", nonpositive="clip")
     low, high = axes.get_ylim()
     shown = (1, 2, 5) if high / low < 30 else (1,)
@@ -210,12 +210,12 @@ def _plain_log(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(label)
 
 
-# What matplotlib writes that a page does not want, and what stands there instead.
+# (part of matplotlib's SVG that does not fit into the page, its replacement).
 _REPLACED = (
     (r"<metadata>.*?</metadata>", ""),
-    (r"<style.*?</style>", ""),  # it is about every element of the page
+    (r"<style.*?</style>", ""),  # would apply to the whole page
     (r"<defs>\s*</defs>", ""),
-    (r' id="[a-zA-Z0-9.]+_\d+"', ""),  # nothing refers to these; the others are hashes
+    (r' id="[a-zA-Z0-9.]+_\d+"', ""),  # ids that nothing refers to; the others are hashes
     (r"(?<=<svg)([^>]*?) height=\"[^\"]*\"", r"\1"),
     (r"(?<=<svg)([^>]*?) width=\"[^\"]*\"", r"\1"),
     (r" font-family: [^;\"]*;?", ""),
@@ -224,7 +224,7 @@ _REPLACED = (
 
 
 def _cleaned(svg: str, label: str) -> str:
-    """Only the <svg>, sized by the page, in its font and colours."""
+    """The <svg> element alone, with the page's size, font and colours."""
     svg = svg[svg.index("<svg") :]
     for pattern, instead in _REPLACED:
         svg = re.sub(pattern, instead, svg, flags=re.DOTALL)

@@ -1,9 +1,9 @@
-"""The verdict on a checkpoint, in plain words, from its report alone.
+"""The verdict on a checkpoint, in plain words, from its report.
 
-Each measure that was taken is held to the limits below and gives a level; the worst one counts.
-What was not measured, or on too little, never speaks for a checkpoint: without any measure the
-verdict is "not measured", and "as good as the original" needs all of REQUIRED. The limits are on
-the page and in docs/quality-report.md, with their reasons. Called by `report` and `page`.
+Each measure is compared with the limits below and gives a level; the worst level is the verdict's.
+A measure that was not taken, or on too little data, never improves the verdict: without any measure
+it is "not measured", and "as good as the original" needs all of REQUIRED. The limits are on the
+page and in docs/quality-report.md, with their reasons. Called by report.py, view.py and page.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 REPORT_VERSION = 2
-"""Of the JSON that is judged here: raised when a key changes its meaning or goes. 1 had no such
-key."""
+"""Version of the report's JSON, raised when a key changes its meaning or is removed. Reports of
+version 1 have no such key."""
 
 Level = Literal["as good as the original", "good", "look closer", "do not use", "not measured"]
 Judgement = Level | Literal["too little to judge"]
@@ -25,7 +25,7 @@ LEVELS: tuple[Level, ...] = ("as good as the original", "good", "look closer", "
 
 @dataclass(frozen=True)
 class Limits:
-    """What a measure must reach for each level. `rising`: more is better."""
+    """The limits of a measure for each level. `rising`: higher values are better."""
 
     measure: str
     unit: str
@@ -33,7 +33,7 @@ class Limits:
     as_good: float
     good: float
     usable: float
-    """Beyond it: do not use."""
+    """Beyond this limit, the level is "do not use"."""
     why: str
 
     def level(self, value: float) -> Level:
@@ -67,11 +67,11 @@ ENGINE = Limits(
 ALL_LIMITS = (SCORE, PERPLEXITY, KL, TOP1, ENGINE)
 
 MIN_QUESTIONS = 100
-"""Of fewer, the standard error of a score is 3 points and more (at 90% right)."""
+"""With fewer questions, the standard error of a score of 90% is 3 points and more."""
 MIN_PREDICTIONS = 1000
-"""Fewer next tokens of held-out text are a handful of sentences."""
-REQUIRED = ("task score", "KL divergence", "load proof")
-"""All of them are needed for "as good as the original"."""
+"""Fewer predicted tokens of held-out text are a handful of sentences."""
+REQUIRED = ("task score", "KL divergence", "load check")
+"""The measures that "as good as the original" needs."""
 
 _SENTENCES: dict[Level, str] = {
     "as good as the original": "As good as the original in everything that was measured.",
@@ -84,7 +84,7 @@ _SENTENCES: dict[Level, str] = {
 
 @dataclass(frozen=True)
 class Reason:
-    """One measure: what was found, as shown to people, and what follows from it."""
+    """One measure: its result in words, and the level that follows."""
 
     measure: str
     found: str
@@ -103,15 +103,15 @@ class Verdict:
 
 
 def verdict(report: dict[str, Any]) -> Verdict:
-    """From the JSON of a report (see docs/quality-report.md), of whose keys any may be missing."""
-    reasons = [*_score(report), *_text(report), *_distance(report), *_proof(report)]
+    """From a report's JSON (docs/quality-report.md); any key may be missing."""
+    reasons = [*_score(report), *_text(report), *_divergence(report), *_load_check(report)]
     judged = {reason.level for reason in reasons}
     worst: Level = next((level for level in reversed(LEVELS) if level in judged), "not measured")
-    # What the engine moved is some prompts' tokens: enough to warn, too few to praise.
+    # The engine's figures are of a few prompts: enough to lower the verdict, too few to raise it.
     evidence = [
         reason
         for reason in reasons
-        if reason.level in LEVELS and reason.measure not in (ENGINE.measure, "load proof")
+        if reason.level in LEVELS and reason.measure not in (ENGINE.measure, "load check")
     ]
     if not evidence and _rank(worst) < _rank("look closer"):
         return _of("not measured", reasons, ())
@@ -164,36 +164,36 @@ def _text(report: dict[str, Any]) -> list[Reason]:
     return [_judge(PERPLEXITY, ratio, found, enough=enough)]
 
 
-def _distance(report: dict[str, Any]) -> list[Reason]:
-    distance = (report.get("quality") or {}).get("distance")
-    if not distance:
+def _divergence(report: dict[str, Any]) -> list[Reason]:
+    divergence = (report.get("quality") or {}).get("distance")
+    if not divergence:
         return [Reason(KL.measure, "no --text file", "not measured")]
-    if "left_out" in distance:
-        return [Reason(KL.measure, distance["left_out"], "not measured")]
-    positions = distance["positions"]
-    if distance["not_finite"]:
-        found = f"no number at {distance['not_finite']:,} of {positions:,} predictions"
+    if "left_out" in divergence:
+        return [Reason(KL.measure, divergence["left_out"], "not measured")]
+    positions = divergence["positions"]
+    if divergence["not_finite"]:
+        found = f"no number at {divergence['not_finite']:,} of {positions:,} predictions"
         return [Reason(KL.measure, found, "do not use")]
     enough = positions >= MIN_PREDICTIONS
-    same = distance["top1_agreement"]
-    found = f"{distance['kl_mean']:.3g} nats over {positions:,} predictions"
+    same = divergence["top1_agreement"]
+    found = f"{divergence['kl_mean']:.3g} nats over {positions:,} predictions"
     return [
-        _judge(KL, distance["kl_mean"], found, enough=enough),
+        _judge(KL, divergence["kl_mean"], found, enough=enough),
         _judge(TOP1, same, f"at {same:.1%} of predictions", enough=enough),
     ]
 
 
-def _proof(report: dict[str, Any]) -> list[Reason]:
-    proof = report.get("proof")
-    if not proof:
-        return [Reason("load proof", "vLLM was not asked", "not measured")]
-    if isinstance(proof.get("reference"), str):  # says why the codes could not be run
-        reasons = [Reason("load proof", "loads in vLLM; not held to the codes", "good")]
+def _load_check(report: dict[str, Any]) -> list[Reason]:
+    load_check = report.get("proof")
+    if not load_check:
+        return [Reason("load check", "vLLM was not asked", "not measured")]
+    if isinstance(load_check.get("reference"), str):  # the reason why the codes could not be run
+        reasons = [Reason("load check", "loads in vLLM; not compared with the codes", "good")]
     else:
         reasons = [
-            Reason("load proof", "loads in vLLM, which computes what the codes say", LEVELS[0])
+            Reason("load check", "loads in vLLM, which computes what the codes say", LEVELS[0])
         ]
-    if compared := proof.get("compared"):
+    if compared := load_check.get("compared"):
         moved = compared["logprob_difference_mean"]
         found = f"{moved:.3g} nats over {compared['prompt_tokens']:,} prompt tokens"
         reasons.append(_judge(ENGINE, moved, found, enough=True))
@@ -205,7 +205,9 @@ def _quality(report: dict[str, Any], when: str) -> dict[str, Any]:
 
 
 def _judge(limits: Limits, value: float, found: str, *, enough: bool) -> Reason:
-    """Too little to judge well may still warn: a bad figure of few questions is no praise lost."""
+    """The reason for one measure. With little data (not `enough`), a bad value still lowers the
+    verdict, and a good one does not raise it.
+    """
     level = limits.level(value)
     if not enough and _rank(level) < _rank("look closer"):
         return Reason(limits.measure, found, "too little to judge")

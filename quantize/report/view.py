@@ -1,5 +1,5 @@
-"""What the report page says of one checkpoint, as text ready to be shown: labels, figures with
-their units, rows of tables. Called by `page`; the template only lays it out.
+"""One checkpoint on the report page: labels, figures with their units, and rows of tables, as text
+for the template. Called by page.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from packhorse.quantize.report.verdict import Verdict, verdict
 
 NOT_MEASURED = "–"
 NAMED_ABOVE = 0.05
-"""Of the bytes that were left alone: a smaller tensor is not worth a line."""
+"""An unquantized tensor with less than this share of the unquantized bytes gets no line."""
 _BLOCK = re.compile(r"\.(\d+)\.")
 _FELL_BACK = re.compile(r"damp|nearest", re.IGNORECASE)
 
@@ -23,16 +23,16 @@ Rows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Card:
-    """One checkpoint on the page. Plots are SVG, and the only parts that are markup."""
+class ReportView:
+    """The view of one checkpoint. The plots are SVG; all other fields are plain text."""
 
     name: str
     title: str
     verdict: Verdict
     tiles: list[tuple[str, str, str]]
-    """Figure, what it is, and a remark."""
+    """(figure, its name, a remark)."""
     key_figures: Rows
-    """What, before, after."""
+    """(name, before, after)."""
     domains: Rows
     sizes: Rows
     engine: Rows
@@ -47,12 +47,12 @@ class Card:
 
 
 def figures(report: dict[str, Any], name: str) -> dict[str, Any]:
-    """The figures by which checkpoints are compared; None where there is none. Sizes in bytes,
+    """The figures for comparing checkpoints; None for those that were not measured. Sizes in bytes,
     KL in nats, shares from 0 to 1.
     """
     quality = report["quality"]
     before, after = quality["before"], quality["after"]
-    distance = quality.get("distance") or {}
+    divergence = quality.get("distance") or {}
     weights = (report.get("weights") or {}).get("after") or {}
     found = verdict(report)
     score = (before.get("score") or {}).get("exact_match"), _score(after)
@@ -69,9 +69,9 @@ def figures(report: dict[str, Any], name: str) -> dict[str, Any]:
         "score_kept": score[1] / score[0] if score[0] and score[1] is not None else None,
         "perplexity": after.get("perplexity"),
         "perplexity_ratio": _ratio(before.get("perplexity"), after.get("perplexity")),
-        "kl_mean": distance.get("kl_mean"),
-        "kl_p99": distance.get("kl_p99"),
-        "top1_agreement": distance.get("top1_agreement"),
+        "kl_mean": divergence.get("kl_mean"),
+        "kl_p99": divergence.get("kl_p99"),
+        "top1_agreement": divergence.get("top1_agreement"),
         "kernel": (report.get("proof") or {}).get("kernel"),
         "verdict": found.level,
         "sentence": found.sentence,
@@ -79,14 +79,14 @@ def figures(report: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def card(report: dict[str, Any], name: str, place: int) -> Card:
-    """`place` tells this checkpoint's plots from others' on the same page."""
+def view_of(report: dict[str, Any], name: str, place: int) -> ReportView:
+    """The view of a report. `place` makes the ids of its plots unique on the page."""
     rows = list(_layer_rows(report["layers"]))
     quality = report["quality"]
     histogram = (quality.get("distance") or {}).get("histogram")
     scheme, group = _scheme(report["plan"]), report["group_size"]
     grouping = "one scale an output" if group == -1 else f"groups of {group}"
-    return Card(
+    return ReportView(
         name=name,
         title=f"{report['source']}, {report['method']}: {scheme}, {grouping}, {report['format']}",
         verdict=verdict(report),
@@ -106,7 +106,7 @@ def card(report: dict[str, Any], name: str, place: int) -> Card:
         histogram=""
         if histogram is None
         else plots.histogram(histogram["edges"], histogram["counts"], f"moved-{place}"),
-        histogram_remark=_beside(histogram),
+        histogram_remark=_histogram_remark(histogram),
         notes=report["notes"],
     )
 
@@ -128,7 +128,7 @@ def _tiles(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _key_figures(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     before, after = report["quality"]["before"], report["quality"]["after"]
-    distance = report["quality"].get("distance") or {}
+    divergence = report["quality"].get("distance") or {}
     yield "weights", size(report["bytes"]["before"]), size(report["bytes"]["after"])
     if after.get("score"):
         questions = after["score"]["questions"]
@@ -139,16 +139,16 @@ def _key_figures(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         )
     if "perplexity" in after:
         yield "perplexity", number(before.get("perplexity")), number(after["perplexity"])
-    if "kl_mean" in distance:
-        error = distance.get("kl_mean_standard_error")
+    if "kl_mean" in divergence:
+        error = divergence.get("kl_mean_standard_error")
         spread = f" ± {number(error, 2)}" if error else ""
-        yield "KL divergence, mean (nats)", "", number(distance["kl_mean"], 3) + spread
-        yield "KL divergence, median (nats)", "", number(distance["kl_p50"], 3)
-        yield "KL divergence, 99th percentile (nats)", "", number(distance["kl_p99"], 3)
-    if "positions" in distance:
-        yield "same likeliest token", "", percent(distance["top1_agreement"])
-        yield "overlap of the five likeliest", "", percent(distance["top5_agreement"])
-        yield "predictions compared", "", f"{distance['positions']:,}"
+        yield "KL divergence, mean (nats)", "", number(divergence["kl_mean"], 3) + spread
+        yield "KL divergence, median (nats)", "", number(divergence["kl_p50"], 3)
+        yield "KL divergence, 99th percentile (nats)", "", number(divergence["kl_p99"], 3)
+    if "positions" in divergence:
+        yield "same likeliest token", "", percent(divergence["top1_agreement"])
+        yield "overlap of the five likeliest", "", percent(divergence["top5_agreement"])
+        yield "predictions compared", "", f"{divergence['positions']:,}"
 
 
 def _domains(quality: dict[str, Any]) -> Rows:
@@ -176,21 +176,21 @@ def _part(label: str, part: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
         yield label, f"{part['parameters']:,}", size(part["bytes"]), bits
 
 
-def _engine(proof: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
-    if not proof:
+def _engine(load_check: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
+    if not load_check:
         return
-    yield "engine", f"{proof['engine']}, {proof['dtype']}"
-    yield "kernel", proof["kernel"]
-    reference = proof["reference"]
+    yield "engine", f"{load_check['engine']}, {load_check['dtype']}"
+    yield "kernel", load_check["kernel"]
+    reference = load_check["reference"]
     if isinstance(reference, str):
-        yield "held to the codes", reference
+        yield "compared with the codes", reference
     else:
         off = number(reference["logprob_difference_mean"], 3)
-        yield "held to the codes", f"{off} nats apart on average"
-    if compared := proof.get("compared"):
+        yield "compared with the codes", f"{off} nats apart on average"
+    if compared := load_check.get("compared"):
         yield "answers equal to the original's", percent(compared["answers_equal"])
         yield "log-probabilities moved by", f"{number(compared['logprob_difference_mean'], 3)} nats"
-    if apart := proof.get("distance"):
+    if apart := load_check.get("distance"):
         bound = f"{number(apart['kl_at_least_mean'], 3)} nats over {apart['positions']:,} positions"
         yield "KL divergence, at least", bound
         yield "same likeliest token", percent(apart["top1_agreement"])
@@ -227,7 +227,7 @@ def _layer_rows(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def _layer_plot(layers: Sequence[dict[str, Any]], place: int) -> str:
-    """Of what layers put out, where they were given text; else of their weights."""
+    """The plot of errors by layer: of outputs where there was calibration text, else of weights."""
     key = "output_error" if any("output_error" in layer for layer in layers) else "relative_error"
     dots = []
     for layer in layers:
@@ -242,7 +242,7 @@ def _layer_plot(layers: Sequence[dict[str, Any]], place: int) -> str:
     return plots.layers(dots, label, f"layers-{place}")
 
 
-def _beside(histogram: dict[str, Any] | None) -> str:
+def _histogram_remark(histogram: dict[str, Any] | None) -> str:
     if histogram is None:
         return ""
     inside = sum(histogram["counts"])
@@ -260,7 +260,7 @@ def _beside(histogram: dict[str, Any] | None) -> str:
 
 
 def _scheme(plan: dict[str, Any]) -> str:
-    """Most layers' scheme, and the budget within which others got more."""
+    """The scheme of most layers, and the budget of a mixed plan."""
     budget = plan.get("budget")
     return f"{plan['scheme']}, mixed to {budget:g} bits" if budget else str(plan["scheme"])
 

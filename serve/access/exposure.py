@@ -1,13 +1,11 @@
-"""Where a call comes from, and what that opens on a server without keys.
+"""Where a call comes from, and whether a server without keys answers it.
 
-With keys, a key's scopes say what its caller may do. Without any, operators' calls are for whoever
-is at this machine: the connection comes from a loopback address, no proxy has passed the call on,
-and no web page of somebody else's is behind it.
+With keys, a key's scopes say what its caller may do. Without keys, operators' calls are answered to
+callers on this machine: the connection comes from a loopback address, no proxy has forwarded the
+call, and no foreign web page has made it.
 
-Not seen: a proxy on this machine that adds no header and keeps no Host (nginx's bare `proxy_pass`)
-looks like its own user; behind one, set keys.
-
-Called by `rest` and `rpc` with what they know of a call, and by `main` before it listens.
+Not detected: a proxy on this machine that adds no header and does not keep Host (nginx's bare
+`proxy_pass`) looks like a local user; set keys behind one.
 """
 
 from __future__ import annotations
@@ -15,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from packhorse.serve import metrics
 from packhorse.serve.errors import Forbidden, StartupError
+from packhorse.serve.metrics import ServerMetrics
+from packhorse.serve.settings.auth import AuthSettings, WithoutKeys
 from packhorse.serve.settings.hosts import canonical, is_loopback, is_same_origin, parse_host
-from packhorse.serve.settings.sections import AuthSettings, HttpSettings, RpcSettings, WithoutKeys
+from packhorse.serve.settings.http import HttpSettings
+from packhorse.serve.settings.rpc import RpcSettings
 
-UNIX = "unix"  # the peer of a socket in this machine's file system
+UNIX = "unix"  # the peer of a Unix domain socket
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-# Origins that any page can have: of a sandboxed frame it is `null`.
-ANYBODYS = frozenset({"*", "null"})
-# What proxies, load balancers and tunnels add for those behind them; a call from here has none.
+# Origins that any page can have: a sandboxed frame has `null`.
+SHARED_ORIGINS = frozenset({"*", "null"})
+# Headers that proxies, load balancers and tunnels add; a local call has none.
 FORWARDED = frozenset({
     "forwarded", "via", "cdn-loop", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "x-host",
     "x-remote-addr", "x-remote-ip", "x-proxyuser-ip", "x-amzn-trace-id", "true-client-ip",
@@ -61,7 +61,7 @@ class Sender:
 
     @property
     def forwarded(self) -> str | None:
-        """The header with which a proxy says that it has passed this on."""
+        """The name of a header that shows that a proxy has forwarded the call, if there is one."""
         for name, _ in self.headers:
             if name in FORWARDED or name.startswith(FORWARDED_PREFIXES):
                 return name
@@ -81,15 +81,17 @@ class Exposure:
         allowed_hosts: Iterable[str] | None = None,
         cors_origins: Iterable[str] = (),
         own_listener: str | None = None,
+        metrics: ServerMetrics | None = None,
     ) -> None:
-        """`allowed_hosts` None: this machine's names, but any with `everything`. `own_listener` is
+        """`allowed_hosts` None: this machine's names; any host with `everything`. `own_listener` is
         the host of a listener that only operators have.
         """
+        self._metrics = metrics or ServerMetrics()
         if allowed_hosts is None and without_keys != "everything":
             allowed_hosts = LOCAL_HOSTS
         self._hosts = None if allowed_hosts is None else tuple(allowed_hosts)
         self._parsed = {parse_host(host) for host in self._hosts or ()}
-        self._origins = frozenset(cors_origins) - ANYBODYS
+        self._origins = frozenset(cors_origins) - SHARED_ORIGINS
         self._own_listener = own_listener
         self._anywhere = own_listener is not None or without_keys == "everything"
 
@@ -98,16 +100,18 @@ class Exposure:
         if not self._anywhere:
             if not sender.is_local:
                 peer = sender.peer or "an address that is not known"
-                raise _forbidden(
+                raise self._forbidden(
                     "remote", f"This call comes from {peer}, not from here. {WAYS_OUT}"
                 )
             if name := sender.forwarded:
-                raise _forbidden("forwarded", f"A proxy has passed this on ({name}). {WAYS_OUT}")
+                raise self._forbidden(
+                    "forwarded", f"A proxy has passed this on ({name}). {WAYS_OUT}"
+                )
         hosts = sender.values("host")
         if self._hosts is not None:
             for host in hosts:
                 if not self._is_ours(host, sender.arrived_at):
-                    raise _forbidden(
+                    raise self._forbidden(
                         "host",
                         f"Host {host[:SHOWN]!r} is none of http.allowed_hosts "
                         f"({', '.join(self._hosts)}), so a web page may be behind this; add it "
@@ -116,7 +120,7 @@ class Exposure:
         for origin in sender.values("origin"):
             is_same = len(hosts) == 1 and is_same_origin(origin, sender.scheme, hosts[0])
             if not is_same and origin not in self._origins:
-                raise _forbidden(
+                raise self._forbidden(
                     "origin",
                     f"The web page of origin {origin[:SHOWN]!r} may make no operators' calls on a "
                     "server without keys; name it in http.cors_origins (`*` and `null` do not "
@@ -132,13 +136,17 @@ class Exposure:
             return True
         if self._own_listener is None:
             return False
-        # An address of ours is no name that a page could have pointed here.
+        # A page can point a name of its own here, but not use our address as its name.
         return name in {canonical(self._own_listener), canonical(arrived_at or "")}
+
+    def _forbidden(self, reason: str, message: str) -> Forbidden:
+        self._metrics.auth_failures.labels(reason).inc()
+        return Forbidden(message)
 
 
 def check_listeners(auth: AuthSettings, http: HttpSettings, rpc: RpcSettings) -> None:
-    """Raises StartupError when a server without keys would listen where `auth.without_keys` forbids
-    it.
+    """Raises StartupError when a server without keys would listen on an address that
+    `auth.without_keys` does not allow.
     """
     if auth.has_keys or auth.without_keys != "loopback":
         return
@@ -157,8 +165,3 @@ def check_listeners(auth: AuthSettings, http: HttpSettings, rpc: RpcSettings) ->
                 "and read /metrics; or listen on 127.0.0.1. (The image sets "
                 "PACKHORSE_AUTH__WITHOUT_KEYS=loopback, which is stronger than a file.)"
             )
-
-
-def _forbidden(reason: str, message: str) -> Forbidden:
-    metrics.AUTH_FAILURES.labels(reason).inc()
-    return Forbidden(message)

@@ -1,11 +1,10 @@
-"""Keys: who calls, and what they may do. A key is looked up by its sha256; the keys themselves are
-nowhere on disk, in logs or in errors.
+"""API keys: who calls, and what they may do. A key is looked up by its sha256; the key itself is
+never on disk, in logs or in errors.
 
-Plain sha256 and no slow password hash, because a key is 256 random bits that `packhorse keys new`
-made: nobody guesses it, with however fast a hash. A slow hash would cost its time on every request.
+A plain sha256 is enough, because a key is 256 random bits made by `packhorse keys new`: nobody can
+guess it, however fast the hash. A slow password hash would cost its time on every request.
 
-Called by `rest` with a request's header; `cli` makes keys. What a caller may do is checked where it
-is done: scopes in `rest`, quotas in `admission`.
+`rest` and `rpc` identify callers and check scopes; quotas are checked by `limits.admission`.
 """
 
 from __future__ import annotations
@@ -21,20 +20,21 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from packhorse.serve import metrics
 from packhorse.serve.errors import Forbidden, StartupError, Unauthenticated
 from packhorse.serve.messages import ANONYMOUS, SCOPES, Caller, Scope
-from packhorse.serve.settings.sections import AuthSettings, WithoutKeys, stripped
+from packhorse.serve.metrics import ServerMetrics
+from packhorse.serve.settings.auth import AuthSettings, WithoutKeys
+from packhorse.serve.settings.section import stripped
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 logger = logging.getLogger("packhorse.auth")
 
 MIN_KEY_CHARACTERS = 16
 LOOK_EVERY_S = 1.0
-# The two keys that settings can have, without a file.
+# The callers of the two keys that can be set without a file.
 API_KEY = Caller("api-key", "api-key", frozenset({"inference", "metrics"}))
 ADMIN_KEY = Caller("admin-key", "admin-key", frozenset(SCOPES))
-# What a server without keys says at its start.
+# What a server without keys logs at its start.
 OPEN: dict[WithoutKeys, str] = {
     "loopback": "everybody on this machine may infer, read /metrics and make operators' calls",
     "inference": "everybody who reaches this server may infer and read /metrics; operators' calls "
@@ -48,7 +48,7 @@ Quota = Annotated[int, Field(ge=1)]
 
 
 class _Strict(BaseModel):
-    # Without the input in errors: somebody will paste a plain key into the file.
+    # No input in errors: people paste plain keys into the file.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
@@ -85,17 +85,17 @@ class KeyEntry(_Strict):
 
 
 _ENTRIES = TypeAdapter(list[KeyEntry])
-# Requests wait while a changed file is read; the one in C is ten times as fast.
+# Requests wait while a changed file is read; the loader in C is ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def new_key() -> str:
-    """A fresh key: 256 random bits, with a prefix that secret scanners can be taught."""
+    """A new key: 256 random bits, with a prefix that secret scanners can recognize."""
     return "ph-" + secrets.token_urlsafe(32)
 
 
 def entry_of(key: str, **fields: object) -> str:
-    """The YAML to add to a keys file. Raises StartupError for a field that it would not take."""
+    """The YAML entry for a keys file. Raises StartupError for a field that is not allowed there."""
     entry = {**fields, "sha256": hashlib.sha256(key.encode()).hexdigest()}
     _validated([entry], "The new key")
     return yaml.safe_dump([entry], sort_keys=False, default_flow_style=None, width=1000)
@@ -108,7 +108,7 @@ def read_keys(path: Path) -> list[tuple[bytes, Caller]]:
     except OSError as error:
         raise StartupError(f"{path}: cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Only where, because YAML's own message quotes the file.
+        # Only the place, because YAML's own message quotes the file.
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise StartupError(f"{path}: {line}not valid YAML or JSON.") from error
@@ -157,13 +157,18 @@ class Keys:
     """The keys of a server, read again when their file changes."""
 
     def __init__(
-        self, settings: AuthSettings, *, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: AuthSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: ServerMetrics | None = None,
     ) -> None:
         """Raises StartupError. Without keys, warns who may do what."""
+        self._metrics = metrics or ServerMetrics()
         self._path = settings.keys_file
         self.open_metrics = settings.open_metrics
         self.without_keys = None if settings.has_keys else settings.without_keys
-        """What callers may do who have none; None on a server with keys."""
+        """What callers may do on a server without keys; None on a server with keys."""
         self._clock = clock
         self._looked_s = clock()
         self._known: list[tuple[bytes, Caller]] = []
@@ -203,23 +208,42 @@ class Keys:
         if not self._known:
             return ANONYMOUS
         if authorization is None:
-            raise _unauthenticated("missing", "This server needs an API key")
+            raise self._unauthenticated("missing", "This server needs an API key")
         scheme, _, key = authorization.partition(b" ")
         key = key.strip()
         if scheme.lower() != b"bearer" or not key:
-            raise _unauthenticated("malformed", "The Authorization header is not understood")
+            raise self._unauthenticated("malformed", "The Authorization header is not understood")
         given = hashlib.sha256(key).digest()
         found: Caller | None = None
-        for digest, caller in self._known:  # all of them, so that time tells nothing
+        for digest, caller in self._known:  # all of them, so that the time reveals nothing
             if hmac.compare_digest(digest, given):
                 found = caller
         if found is None:
-            raise _unauthenticated("unknown", "There is no such API key here, or not any more")
+            raise self._unauthenticated("unknown", "There is no such API key here, or not any more")
         return found
 
+    def check_scope(self, caller: Caller, scope: Scope) -> None:
+        """Raises Forbidden when the caller's key does not have the scope."""
+        if scope in caller.scopes:
+            return
+        self._metrics.auth_failures.labels("scope").inc()
+        if caller is API_KEY:
+            raise Forbidden(
+                f"The key of auth.api_key is for inference and metrics, and this needs {scope}; "
+                "call with the key of auth.admin_key, which the operator can set."
+            )
+        raise Forbidden(
+            f"The key {caller.name!r} has the scopes {', '.join(sorted(caller.scopes))}, and this "
+            f"needs {scope}; ask the operator for a key that has it."
+        )
+
+    def _unauthenticated(self, reason: str, message: str) -> Unauthenticated:
+        self._metrics.auth_failures.labels(reason).inc()
+        return Unauthenticated(f"{message}; send `Authorization: Bearer KEY`.")
+
     def _look(self) -> None:
-        """Read the file again if it has changed, at most once a second. A broken one changes
-        nothing, and is told once.
+        """Read the file again if it has changed, at most once a second. A broken file changes
+        nothing, and is logged once.
         """
         if self._path is None:
             return
@@ -234,11 +258,11 @@ class Keys:
         try:
             self._known = read_keys(self._path)
         except StartupError as error:
-            metrics.KEY_RELOAD_FAILURES.inc()
-            metrics.KEYS_STALE.set(1)
+            self._metrics.key_reload_failures.inc()
+            self._metrics.keys_stale.set(1)
             logger.error("%s The keys stay as they were.", error)
         else:
-            metrics.KEYS_STALE.set(0)
+            self._metrics.keys_stale.set(0)
             logger.info("%d API keys from %s, which has changed", len(self._known), self._path)
 
     def _stat(self) -> tuple[int, ...] | None:
@@ -253,7 +277,7 @@ class Keys:
 
 
 def _digest(name: str, secret: SecretStr) -> bytes:
-    """Of a key in the settings. Raises StartupError, without the key."""
+    """The sha256 of a key in the settings. Raises StartupError, which does not quote the key."""
     key = stripped(secret).get_secret_value()
     if len(key) < MIN_KEY_CHARACTERS or not re.fullmatch(r"[!-~]+", key):
         raise StartupError(
@@ -268,23 +292,3 @@ def _digest(name: str, secret: SecretStr) -> bytes:
             name,
         )
     return hashlib.sha256(key.encode()).digest()
-
-
-def check_scope(caller: Caller, scope: Scope) -> None:
-    """Raises Forbidden."""
-    if scope not in caller.scopes:
-        metrics.AUTH_FAILURES.labels("scope").inc()
-        if caller is API_KEY:
-            raise Forbidden(
-                f"The key of auth.api_key is for inference and metrics, and this needs {scope}; "
-                "call with the key of auth.admin_key, which the operator can set."
-            )
-        raise Forbidden(
-            f"The key {caller.name!r} has the scopes {', '.join(sorted(caller.scopes))}, and this "
-            f"needs {scope}; ask the operator for a key that has it."
-        )
-
-
-def _unauthenticated(reason: str, message: str) -> Unauthenticated:
-    metrics.AUTH_FAILURES.labels(reason).inc()
-    return Unauthenticated(f"{message}; send `Authorization: Bearer KEY`.")

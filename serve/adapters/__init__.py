@@ -1,1 +1,1 @@
-"""Adapters: what a fine-tuned folder holds, the copies that are served, and who uses them."""
+"""Adapters: checks of fine-tuned folders, the store of copies, the registry, the LoRA queue."""

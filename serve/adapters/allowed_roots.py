@@ -1,5 +1,5 @@
-"""Where adapters may come from: the folders that the operator has allowed, and nowhere else. Called
-by the registry, for operators' calls and for the watched folder alike.
+"""The folders that adapters may be added from, as the operator has set them. The registry checks
+every added adapter here, those of operators' calls and those of the watched folder.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from packhorse.serve.errors import Invalid
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub downloads to, by its own rules (HF_HUB_CACHE, HF_HOME, ...)."""
+    """The folder of huggingface_hub's downloads, by its own rules (HF_HUB_CACHE, HF_HOME, ...)."""
     from huggingface_hub import constants  # takes a moment to import
 
     return Path(constants.HF_HUB_CACHE)
 
 
-class Roots:
-    """Folders with all that is below them. They need not be there yet."""
+class AllowedRoots:
+    """Folders, each with everything below it. They need not exist yet."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = tuple(folders)
 
     def source(self, path: Path) -> Source:
-        """What `path` leads to, and the root that it lies in, which links of it may lead to as
-        well: the widest, if there are several. Blocking.
+        """The folder that `path` leads to, with the root that it lies in (the outermost, if there
+        are several): links in the folder may lead anywhere within that root. Blocking.
 
-        Raises Invalid, which says the same whether there is anything at `path` or not.
+        Raises Invalid, with the same message whether `path` exists or not.
         """
-        if ".." in path.parts:  # whether what is before it is there would decide the answer
+        if ".." in path.parts:  # its meaning depends on whether the parts before it exist
             raise Invalid(
                 f"path={str(path)[:200]!r} has '..' in it; give the folder's path without.",
                 param="path",
             )
         try:
             real = Path(os.path.realpath(path))
-        except ValueError as error:  # a NUL, or what no name can be encoded from
+        except ValueError as error:  # a NUL, or a name that cannot be encoded
             raise self._refusal(path) from error
         roots = sorted({Path(os.path.realpath(folder)) for folder in self._folders})
         for root in roots:  # the shortest of those that contain it comes first

@@ -1,4 +1,4 @@
-"""What the service and operators ask of the adapters; the registry is the real one."""
+"""The protocol of the adapters, for the pipeline and for operators; Registry implements it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ State = Literal["queued", "validating", "staged", "resident", "draining", "faile
 
 @dataclass(frozen=True, slots=True)
 class AdapterCard:
-    """An adapter as an operator sees it.
+    """An adapter as operators see it.
 
-    `staged` is on disk and checked, `resident` is in the engine too, `draining` is an old version
-    that `requests` still use. `reason` says why it, or the last try to replace it, has failed.
+    States: `staged` is checked and on disk, `resident` is also loaded in the engine, `draining` is
+    a replaced version that requests still use. `requests` counts its leases. `reason` says why the
+    adapter, or its last replacement, has failed.
     """
 
     name: str
@@ -30,40 +31,40 @@ class AdapterCard:
 
 
 class Lease(Protocol):
-    """The right to a version until `release`."""
+    """A request's right to use a version, until `release`."""
 
     @property
     def adapter(self) -> AdapterVersion: ...
 
     def again(self) -> Lease:
-        """Another right to the same version; this one must not have been released."""
+        """Another lease on the same version. This one must not have been released."""
         ...
 
     async def ready(self, prompt_tokens: int, max_tokens: int) -> None:
-        """Wait for the adapter's turn, and have it in the engine. Raises ServeError."""
+        """Wait in the LoRA queue, and have the adapter loaded. Raises ServeError."""
         ...
 
     def release(self, used_tokens: int = 0) -> None:
-        """Say what it has cost, prompt and answer. Safe to call twice."""
+        """End the lease. `used_tokens` is the cost, prompt and answer. Safe to call twice."""
         ...
 
 
 class Adapters(Protocol):
     def __contains__(self, name: object) -> bool:
-        """Whether requests can ask for it; at no cost, for every request."""
+        """Whether requests can name it. A dictionary look-up: called for every request."""
         ...
 
     @property
     def names(self) -> Sequence[str]:
-        """Those that requests can ask for."""
+        """The adapters that requests can name."""
         ...
 
     def lease(self, name: str) -> Lease:
-        """The version that is current, for one request. Raises UnknownModel."""
+        """A lease on the current version, for one request. Raises UnknownModel."""
         ...
 
     def cards(self) -> list[AdapterCard]:
-        """Every adapter, and every old version that is still used."""
+        """Every adapter, and every replaced version that is still used."""
         ...
 
     def card(self, name: str) -> AdapterCard:
@@ -79,23 +80,25 @@ class Adapters(Protocol):
         pinned: bool | None = None,
         mark: str = "",
     ) -> AdapterCard:
-        """Add an adapter, or replace it: new requests get the new version as soon as the engine has
-        it, those in flight end on the old one, which also stays if this fails. `pinned` None keeps
-        what it was. `mark` is what tells the source from what it may be later.
+        """Add or replace an adapter. New requests get the new version once the engine has loaded
+        it; those in flight end on the old one, which also stays if this fails. `pinned` None keeps
+        the old value. `mark` is a digest of the source folder's state, see `mark()`.
 
-        Raises Invalid (also for a source outside of the allowed folders), Conflict (it exists, and
+        Raises Invalid (also for a source outside the allowed folders), Conflict (it exists, and
         `replace` is off), Overloaded, Unavailable.
         """
         ...
 
     def mark(self, name: str) -> str:
-        """The served version's, also of before a restart; empty when it has none."""
+        """The mark that the served version was added with, also before a restart; empty without."""
         ...
 
     async def remove(self, name: str) -> None:
-        """No new request gets it; those in flight end on it. Raises NotFound."""
+        """Remove an adapter; its requests in flight end on it. Raises NotFound."""
         ...
 
     async def pin(self, name: str, *, pinned: bool) -> AdapterCard:
-        """A pinned adapter stays in the engine. Raises NotFound, Invalid when too many are."""
+        """Pin or unpin; a pinned adapter is never evicted from the engine. Raises NotFound, and
+        Invalid when too many are pinned.
+        """
         ...

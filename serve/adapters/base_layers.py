@@ -1,10 +1,10 @@
-"""The layers of the base checkpoint that an adapter may change, from safetensors headers alone.
+"""The layers of the base checkpoint that an adapter may change, read from safetensors headers.
 
-No weight is read and neither torch nor the engine is needed, so adapters can be judged before an
-engine is up. Called once, when the server starts.
+No weights, torch or engine are needed, so adapters can be checked before the engine is built.
+Called once, when the server starts.
 
-The names are the checkpoint's. They are the names that PEFT saw, except where transformers renames
-modules while loading (some multimodal models); adapters for those layers are refused as unknown.
+The names are those of the checkpoint. PEFT saw the same names, except where transformers renames
+modules while loading (some multimodal models); adapters for such layers are refused as unknown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from packhorse.serve.errors import Invalid
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_JSON_BYTES = 100_000_000
 _INDEX = "model.safetensors.index.json"
-# Last parts of names that are tables or heads. Most tables have "embed" in their names.
+# Last parts of the names of embeddings and heads. Most embeddings have "embed" in their names.
 _NOT_LINEAR = frozenset({"wte", "wpe", "shared", "lm_head"})
 
 
@@ -30,13 +30,13 @@ def linear_layers(model_folder: Path) -> dict[str, tuple[int, int]]:
     """Every Linear of a checkpoint: module path in the checkpoint ("model.layers.0.mlp.up_proj")
     -> (out_features, in_features).
 
-    Left out are norms (one-dimensional), fused experts and convolutions (three and more), and the
-    embeddings and lm_head: those two are often one tied table, of which an adapter would change
-    both uses or, as engines do it, one.
+    Left out are norms (one dimension), fused experts and convolutions (three or more), embeddings
+    and lm_head. Embeddings and lm_head are often tied; an adapter would then change both, or, as
+    engines implement it, one of them.
 
-    Understands plain weights and the layouts compressed-tensors (packed, int8, fp8), GPTQ and AWQ
-    (gemm). Raises Invalid when the folder or a file of it cannot be read, or its layout is none of
-    these.
+    Reads unquantized weights and the layouts compressed-tensors (packed, int8, fp8), GPTQ and AWQ
+    (gemm). Raises Invalid when the folder or one of its files cannot be read, or has another
+    layout.
     """
     if not model_folder.is_dir():
         raise Invalid(f"{model_folder} is not a folder; give the folder of the base checkpoint.")
@@ -104,7 +104,7 @@ def _weight_files(model_folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> Header:
-    # Links are followed here: a hub cache consists of them, and the operator chose this folder.
+    # Follows links: a hub cache consists of links, and the operator has chosen this folder.
     try:
         with path.open("rb") as file:
             return read_header(file, max_bytes=_MAX_HEADER_BYTES)
@@ -132,8 +132,8 @@ def _quantization(model_folder: Path) -> dict[str, Any]:
 
 
 def _read_shape(path: Path, entry: TensorEntry) -> tuple[int, int]:
-    """The values of a `weight_shape`. The packed weight does not tell them: its rows may be filled
-    up to whole words.
+    """The values of a `weight_shape` tensor. The shape of the packed weight does not give them: its
+    rows may be padded to whole words.
     """
     width = (entry.end - entry.start) // 2
     if entry.dtype not in ("I64", "I32") or math.prod(entry.shape) != 2:

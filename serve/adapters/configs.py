@@ -1,7 +1,8 @@
-"""adapter_config.json: what fine-tuning says about an adapter, and whether the engine can do that.
+"""adapter_config.json: parsing, and whether the engine can serve an adapter with this
+configuration.
 
-At least as strict as vLLM 0.32 (lora/peft_helper.py), which ignores much of what it does not know.
-An adapter that would load and answer wrongly is refused. Called by `formats`.
+At least as strict as vLLM 0.32 (lora/peft_helper.py), which ignores many fields that it does not
+know. An adapter that would load and answer wrongly is refused. Called by `formats`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ CONVERT = (
     "save it as a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or "
     f"{MERGE}"
 )
-# peft_types whose effect depends on the input or on added tokens, so that no weight can hold it.
+# peft_types whose effect depends on the input or on added tokens, so they cannot be merged.
 _CANNOT_MERGE = frozenset({
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
     "CPT", "CARTRIDGE", "BOTTLENECK", "XLORA", "POLY",
 })  # fmt: skip
-# field -> what it is, and what to do about it. Refused when it is set to anything.
+# Fields that are refused when they are set: field -> what it means, and the way out.
 _REFUSED = {
     "use_dora": ("is DoRA, which the engine does not have", MERGE),
     "lora_bias": (
@@ -56,10 +57,10 @@ _REFUSED = {
     "velora_config": ("is VeLoRA, whose additional tensors nobody would use", MERGE),
     "arrow_config": ("chooses among adapters by the input, which the engine does not", RETRAIN),
 }  # fmt: skip
-# These initializations only choose where training starts; the others move a part of the base into
-# the adapter, so that it fits no base on disk.
+# These initializations only choose where training starts. The others move a part of the base into
+# the adapter, which then fits no base on disk.
 _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-# Looked at elsewhere, or set by some trainings and without effect on what is computed afterwards.
+# Fields that are checked elsewhere, or that training sets and inference does not use.
 _KNOWN = frozenset({
     "r", "init_r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "init_lora_weights", "inference_mode", "fan_in_fan_out", "auto_mapping", "ensure_weight_tying",
@@ -70,10 +71,10 @@ _KNOWN = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What of a configuration changes what is computed.
+    """The fields of a configuration that change what is computed.
 
-    `rank` is LoRA's r, or AdaLoRA's init_r. `masks`, for AdaLoRA only, says for some modules which
-    of the init_r ranks were kept.
+    `rank` is LoRA's r, or AdaLoRA's init_r. `masks` (AdaLoRA): for some modules, which of the
+    init_r ranks were kept.
     """
 
     kind: Kind
@@ -86,7 +87,7 @@ class AdapterConfig:
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """The document. Raises Invalid when it is not a JSON object, or uses numbers JSON has not."""
+    """The document. Raises Invalid when it is not a JSON object, or has NaN or Infinity in it."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a JSON number")
@@ -101,8 +102,8 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 def judge(document: Mapping[str, Any]) -> AdapterConfig:
-    """What the engine must know. Raises Invalid for what it cannot do, with the way out, and for
-    values that make no sense.
+    """The configuration, as the engine needs it. Raises Invalid, with the way out, for features
+    that the engine lacks and for invalid values.
     """
     kind = _kind(document.get("peft_type"))
     _refuse_features(document)
@@ -166,7 +167,7 @@ def _refuse_features(document: Mapping[str, Any]) -> None:
             f"{CONVERT}."
         )
     for key, value in document.items():
-        # What PEFT adds in later versions. Its flags are booleans, its methods' settings objects.
+        # Fields of later versions of PEFT: flags are booleans, settings of methods are objects.
         known = key in _REFUSED or key in _KNOWN
         if not known and (value is True or (isinstance(value, dict) and value)):
             raise Invalid(

@@ -1,8 +1,8 @@
-"""The copies in the store: whether one is still what was written there, and a memory of which were
-looked at, so that a restart need not read them all.
+"""Integrity of the copies in the adapter store: a full check of one copy, and a record of verified
+copies, so that a restart need not read all of them.
 
-The memory saves time and decides nothing: `check_copy` reads all of a copy before it goes into the
-engine. Called by the store, and by `residency`.
+The record only saves time at the start: `check_copy` reads a whole copy before each load into the
+engine. Called by the store and by the LoRA cache.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ logger = logging.getLogger("packhorse.adapters")
 MEMORY = ".verified.json"  # in the store; no adapter's name
 _CHUNK_BYTES = 2**22
 
-# Size, modification and change time in ns, and inode of each file. The last two are others even
-# where somebody has set the first two back.
+# Size, modification and change time in ns, and inode of each file. Nobody can set the last two
+# back.
 Facts = tuple[tuple[int, int, int, int], ...]
 
 
 def facts_of(folder: Path) -> Facts:
-    """Raises OSError."""
+    """The facts of the copy's files. Raises OSError."""
     found = [(folder / name).stat() for name in (weights.NAME, configs.NAME)]
     return tuple((each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for each in found)
 
 
 def check_copy(folder: Path, digest: str) -> None:
-    """Read all that the engine would, into the page cache as well: it then waits for no disk.
-    Blocking.
+    """Read the copy's files and compare their digest. As a side effect they are in the page cache
+    when the engine reads them. Blocking.
 
-    Raises Invalid when it is not what was stored; Unavailable when it cannot be read, now.
+    Raises Invalid when the copy has changed; Unavailable when it cannot be read at the moment.
     """
     sha256 = hashlib.sha256()
     try:
@@ -60,9 +60,9 @@ def changed(folder: Path) -> Invalid:
     return Invalid(f"The stored copy {folder} is not what it was; add the adapter again.")
 
 
-class Known(msgspec.Struct, frozen=True):
-    """What is known of a copy: its facts when it was found whole, the key of the limits that it was
-    found to fit, and the mark of the source that it was made of, if that is watched.
+class VerifiedCopy(msgspec.Struct, frozen=True):
+    """A copy that was verified: the facts of its files then, the key of the limits that it was
+    checked against, and the mark of its source folder, if that is watched.
     """
 
     facts: Facts
@@ -70,29 +70,31 @@ class Known(msgspec.Struct, frozen=True):
     mark: str = ""
 
 
-class Memory:
-    """On disk, apart from what is registered: when it is lost, copies are read again."""
+class VerifiedCopies:
+    """The record, in a file of its own: when it is lost, copies are read again."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / MEMORY
         self._saved = b""
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, VerifiedCopy] = {}
         try:
             self._saved = self._path.read_bytes()
-            self._known = msgspec.json.decode(self._saved, type=dict[str, Known])
+            self._known = msgspec.json.decode(self._saved, type=dict[str, VerifiedCopy])
         except FileNotFoundError:
             pass
         except (OSError, msgspec.DecodeError) as error:
             logger.warning("%s is not used, and all copies are read again: %s", self._path, error)
 
-    def get(self, name: str, digest: str) -> Known | None:
+    def get(self, name: str, digest: str) -> VerifiedCopy | None:
         return self._known.get(f"{name}/{digest}")
 
-    def set(self, name: str, digest: str, known: Known) -> None:
+    def set(self, name: str, digest: str, known: VerifiedCopy) -> None:
         self._known[f"{name}/{digest}"] = known
 
     def save(self, there: Container[str]) -> None:
-        """Keep what is `there` (NAME/DIGEST), and forget the rest. Never raises: it is a memory."""
+        """Write the record of the copies in `there` (NAME/DIGEST), and drop the others. A failure
+        is logged, not raised: the record only saves time.
+        """
         self._known = {name: known for name, known in self._known.items() if name in there}
         data = msgspec.json.encode(self._known)
         if data == self._saved:

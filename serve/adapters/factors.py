@@ -1,4 +1,4 @@
-"""The tensors of an adapter as pairs of factors, each of a layer that the base has.
+"""The tensors of an adapter, paired into the factors of one layer of the base each.
 
 PEFT's LoRA stores "base_model.model.<module>.lora_A.weight" (r, in) and lora_B.weight (out, r). Its
 AdaLoRA stores lora_A (r, in), lora_B (out, r) and lora_E (r, 1), without ".weight". Called by
@@ -31,7 +31,7 @@ _NO_EMBEDDINGS = (
     "train without embeddings in target_modules and save with save_embedding_layers=False, or "
     f"{MERGE}"
 )
-# Found in a name -> what that is, and the way out. The first that is found counts.
+# (part of a tensor's name, what such a tensor is, the way out); the first match counts.
 _STRANGERS = (
     ("lora_magnitude_vector", "is DoRA's, which the engine does not have", MERGE),
     ("lora_embedding_", "adapts the embeddings, which stay the base's",
@@ -51,7 +51,7 @@ _STRANGERS = (
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The tensors' names of one module, by part ("lora_A", ...), and the rank they have."""
+    """The names of one module's tensors, by part ("lora_A", ...), and their rank."""
 
     names: Mapping[str, str]
     rank: int
@@ -60,11 +60,11 @@ class Factors:
 def find_factors(
     tensors: Mapping[str, TensorEntry], kind: Kind, layers: Mapping[str, tuple[int, int]]
 ) -> dict[str, Factors]:
-    """Module -> its factors, sorted by module. `layers` are the base's: module -> (out, in).
+    """Module -> its factors, sorted by module. `layers` are those of the base: module -> (out, in).
 
-    Raises Invalid when there are none; for a tensor that belongs to no layer of the base, or that
-    is not of this kind, since it would have no effect; for one without its partner, of a number
-    type other than DTYPES, or of a shape that does not fit.
+    Raises Invalid when there are no tensors; for a tensor that belongs to no layer of the base, or
+    is not of this kind, since it would have no effect; for one without its counterpart, with a
+    dtype other than DTYPES, or with a shape that does not fit.
     """
     if not tensors:
         raise Invalid(f"adapter_model.safetensors holds no tensors; {_SAVE_AGAIN}.")

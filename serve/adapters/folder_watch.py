@@ -1,9 +1,9 @@
-"""A folder of adapters: each folder in it is one, under its own name. Looked at again and again, as
-notices of changes do not reach network disks and Kubernetes' mounts.
+"""The watched folder: each subfolder is an adapter with the subfolder's name. It is polled, because
+change notifications do not work on network disks and Kubernetes mounts.
 
-An adapter goes when its folder goes from among others. A volume that is not mounted looks as if all
-had gone, so what is missing together with the rest stays: until it is seen again, and goes then, or
-an operator removes it.
+An adapter is removed when its folder disappears while others stay. A volume that is not mounted
+looks like an empty folder, so when all folders disappear, the adapters stay registered. An adapter
+kept in this way is removed when its folder was seen again and then disappears, or by an operator.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from packhorse.serve import metrics
 from packhorse.serve.adapters.base import Adapters
 from packhorse.serve.errors import NotFound, Overloaded, ServeError, Unavailable
+from packhorse.serve.metrics import ModelMetrics
 
 logger = logging.getLogger("packhorse.adapters")
 
@@ -24,15 +24,15 @@ LOOK_EVERY_S = 1.0
 FILES = ("adapter_config.json", "adapter_model.safetensors", "examples.jsonl")
 CONFIG = FILES[0]
 
-# Name, modification and change time in ns, size and inode of its files: what tells that one is
-# another now. New weights of one size may well have the old modification time.
+# Name, modification and change time in ns, size and inode of each file of an adapter; differs when
+# a file has changed. New weights of the same size may have the old modification time.
 Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """`path` is the watched folder's own, without links, `folder` its device and inode; `listed`
-    are the names in it, `adapters` those of them that can be read and are adapters.
+    """One poll. `path` is the watched folder with links resolved, `folder` its device and inode;
+    `listed` are the names in it, `adapters` those that are readable adapters.
     """
 
     path: Path
@@ -41,30 +41,35 @@ class _Look:
     adapters: dict[str, Signature]
 
 
-class Watch:
-    """Keeps a registry like the folder. What others have registered is left alone."""
+class FolderWatch:
+    """Keeps the registry in sync with the folder. Leaves adapters alone that others have
+    registered.
+    """
 
-    def __init__(self, folder: Path, adapters: Adapters) -> None:
+    def __init__(
+        self, folder: Path, adapters: Adapters, *, metrics: ModelMetrics | None = None
+    ) -> None:
+        self._metrics = metrics or ModelMetrics()
         self._folder = folder
         self._adapters = adapters
         self._before: dict[str, Signature] = {}
-        self._taken: dict[str, Signature] = {}  # as they were handed over, or refused
-        self._kept: set[str] = set()  # of these, those that were not there when all seemed gone
-        self._seen: tuple[int, int] | None = None  # the folder that it was, None after a doubt
-        self._doubts: dict[str, set[str]] = {}  # as of the last look, by their reasons
+        self._taken: dict[str, Signature] = {}  # as registered, or refused
+        self._kept: set[str] = set()  # of these, those that stay although their folders are gone
+        self._seen: tuple[int, int] | None = None  # device and inode at the last poll; None: away
+        self._doubts: dict[str, set[str]] = {}  # adapters that the last poll kept, by reason
 
     async def run(self) -> None:
-        """For ever."""
+        """Poll for ever."""
         while True:
             try:
                 await self.look()
-            except Exception:  # the next look may do better
+            except Exception:  # the next poll may succeed
                 logger.exception("The folder %s could not be looked at", self._folder)
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self, *, wait: bool = True) -> None:
-        """Hand over what is new and has been the same for two looks (or at once, without `wait`):
-        a copy that still goes on is not touched.
+        """Poll once: register new and changed adapters, remove those that are gone. With `wait`, an
+        adapter must be the same in two polls, so that one that is still being copied is left alone.
         """
         now = await asyncio.to_thread(_look, self._folder)
         if now is None:
@@ -95,7 +100,7 @@ class Watch:
         self._before = now.adapters
 
     def _doubt(self, doubts: dict[str, set[str]]) -> None:
-        """Count what is missing and stays, and tell it once."""
+        """Count the adapters that stay although their folders are missing; log each change once."""
         served = {
             reason: {name for name in names if name in self._adapters}
             for reason, names in doubts.items()
@@ -103,7 +108,7 @@ class Watch:
         for reason, names in served.items():
             if not names:
                 continue
-            metrics.ADAPTER_FOLDER_DOUBTS.labels(reason).inc()
+            self._metrics.adapter_folder_doubts.labels(reason).inc()
             if self._doubts.get(reason) != names:
                 first = ", ".join(sorted(names)[:5])
                 logger.warning(
@@ -116,14 +121,14 @@ class Watch:
     async def _put(self, name: str, source: Path, signature: Signature) -> None:
         mark = _mark(source, signature)
         if name not in self._taken and self._adapters.mark(name) == mark:
-            self._taken[name] = signature  # what is served was made of it, before a restart
+            self._taken[name] = signature  # the served version was made of it, before a restart
             return
         try:
             await self._adapters.put(name, source, replace=True, mark=mark)
-        except (Overloaded, Unavailable) as error:  # again at the next look
+        except (Overloaded, Unavailable) as error:  # the next poll tries again
             logger.warning("adapter=%s waits: %s", name, error.message)
             return
-        except ServeError as error:  # not before it changes
+        except ServeError as error:  # tried again once its files have changed
             logger.error("adapter=%s in %s is refused: %s", name, self._folder, error.message)
         except Exception:
             logger.exception("adapter=%s in %s is refused", name, self._folder)
@@ -139,17 +144,17 @@ class Watch:
 
 
 def _mark(folder: Path, signature: Signature) -> str:
-    """The signature as a short text, and where it was seen."""
+    """A digest of the folder's path and signature."""
     return hashlib.sha256(repr((str(folder), signature)).encode()).hexdigest()
 
 
 def _look(folder: Path) -> _Look | None:
-    """None when the folder cannot be read."""
+    """The folder now; None when it cannot be read."""
     try:
         path = folder.resolve()
         facts = folder.stat()
         inner = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    except (OSError, RuntimeError):  # the latter for a ring of links, in older Pythons
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, in older Pythons
         return None
     found = {}
     for entry in inner:
@@ -161,7 +166,7 @@ def _look(folder: Path) -> _Look | None:
 
 
 def _signature(folder: Path) -> Signature | None:
-    """None when it is no adapter, or cannot be read."""
+    """The signature of an adapter's folder; None when it is no adapter or cannot be read."""
     parts = []
     for name in FILES:
         try:

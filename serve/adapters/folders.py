@@ -1,6 +1,6 @@
-"""Files of a folder that anybody may have made: what was opened is looked at before it is read, so
-that nothing is read from outside, whatever happens to the folder meanwhile. Called by `formats` and
-the store.
+"""Safe reading from a folder whose content is not trusted: a file is checked after it is opened and
+before it is read, so that nothing outside the folder is read, even if the folder changes meanwhile.
+Called by `formats` and the store.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_ENTRIES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A folder, and the one that nothing read from it may lie outside of; that one without links.
+    """A folder, and the root that all files read from it must lie in (a path without links).
 
     Links may lead anywhere within `root`: in a hub cache they lead from a snapshot to its blobs.
     """
@@ -31,15 +31,15 @@ class Source:
 
     @classmethod
     def alone(cls, folder: Path) -> Source:
-        """One whose links must stay in it. It may itself be reached through links."""
+        """A folder that is its own root. It may itself be reached through links."""
         return cls(folder, Path(os.path.realpath(folder)))
 
 
 def check_entries(source: Source) -> None:
-    """Everything below the folder is a folder, a regular file, or a link that stays in the root.
+    """Check that everything below the folder is a folder, a regular file, or a link within the
+    root.
 
-    This is for an early and good message: what is read is looked at again by `open_file`.
-    Raises Invalid.
+    Raises Invalid. This gives an early message; `open_file` checks again what is read.
     """
     folder = source.folder
     if not folder.is_dir():
@@ -80,16 +80,16 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _find(path: Path) -> int:
-    """A handle that says what is there and cannot read it: nothing happens to a device or a pipe
-    that the path leads to.
+    """An O_PATH handle, which can be examined and not read: opening a device or a pipe in this way
+    has no side effects.
     """
     return os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
 @contextmanager
 def open_file(source: Source, name: str) -> Iterator[BinaryIO]:
-    """A regular file of the folder, or where a link leads that stays in the root, for reading.
-    Raises FileNotFoundError; Invalid when it is no regular file, outside, or not readable.
+    """Open a regular file of the folder for reading; a link may lead to one within the root. Raises
+    FileNotFoundError; Invalid when it is not a regular file, outside the root, or not readable.
     """
     try:
         found = _find(source.folder / name)
@@ -108,9 +108,9 @@ def open_file(source: Source, name: str) -> Iterator[BinaryIO]:
 
 
 def _open_found(found: int, source: Source, name: str) -> int:
-    """What was found, for reading. By its handle: its path may lead elsewhere by now."""
+    """Open the found file for reading, by its handle: its path may lead elsewhere by now."""
     itself = f"/proc/self/fd/{found}"
-    # The kernel's word on where it is; a deleted one ends in " (deleted)", which does no harm.
+    # The kernel's path of the handle. That of a deleted file ends in " (deleted)": harmless here.
     if not Path(os.readlink(itself)).is_relative_to(source.root):  # noqa: PTH115
         raise _leads_out(name, source)
     if not stat.S_ISREG(os.fstat(found).st_mode):

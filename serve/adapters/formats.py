@@ -1,9 +1,9 @@
-"""Fine-tuned folders: whether the engine could serve what is in one, and the copy that it serves.
+"""Fine-tuned folders: checks whether the engine can serve one, and writes the copy that it serves.
 
-PEFT's LoRA and AdaLoRA in safetensors; AdaLoRA becomes plain LoRA, since the engine has only that.
-Everything is judged from adapter_config.json and the safetensors header before the engine sees it,
-and nothing is ever unpickled. Both functions block: call them in a worker thread. Called by the
-store.
+Supports PEFT's LoRA and AdaLoRA in safetensors; AdaLoRA is converted to plain LoRA, the only form
+that the engine has. Adapters are checked by adapter_config.json and the safetensors header before
+the engine sees them, and nothing is ever unpickled. The functions block: call them in a worker
+thread. Called by the store.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """What this server can serve: ranks up to max_rank, for these layers of the base (module ->
+    """Limits of this server: ranks up to max_rank, for these layers of the base (module ->
     (out_features, in_features), see base_layers), in weight files of at most max_bytes.
     """
 
@@ -44,9 +44,9 @@ class AdapterLimits:
 
     @cached_property
     def key(self) -> str:
-        """Equal where `check` would say the same of a folder that has not changed: it is of the
-        limits, and of what judges by them as it is. A number that must be raised by hand with each
-        change of that would be forgotten once.
+        """A digest of the limits and of the source code of the checks. With an equal key, `check`
+        has the same result for an unchanged folder. A version number raised by hand would be
+        forgotten once.
         """
         sha256 = hashlib.sha256()
         for name in ("formats", "configs", "factors", "headers", "patterns"):
@@ -58,11 +58,11 @@ class AdapterLimits:
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter that the engine could serve, still where it was found.
+    """An adapter in its source folder that has passed the checks.
 
-    `config` is its adapter_config.json, `rank` the highest rank of any module in the copy that will
-    be served, `served_config` that copy's configuration. `modules` and `kept` (AdaLoRA: module ->
-    the ranks that were not pruned) are for `write`.
+    `config` is its adapter_config.json, `rank` the highest rank of any module in the copy to serve,
+    `served_config` that copy's configuration. `modules` and `kept` (AdaLoRA: module -> the ranks
+    that were not pruned) are for `write`.
     """
 
     source: Source
@@ -89,8 +89,8 @@ class CheckedAdapter:
 
 @dataclass(frozen=True)
 class Written:
-    """`digest` is the sha256, in hex, of the written weights followed by the written configuration:
-    one for equal weights under configurations that mean the same.
+    """`digest` is the sha256, in hex, of the written weights followed by the written configuration.
+    Equal weights with equivalent configurations have the same digest.
     """
 
     digest: str
@@ -98,11 +98,12 @@ class Written:
 
 
 def check(folder: Path | Source, limits: AdapterLimits) -> CheckedAdapter:
-    """Judge a folder that PEFT's save_pretrained() wrote; a Path is one whose links must stay in
-    it. Reads the configuration and the weights' header, not the weights.
+    """Check a folder that PEFT's save_pretrained() wrote; links in a folder given as Path must stay
+    in it. Reads the configuration and the weights' header, not the weights.
 
-    Raises Invalid, with the way out, when it is not such a folder, holds links that lead out or
-    special files, asks for what the engine cannot do, belongs to another base, or is above a limit.
+    Raises Invalid, with the way out, when the folder is not such a folder, holds links that lead
+    out or special files, needs a feature that the engine lacks, belongs to another base, or is
+    above a limit.
     """
     source = folder if isinstance(folder, Source) else Source.alone(folder)
     check_entries(source)
@@ -246,8 +247,8 @@ def _check_adalora(
 def _served_config(
     ranks: Mapping[str, int], alphas: Mapping[str, float], *, use_rslora: bool
 ) -> dict[str, Any]:
-    """A configuration that says the same as any other with these ranks and alphas, module by
-    module, and nothing that the engine does not read.
+    """The canonical configuration for these ranks and alphas by module: equal for all
+    configurations that mean the same. It has only fields that the engine reads.
     """
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return {
@@ -267,18 +268,18 @@ def _served_config(
 
 
 def _exactly(module: str) -> str:
-    """A key for patterns that matches this module, and none whose name ends alike."""
+    """A pattern key that matches this module and no module whose name merely ends with it."""
     return f"^{re.escape(module)}"
 
 
 def _most_common(values: Iterable[float]) -> float:
-    """Of equally common ones the largest."""
+    """The most common value; of equally common ones the largest."""
     counts = Counter(values)
     return max((count, value) for value, count in counts.items())[1]
 
 
 def _plain(number: float) -> float:
-    """16, not 16.0: trainings write either."""
+    """16 for 16.0: training tools write either."""
     return int(number) if number.is_integer() else number
 
 
@@ -312,7 +313,7 @@ def write(checked: CheckedAdapter, folder_to: Path) -> Written:
 
 
 def digest_of(checked: CheckedAdapter) -> str:
-    """The digest of what `write` would write, without writing. Raises Invalid like it."""
+    """The digest that `write` would return, without writing. Raises Invalid like `write`."""
     sha256 = hashlib.sha256()
     _write_weights(checked, weights.HashedFile(None, sha256))
     sha256.update(_config_text(checked))
@@ -344,7 +345,7 @@ def _disk_full(folder_to: Path, size: int) -> Unavailable:
 
 
 def _sync(folder: Path) -> None:
-    """So that the new names outlive a power cut."""
+    """fsync the folder, so that the new files survive a power failure."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: which tensors it holds and where, without reading one of them.
+"""The header of a safetensors file: names, dtypes, shapes and offsets of its tensors.
 
-Everything in it is checked before it is believed, since the file may come from anybody. Called by
-`formats` for adapters and by `base_layers` for the checkpoint beneath them.
+The file is not trusted, so every entry is checked. Called by `formats` for adapters and by
+`base_layers` for the base checkpoint.
 
 Source: the format section of github.com/huggingface/safetensors, and its own validation.
 """
@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-# Bytes of one number. Types below a byte and those to come are left out: their sizes stay
-# unchecked, and whoever needs a known type checks for it.
+# Bytes per element. Types below a byte and later ones are left out: their sizes are not checked,
+# and callers that need a known type check for it.
 DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -40,12 +40,14 @@ _METADATA = "__metadata__"
 
 
 class BadHeader(ValueError):
-    """Not a whole safetensors file. The message follows on "FILE "; the caller knows the file."""
+    """Not a complete safetensors file. The message is a predicate: the caller puts the file's name
+    before it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor. `start` and `end` are bytes from the file's beginning."""
+    """One tensor. `start` and `end` are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,8 +57,8 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """`digest` is the sha256 of all that precedes the tensors' bytes, `file_bytes` the whole
-    file's size.
+    """`digest` is the sha256 of the bytes before the tensors' data, `file_bytes` the size of the
+    whole file.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -65,17 +67,17 @@ class Header:
 
 
 def shown(name: object) -> str:
-    """A value from a file, fit for a message: quoted, without control characters, not endless."""
+    """An untrusted value for a message: quoted, without control characters, at most 200 long."""
     text = repr(name)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def read_header(file: BinaryIO, *, max_bytes: int) -> Header:
-    """Read and check the header of a file that stands at its beginning.
+    """Read and check the header of a file whose position is at its beginning.
 
-    max_bytes bounds the header alone. Raises BadHeader when it is larger, malformed, or describes
-    bytes other than those that the file has: tensors lie one after the other without a gap, from
-    the header's end to the file's.
+    max_bytes limits the header, not the file. Raises BadHeader when the header is larger,
+    malformed, or does not describe the file: tensors must follow each other without a gap, from the
+    end of the header to the end of the file.
     """
     file_bytes = os.fstat(file.fileno()).st_size
     length = file.read(_LENGTH_BYTES)
@@ -104,7 +106,7 @@ def read_header(file: BinaryIO, *, max_bytes: int) -> Header:
 
 def _parse(text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # Two readers may disagree on which of two entries counts.
+        # Of two entries with one name, different parsers take different ones.
         document = dict(pairs)
         if len(document) < len(pairs):
             raise BadHeader("has a header that names something twice; save it again")

@@ -1,4 +1,4 @@
-"""A request's hold on a version of an adapter, from its arrival to its end."""
+"""A request's lease on a version of an adapter, from its arrival to its end."""
 
 from __future__ import annotations
 
@@ -6,52 +6,56 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from packhorse.serve import metrics
 from packhorse.serve.errors import Invalid, Overloaded, Unavailable
 from packhorse.serve.messages import AdapterVersion
 
 if TYPE_CHECKING:
     from packhorse.serve.adapters.registry import Registry
+    from packhorse.serve.metrics import ModelMetrics
 
 logger = logging.getLogger("packhorse.adapters")
 
-USUAL_ANSWER_TOKENS = 256  # counted until it is known; most requests leave their limit unused
+# The expected length of an answer, as the cost that a request enters the queue with: most answers
+# end well below their max_tokens.
+USUAL_ANSWER_TOKENS = 256
 
 
 @dataclass(slots=True)
 class Version:
-    """A version and who uses it."""
+    """A version, and how many requests use it."""
 
     adapter: AdapterVersion
     leases: int = 0
-    inside: int = 0  # requests that have their turn
+    in_engine: int = 0
+    """Requests that have passed the LoRA queue."""
 
 
 class Lease:
     """Satisfies the Lease protocol."""
 
-    def __init__(self, version: Version, registry: Registry) -> None:
+    def __init__(self, version: Version, registry: Registry, metrics: ModelMetrics) -> None:
         self.adapter = version.adapter
         self._version = version
         self._registry = registry
+        self._metrics = metrics
         self._released = False
         self._charged_tokens: int | None = None
         version.leases += 1
 
     def again(self) -> Lease:
-        return Lease(self._version, self._registry)
+        return Lease(self._version, self._registry, self._metrics)
 
     async def ready(self, prompt_tokens: int, max_tokens: int) -> None:
         tokens = prompt_tokens + min(max_tokens, USUAL_ANSWER_TOKENS)
-        await self._registry.turns.enter(self.adapter.int_id, tokens, self.adapter.name)
+        await self._registry.lora_queue.enter(self.adapter.int_id, tokens, self.adapter.name)
         self._charged_tokens = tokens
-        self._version.inside += 1
+        self._version.in_engine += 1
         try:
-            await self._registry.have_resident(self.adapter)
+            await self._registry.ensure_loaded(self.adapter)
         except Overloaded:
-            metrics.ADMISSION_REFUSALS.labels("adapters_in_use").inc()
+            self._metrics.admission_refusals.labels("adapters_in_use").inc()
             raise
-        except Invalid as error:  # not the request's fault
+        except Invalid as error:  # the server's fault, not the request's
             logger.error("adapter=%s cannot be loaded: %s", self.adapter.name, error.message)
             raise Unavailable(
                 f"The adapter {self.adapter.name!r} cannot be loaded now; the server's log says "
@@ -64,8 +68,8 @@ class Lease:
             return
         self._released = True
         if self._charged_tokens is not None:
-            self._version.inside -= 1
+            self._version.in_engine -= 1
             more_tokens = used_tokens - self._charged_tokens
-            self._registry.turns.leave(self.adapter.int_id, more_tokens)
+            self._registry.lora_queue.leave(self.adapter.int_id, more_tokens)
         self._version.leases -= 1
         self._registry.released(self._version)

@@ -1,14 +1,15 @@
-"""Who may enter the engine when more adapters are wanted than one batch can have.
+"""The queue in front of the engine for requests with adapters: deficit round robin over adapters
+(Shreedhar and Varghese, 1995), so that no adapter starves.
 
-vLLM takes waiting requests in their order and passes over those whose adapter finds no slot, so a
-busy adapter keeps its slot for ever and the rest starve. Here at most as many adapters as there are
-slots have requests in the engine. An adapter that others wait for may let in no more than a quantum
-of tokens; then its slot, once its last request has ended, is the next one's: deficit round robin
-(Shreedhar and Varghese, 1995) over adapters, where what one turn overdraws is taken off the next.
+vLLM takes waiting requests in their order and skips those whose adapter has no slot in the batch:
+an adapter with many requests would keep its slot for ever. So this queue lets only as many adapters
+have requests in the engine as there are slots. While other adapters wait, an adapter with a slot
+may let in one quantum of tokens; once its last request has ended, its slot goes to the next
+adapter. An overdrawn quantum is deducted from the adapter's next one.
 
-Where the engine can have more adapters at work than in a batch, there are `extra` slots, but only
-while there is little to do: adapters that stand still in the engine take up room in it, and would
-leave a full engine half idle.
+With LoRA oversubscription the engine can have more active adapters than a batch has slots. These
+`extra_slots` are given only at low load: an adapter that waits for its time slice holds requests in
+the engine, and at high load such requests would leave half of each batch empty.
 """
 
 from __future__ import annotations
@@ -16,150 +17,165 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from packhorse.serve import metrics
 from packhorse.serve.errors import Overloaded
+from packhorse.serve.metrics import ModelMetrics
 
 
-class Turns:
-    """Call `enter` before the engine and `leave` after it, with the same adapter."""
+class LoraQueue:
+    """Call `enter` before a request goes to the engine and `leave` after its end, with the same
+    adapter. For one event loop; nothing is locked.
+    """
 
     def __init__(
         self,
         slots: int,
         quantum_tokens: int,
         *,
-        max_running: int | None = None,
+        max_concurrent_per_adapter: int | None = None,
         max_waiting: int | None = None,
-        extra: int = 0,
+        extra_slots: int = 0,
         few_requests: int = 0,
+        metrics: ModelMetrics | None = None,
     ) -> None:
-        """`max_running` is the most requests of one adapter in the engine, `max_waiting` the most
-        that are held back: more would keep other adapters' requests from being admitted. The
-        `extra` slots are given while there are no more than `few_requests`, waiting ones included.
+        """`max_concurrent_per_adapter` limits the requests of one adapter in the engine,
+        `max_waiting` those of one adapter in this queue: a long queue of one adapter would use up
+        the server's admission limits. `extra_slots` are given while there are at most
+        `few_requests`, waiting ones included. None: no limit.
         """
         self._slots = slots
-        self._extra = extra
+        self._extra_slots = extra_slots
         self._few_requests = few_requests
-        self._given = 0
-        self._requests = 0  # that have entered or want to
+        self._slots_given = 0
+        self._requests = 0  # in the engine or waiting for it
         self._quantum = quantum_tokens
-        self._max_running = max_running
+        self._max_concurrent = max_concurrent_per_adapter
         self._max_waiting = max_waiting
-        self._lines: dict[int, _Line] = {}  # of adapters with anything to do; those next come first
+        self._metrics = metrics or ModelMetrics()
+        self._queues: dict[int, _AdapterQueue] = {}  # of busy adapters, in round-robin order
 
     async def enter(self, adapter: int, tokens: int, name: str) -> None:
-        """Wait for the turn. `tokens` is what the request will cost, `name` the adapter's in
-        metrics. Raises Overloaded when too many of the adapter wait already.
+        """Wait until the request may go to the engine. `tokens` is its expected cost, `name` the
+        adapter's name in metrics. Raises Overloaded when `max_waiting` requests of the adapter
+        wait.
         """
-        line = self._lines.get(adapter)
-        if line is None:
-            line = self._lines[adapter] = _Line()
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        place = (waiter, tokens)
-        line.waiting.append(place)
+        queue = self._queues.get(adapter)
+        if queue is None:
+            queue = self._queues[adapter] = _AdapterQueue()
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = (admitted, tokens)
+        queue.waiting.append(waiter)
         self._requests += 1
-        self._go()
-        if waiter.done():
+        self._dispatch()
+        if admitted.done():
             return
-        if self._max_waiting is not None and len(line.waiting) > self._max_waiting:
-            self._give_up(adapter, line, place)
-            metrics.ADMISSION_REFUSALS.labels("adapter_waiting").inc()
+        metrics = self._metrics
+        if self._max_waiting is not None and len(queue.waiting) > self._max_waiting:
+            self._give_up(adapter, queue, waiter)
+            metrics.admission_refusals.labels("adapter_waiting").inc()
             raise Overloaded(
                 f"{self._max_waiting} requests wait for this adapter already, the limit "
                 "(adapters.max_waiting); try again soon."
             )
-        of_adapter = metrics.ADAPTER_WAITING.labels(name)
+        of_adapter = metrics.adapter_waiting.labels(name)
         of_adapter.inc()
-        metrics.HELD.inc()
+        metrics.waiting_for_engine.inc()
         try:
-            await waiter
+            await admitted
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self.leave(adapter, -tokens)  # it was its turn in this moment
+            if admitted.done() and not admitted.cancelled():
+                self.leave(adapter, -tokens)  # admitted in the same moment
             else:
-                self._give_up(adapter, line, place)
+                self._give_up(adapter, queue, waiter)
             raise
         finally:
-            metrics.HELD.dec()
+            metrics.waiting_for_engine.dec()
             of_adapter.dec()
 
-    def _give_up(self, adapter: int, line: _Line, place: _Place) -> None:
-        """Who waited there does so no more."""
+    def _give_up(self, adapter: int, queue: _AdapterQueue, waiter: _Waiter) -> None:
+        """Take a request out of the queue that will not go to the engine."""
         self._requests -= 1
-        if place in line.waiting:  # or `_go` has passed over it
-            line.waiting.remove(place)
-        if self._lines.get(adapter) is line:
-            self._tidy(adapter, line)
-        self._go()
+        if waiter in queue.waiting:  # else `_dispatch` has dropped it already
+            queue.waiting.remove(waiter)
+        if self._queues.get(adapter) is queue:
+            self._release(adapter, queue)
+        self._dispatch()
 
     def leave(self, adapter: int, more_tokens: int = 0) -> None:
-        """One request of it has ended. It has cost so much more than was said; below 0: less."""
-        line = self._lines[adapter]
+        """A request of the adapter has ended. It has cost `more_tokens` more than `enter` was told;
+        negative: less.
+        """
+        queue = self._queues[adapter]
         self._requests -= 1
-        line.running -= 1
-        line.credit -= more_tokens
-        self._tidy(adapter, line)
-        self._go()
+        queue.running -= 1
+        queue.deficit -= more_tokens
+        self._release(adapter, queue)
+        self._dispatch()
 
-    def _free(self) -> int:
-        """How many slots may be given; below 0: so many have to come back."""
-        extra = self._extra if self._requests <= self._few_requests else 0
-        return self._slots + extra - self._given
+    def _free_slots(self) -> int:
+        """How many slots may be given; negative when more are given than may be now."""
+        extra = self._extra_slots if self._requests <= self._few_requests else 0
+        return self._slots + extra - self._slots_given
 
-    def _tidy(self, adapter: int, line: _Line) -> None:
-        """Take the slot of an adapter that is done, or has had its share while others wait."""
-        if line.has_slot and not line.running and (not line.waiting or self._must_yield(line)):
-            line.has_slot = False
-            self._given -= 1
-            self._lines[adapter] = self._lines.pop(adapter)  # to the end
-        if not line.has_slot and not line.waiting and not line.running:
-            del self._lines[adapter]
+    def _release(self, adapter: int, queue: _AdapterQueue) -> None:
+        """Take back the slot of an adapter that has no request in the engine, if it has none
+        waiting or has used its quantum while others wait. Forgets an idle adapter.
+        """
+        is_idle = not queue.running
+        if queue.has_slot and is_idle and (not queue.waiting or self._must_yield(queue)):
+            queue.has_slot = False
+            self._slots_given -= 1
+            self._queues[adapter] = self._queues.pop(adapter)  # to the end of the round
+        if not queue.has_slot and not queue.waiting and is_idle:
+            del self._queues[adapter]
 
     def _others_wait(self) -> bool:
-        """Whether an adapter without a slot wants one, or there are too many with one."""
-        return self._free() < 0 or any(
-            line.waiting and not line.has_slot for line in self._lines.values()
+        """Whether an adapter without a slot has requests, or too many slots are given."""
+        return self._free_slots() < 0 or any(
+            queue.waiting and not queue.has_slot for queue in self._queues.values()
         )
 
-    def _must_yield(self, line: _Line) -> bool:
-        return line.credit <= 0 and self._others_wait()
+    def _must_yield(self, queue: _AdapterQueue) -> bool:
+        return queue.deficit <= 0 and self._others_wait()
 
-    def _go(self) -> None:
-        """Let in whoever may: first those next in line to the slots that are free."""
-        for line in self._lines.values():
-            if self._free() <= 0:
+    def _dispatch(self) -> None:
+        """Give the free slots to the next adapters, then let in every request that may go."""
+        for queue in self._queues.values():
+            if self._free_slots() <= 0:
                 break
-            if line.waiting and not line.has_slot:
-                line.has_slot = True
-                self._given += 1
-                line.credit = min(line.credit, 0) + self._quantum
+            if queue.waiting and not queue.has_slot:
+                queue.has_slot = True
+                self._slots_given += 1
+                queue.deficit = min(queue.deficit, 0) + self._quantum
         others_wait = self._others_wait()
-        for line in self._lines.values():
-            if not line.has_slot:
+        for queue in self._queues.values():
+            if not queue.has_slot:
                 continue
-            while line.waiting and (line.credit > 0 or not others_wait or not line.running):
-                if self._max_running is not None and line.running >= self._max_running:
+            while queue.waiting and (queue.deficit > 0 or not others_wait or not queue.running):
+                if self._max_concurrent is not None and queue.running >= self._max_concurrent:
                     break
-                waiter, tokens = line.waiting.popleft()
-                if waiter.done():  # cancelled, and its task has not run since
+                admitted, tokens = queue.waiting.popleft()
+                if admitted.done():  # cancelled, and its task has not run since
                     continue
-                line.credit -= tokens
-                line.running += 1
-                waiter.set_result(None)
+                queue.deficit -= tokens
+                queue.running += 1
+                admitted.set_result(None)
             if not others_wait:
-                line.credit = max(line.credit, 0)  # what hurt nobody is not held against it
+                queue.deficit = max(queue.deficit, 0)  # no debt for tokens that nobody waited for
 
 
-_Place = tuple["asyncio.Future[None]", int]
+_Waiter = tuple["asyncio.Future[None]", int]
+"""What a request waits for, and its cost in tokens."""
 
 
-class _Line:
-    """One adapter's."""
+class _AdapterQueue:
+    """The state of one adapter. `deficit` is the deficit counter: the tokens left of its quantum,
+    negative when overdrawn.
+    """
 
-    __slots__ = ("credit", "has_slot", "running", "waiting")
+    __slots__ = ("deficit", "has_slot", "running", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: deque[_Place] = deque()
+        self.waiting: deque[_Waiter] = deque()
         self.running = 0
-        self.credit = 0
+        self.deficit = 0
         self.has_slot = False

@@ -1,8 +1,8 @@
 """PEFT's rank_pattern and alpha_pattern: ranks and alphas for some of the modules.
 
-Their keys are regular expressions from whoever made the adapter. A hostile one can run for years,
-here and again in the engine's worker, so only those are taken that provably end soon; the copy for
-the engine names modules in full instead.
+Their keys are regular expressions from whoever made the adapter. A hostile one could run for years,
+here and in the engine's worker. So only expressions with a small bound on their work are accepted,
+and the copy for the engine names modules in full instead.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def _compile(field: str, key: str) -> re.Pattern[str]:
 
 
 def _ends_soon(key: str) -> bool:
-    """No repeated or nested groups, few repetitions: the work is a small power of a short name."""
-    if re.search(r"--|&&|~~|\|\|", key):  # set operations of regular expressions to come
+    """Whether matching is bounded: without repeated or nested groups and with few repetitions, the
+    work is a low power of the module name's length.
+    """
+    if re.search(r"--|&&|~~|\|\|", key):  # set operations, reserved for later versions of `re`
         return False
     plain = re.sub(r"\\[.dwDW_-]", "x", key)
     plain = re.sub(r"\[[^\[\]]*\]", "x", plain)

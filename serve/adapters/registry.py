@@ -1,7 +1,7 @@
-"""Which adapters there are, which version of each is served, and who uses it.
+"""The registry of adapters: their names, the version that each name serves, and the leases on it.
 
 A request takes a lease on the version that is current when it arrives, and keeps it to its end. A
-replaced or removed version goes, from the engine and from the disk, when its last lease has ended.
+replaced or removed version is deleted from the engine and from the disk when its last lease ends.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from packhorse.serve import metrics
-from packhorse.serve.adapters.allowed_roots import Roots
+from packhorse.serve.adapters.allowed_roots import AllowedRoots
 from packhorse.serve.adapters.base import AdapterCard, State
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.lease import Lease, Version
-from packhorse.serve.adapters.lora_cache import Loader, Residency
-from packhorse.serve.adapters.lora_queue import Turns
-from packhorse.serve.adapters.store import Remembered, Staged, Store, check_name
+from packhorse.serve.adapters.lora_cache import Loader, LoraCache
+from packhorse.serve.adapters.lora_queue import LoraQueue
+from packhorse.serve.adapters.store import AdapterStore, Registration, Staged, check_name
 from packhorse.serve.errors import (
     Conflict,
     Invalid,
@@ -34,6 +33,7 @@ from packhorse.serve.errors import (
     UnknownModel,
 )
 from packhorse.serve.messages import AdapterVersion
+from packhorse.serve.metrics import ModelMetrics
 
 logger = logging.getLogger("packhorse.adapters")
 
@@ -43,41 +43,49 @@ class _Entry:
     name: str
     pinned: bool = False
     current: Version | None = None
-    doing: State | None = None  # while a new version is on its way
-    reason: str | None = None
-    stored: Remembered | None = None  # also of one that has failed since: it may be well again
+    doing: State | None = None  # the state of a new version that is being added
+    reason: str | None = None  # why the adapter, or its last replacement, has failed
+    stored: Registration | None = None  # kept after a failure too, which may pass
 
 
 class Registry:
-    """Satisfies the Adapters protocol. `start` it when there is an engine. Changes are made one
-    after the other, and to their end: a caller that leaves does not stop one.
+    """Satisfies the Adapters protocol. Call `start` once the engine is built. Changes are made one
+    after the other, each to its end: cancelling the caller does not stop one.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: AdapterStore,
         *,
         max_registered: int,
         max_resident: int,
-        turn_tokens: int = 4096,
-        max_running: int | None = None,
+        quantum_tokens: int = 4096,
+        max_concurrent_per_adapter: int | None = None,
         taken: frozenset[str] = frozenset(),
         allowed_roots: Sequence[Path] = (),
+        metrics: ModelMetrics | None = None,
     ) -> None:
-        """`max_running` is for each adapter, `turn_tokens` what one may use while others wait.
-        `taken` are names that mean something else. Adapters come from `allowed_roots` alone.
+        """`max_resident` is the size of the LoRA cache; see LoraQueue for `quantum_tokens` and
+        `max_concurrent_per_adapter`. `taken` are model names that no adapter may have. Adapters are
+        added from `allowed_roots` only.
         """
-        self._roots = Roots(allowed_roots)
-        self._turns_of = partial(Turns, quantum_tokens=turn_tokens, max_running=max_running)
+        self._roots = AllowedRoots(allowed_roots)
+        self._metrics = metrics or ModelMetrics()
+        self._new_queue = partial(
+            LoraQueue,
+            quantum_tokens=quantum_tokens,
+            max_concurrent_per_adapter=max_concurrent_per_adapter,
+            metrics=self._metrics,
+        )
         self._slots = 1
-        self.turns = self._turns_of(1)
+        self.lora_queue = self._new_queue(1)
         self._store = store
         self._taken = taken
         self._max_registered = max_registered
         self._entries: dict[str, _Entry] = {}
         self._versions: dict[tuple[str, str], Version] = {}  # by name and digest; retired ones too
         self._numbers = itertools.count(1)
-        self._residency = Residency(max_resident, self._may_go)
+        self._lora_cache = LoraCache(max_resident, self._may_evict, metrics=self._metrics)
         self._limits: AdapterLimits | None = None
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -92,23 +100,21 @@ class Registry:
         few_requests: int = 0,
         max_waiting: int | None = None,
     ) -> None:
-        """Have what was registered before a restart; what cannot be loaded is listed as failed.
-        Those that are not pinned get into the engine with `warm`, or when a request comes. `slots`
-        is how many adapters may have requests in the engine, `extra_slots` how many more while
-        there are at most `few_requests`, waiting ones included; `max_waiting` is how many requests
-        of one adapter may wait for a slot.
+        """Serve the adapters that were registered before a restart. One that cannot be served is
+        listed as failed. Pinned adapters are loaded into the engine now, the others by `warm` or at
+        their first request. See LoraQueue for the slots and `max_waiting`.
 
         Raises StartupError.
         """
         self._limits = limits
         self._slots = slots + extra_slots
-        self.turns = self._turns_of(
-            slots, max_waiting=max_waiting, extra=extra_slots, few_requests=few_requests
+        self.lora_queue = self._new_queue(
+            slots, max_waiting=max_waiting, extra_slots=extra_slots, few_requests=few_requests
         )
-        self._residency.loader = loader
-        recalled = await asyncio.to_thread(self._store.recall)
-        judged = await asyncio.to_thread(self._store.judge, recalled, limits)
-        for known, found in zip(recalled, judged, strict=True):
+        self._lora_cache.loader = loader
+        registered = await asyncio.to_thread(self._store.load)
+        judged = await asyncio.to_thread(self._store.check_registrations, registered, limits)
+        for known, found in zip(registered, judged, strict=True):
             entry = self._entries[known.name] = _Entry(known.name, known.pinned, stored=known)
             try:
                 self._check_pins(entry, known.pinned)
@@ -116,16 +122,16 @@ class Registry:
                     raise found
                 entry.current = self._version(known.name, found)
                 if known.pinned:
-                    await self.have_resident(entry.current.adapter)
+                    await self.ensure_loaded(entry.current.adapter)
             except ServeError as error:
                 self._failed(entry, error)
         self._count()
-        if recalled:
-            await asyncio.to_thread(self._store.remember_copies, recalled)
+        if registered:
+            await asyncio.to_thread(self._store.save_verified, registered)
 
     async def warm(self) -> None:
-        """Fill the engine's room, which most requests would have to wait for otherwise: after the
-        start, when the server is ready.
+        """Load adapters until the LoRA cache is full, so that first requests need not wait for a
+        load. Call it once the server is ready.
         """
         for entry in list(self._entries.values()):
             async with self._changing:
@@ -133,28 +139,28 @@ class Registry:
                 if version is None or not self._is_current(version):
                     continue
                 try:
-                    if not await self._residency.warm(version.adapter):
+                    if not await self._lora_cache.warm(version.adapter):
                         return
-                except Unavailable:  # there is no engine any more
+                except Unavailable:  # the engine was lost
                     return
                 except ServeError as error:
                     self._failed(entry, error)
 
     def _failed(self, entry: _Entry, error: ServeError) -> None:
         entry.reason = error.message
-        metrics.ADAPTER_FAILURES.inc()
+        self._metrics.adapter_failures.inc()
         logger.error("adapter=%s failed: %s", entry.name, error.message)
 
     def _version(self, name: str, staged: Staged) -> Version:
-        """The version, with the number it has if it is still there: the engine takes two versions
-        of one content for one.
+        """The version of this content. One that still exists keeps its number: the engine would
+        hold the same content twice under two numbers.
         """
         digest = staged.digest
         known = self._versions.get((name, digest))
         if known is None:
             adapter = AdapterVersion(name, digest, staged.folder, next(self._numbers), staged.rank)
             known = self._versions[name, digest] = Version(adapter)
-            metrics.ADAPTER_WAITING.labels(name)  # there from the start, with 0
+            self._metrics.adapter_waiting.labels(name)  # exported as 0 from the start
         return known
 
     def __contains__(self, name: object) -> bool:
@@ -166,7 +172,7 @@ class Registry:
         return [entry.name for entry in self._entries.values() if entry.current is not None]
 
     def folders(self) -> dict[str, Path]:
-        """Those that requests can ask for, with what their current versions are made of."""
+        """The folders of the current versions, by adapter; without adapters that have none."""
         return {
             name: entry.current.adapter.folder
             for name, entry in self._entries.items()
@@ -201,7 +207,7 @@ class Registry:
         version = entry.current
         state: State = entry.doing or "failed"
         if version is not None and entry.doing is None:
-            state = "resident" if version.adapter in self._residency else "staged"
+            state = "resident" if version.adapter in self._lora_cache else "staged"
         adapter = version.adapter if version else None
         return AdapterCard(
             entry.name,
@@ -218,23 +224,23 @@ class Registry:
         if entry is None or entry.current is None:
             why = f": it has failed ({entry.reason})" if entry and entry.reason else ""
             raise UnknownModel(f"There is no adapter {name[:80]!r} here{why}.", param="model")
-        return Lease(entry.current, self)
+        return Lease(entry.current, self, self._metrics)
 
-    async def have_resident(self, adapter: AdapterVersion) -> None:
-        """Load it into the engine, if it is not there. Raises ServeError."""
-        await self._residency.have(adapter)
+    async def ensure_loaded(self, adapter: AdapterVersion) -> None:
+        """Load the adapter into the engine, if it is not loaded. Raises ServeError."""
+        await self._lora_cache.ensure_loaded(adapter)
 
-    def _may_go(self, adapter: AdapterVersion) -> bool:
-        """Whether the engine may unload it to make room."""
+    def _may_evict(self, adapter: AdapterVersion) -> bool:
+        """Whether the adapter may be unloaded to make room for another."""
         version = self._versions.get((adapter.name, adapter.digest))
         entry = self._entries.get(adapter.name)
         pinned = entry is not None and entry.pinned and entry.current is version
-        return version is None or not (version.inside or pinned)
+        return version is None or not (version.in_engine or pinned)
 
     def released(self, version: Version) -> None:
-        """A lease has ended: the last one of a version that was replaced takes it along."""
+        """A lease has ended. The version is deleted if it was replaced and has no other lease."""
         if not version.leases and not self._is_current(version):
-            self._go_on(self._retire(version))
+            self._shielded(self._retire(version))
 
     def _is_current(self, version: Version) -> bool:
         entry = self._entries.get(version.adapter.name)
@@ -244,17 +250,17 @@ class Registry:
         async with self._changing:
             adapter = version.adapter
             if version.leases or self._is_current(version):
-                return  # it has come back
+                return  # it is current, or leased, again
             if self._versions.pop((adapter.name, adapter.digest), None) is None:
                 return
             try:
-                await self._residency.drop(adapter)
+                await self._lora_cache.drop(adapter)
             except ServeError as error:
                 logger.warning("adapter=%s was not unloaded: %s", adapter.name, error.message)
             await asyncio.to_thread(self._store.forget, adapter.name, adapter.digest)
             logger.info("adapter=%s digest=%s is gone", adapter.name, adapter.digest[:12])
             if not any(name == adapter.name for name, _ in self._versions):
-                metrics.forget_adapter(adapter.name)  # no request of it is left
+                self._metrics.forget_adapter(adapter.name)  # it has no requests any more
 
     def mark(self, name: str) -> str:
         entry = self._entries.get(name)
@@ -292,11 +298,11 @@ class Registry:
         entry = self._entries.setdefault(name, _Entry(name))
         entry.doing = "queued"
         self._count()
-        card: AdapterCard = await self._go_on(self._put(entry, source, pinned, mark))
+        card: AdapterCard = await self._shielded(self._put(entry, source, pinned, mark))
         return card
 
-    def _go_on(self, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
-        """Do it to its end, whoever waits for it."""
+    def _shielded(self, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        """Run it to its end, also when whoever waits for it is cancelled."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -325,10 +331,10 @@ class Registry:
     def _check_pins(self, entry: _Entry, pinned: bool) -> None:
         """Raises Invalid when it would leave too little room for adapters that are not pinned."""
         others = sum(other.pinned for other in self._entries.values() if other is not entry)
-        needed = self._slots + 1  # others at work, and one that is loaded meanwhile
-        if pinned and others + 1 + needed > self._residency.size:
+        needed = self._slots + 1  # the active ones, and one that is being loaded
+        if pinned and others + 1 + needed > self._lora_cache.size:
             raise Invalid(
-                f"{others} adapters are pinned. The engine holds {self._residency.size} "
+                f"{others} adapters are pinned. The engine holds {self._lora_cache.size} "
                 f"(engine.max_cpu_loras), of which {needed} are for those that are not; unpin "
                 "another.",
                 param="pinned",
@@ -344,36 +350,38 @@ class Registry:
         new = self._version(entry.name, staged)
         old = entry.current
         try:
-            await self.have_resident(new.adapter)
-            await self._remember(entry, Remembered(entry.name, staged.digest, staged.rank, pinned))
+            await self.ensure_loaded(new.adapter)
+            await self._save(entry, Registration(entry.name, staged.digest, staged.rank, pinned))
         except BaseException:
             if new is not old and not new.leases:
-                self._go_on(self._retire(new))
+                self._shielded(self._retire(new))
             raise
         entry.current, entry.pinned, entry.reason = new, pinned, None
         logger.info("adapter=%s digest=%s is served", entry.name, staged.digest[:12])
         if old is not None and old is not new and not old.leases:
-            self._go_on(self._retire(old))
+            self._shielded(self._retire(old))
 
-    async def _remember(self, entry: _Entry, line: Remembered | None) -> None:
-        """Write down what will be, before it is. Raises Unavailable; then nothing has changed."""
+    async def _save(self, entry: _Entry, line: Registration | None) -> None:
+        """Write the change to the store before it is made; None removes the entry. Raises
+        Unavailable; nothing is changed then.
+        """
         lines = {other.name: other.stored for other in self._entries.values()}
         lines[entry.name] = line
         kept = [each for each in lines.values() if each is not None]
-        await asyncio.to_thread(self._store.remember, kept)
+        await asyncio.to_thread(self._store.save, kept)
         entry.stored = line
 
     def _count(self) -> None:
-        metrics.ADAPTERS.set(len(self._entries))
+        self._metrics.adapters.set(len(self._entries))
 
     async def remove(self, name: str) -> None:
         self._entry(name)
-        await self._go_on(self._remove(name))
+        await self._shielded(self._remove(name))
 
     async def _remove(self, name: str) -> None:
         async with self._changing:
             entry = self._entry(name)
-            await self._remember(entry, None)
+            await self._save(entry, None)
             del self._entries[name]
             self._count()
         if entry.current is not None and not entry.current.leases:
@@ -385,13 +393,13 @@ class Registry:
             entry = self._entry(name)
             self._check_pins(entry, pinned)
             if pinned and entry.current is not None:
-                await self.have_resident(entry.current.adapter)
+                await self.ensure_loaded(entry.current.adapter)
             if entry.stored is not None:
-                await self._remember(entry, msgspec.structs.replace(entry.stored, pinned=pinned))
+                await self._save(entry, msgspec.structs.replace(entry.stored, pinned=pinned))
             entry.pinned = pinned
         return self._card(entry)
 
     async def settle(self) -> None:
-        """Wait until nothing is being changed, for a clean end."""
+        """Wait until every change has ended, for a clean shutdown."""
         while self._tasks:
             await asyncio.wait(list(self._tasks))

@@ -1,8 +1,8 @@
-"""Adapters on disk: `<store>/<name>/<digest>/` is a version that never changes, `.registry.json`
-what was registered, `.verified.json` what is known of the copies. Survives restarts; one server a
-store.
+"""The adapter store on disk: `<store>/<name>/<digest>/` is an immutable version, `.registry.json`
+the list of registered adapters, `.verified.json` the record of verified copies. It survives
+restarts, and belongs to one server at a time.
 
-What a source folder must look like is in formats.py. Who uses what is the registry's business.
+formats.py says what a source folder must look like; the registry counts who uses a version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from pathlib import Path
 
 import msgspec
 from packhorse.serve.adapters import weights
-from packhorse.serve.adapters.copies import Known, Memory, changed, check_copy, facts_of
+from packhorse.serve.adapters.copies import (
+    VerifiedCopies,
+    VerifiedCopy,
+    changed,
+    check_copy,
+    facts_of,
+)
 from packhorse.serve.adapters.folders import Source, open_file
 from packhorse.serve.adapters.formats import AdapterLimits, CheckedAdapter, check, digest_of, write
 from packhorse.serve.errors import Invalid, ServeError, StartupError, Unavailable
@@ -31,8 +37,8 @@ INDEX = ".registry.json"  # no adapter's name
 _READERS = 4  # of copies at a start
 
 
-class Remembered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of .registry.json: what is served under a name."""
+class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry of .registry.json: the version that is served under a name."""
 
     name: str
     digest: str
@@ -59,11 +65,11 @@ def check_name(name: str) -> None:
         )
 
 
-class Store:
-    """Blocking: call it in a worker thread. One call at a time."""
+class AdapterStore:
+    """Its methods block: call them in a worker thread, one call at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises StartupError when the folder cannot be had, or another server has it."""
+        """Raises StartupError when the folder cannot be used, or another server uses it."""
         self._folder = folder.resolve()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -77,19 +83,19 @@ class Store:
             ) from error
         except OSError as error:
             raise StartupError(f"adapters.store {folder} cannot be used: {error}") from error
-        for left in self._folder.glob(".staging-*"):  # by a server that was killed
+        for left in self._folder.glob(".staging-*"):  # left over by a server that was killed
             shutil.rmtree(left, ignore_errors=True)
-        self._memory = Memory(self._folder)
-        self._remembered = b""  # as it is on the disk
+        self._verified = VerifiedCopies(self._folder)
+        self._saved = b""  # the content of .registry.json
 
     def close(self) -> None:
-        """Another server may have the folder now."""
+        """Release the folder for another server."""
         self._lock.close()
 
     def stage(self, name: str, source: Source, limits: AdapterLimits, *, mark: str = "") -> Staged:
-        """A copy of what `source` holds, checked, and in the form that the engine loads; the one
-        that is there already, if it is the same. `mark` is kept with it, see `mark_of`. Raises
-        Invalid, or Unavailable when the disk is full.
+        """Check the adapter in `source` and copy it in the form that the engine loads; a copy that
+        is there already is reused. `mark` is kept with it, see `mark_of`. Raises Invalid, or
+        Unavailable when the disk is full.
         """
         check_name(name)
         checked = check(source, limits)
@@ -106,7 +112,7 @@ class Store:
             else:  # only what routes to it may be new
                 _replace(self.folder_of(name, digest) / EXAMPLES, examples, building)
             folder = self.folder_of(name, digest)
-            self._memory.set(name, digest, Known(facts_of(folder), limits.key, mark))
+            self._verified.set(name, digest, VerifiedCopy(facts_of(folder), limits.key, mark))
         except OSError as error:
             raise self._not_written(error) from error
         finally:
@@ -131,7 +137,7 @@ class Store:
         return digest
 
     def _publish(self, building: Path, folder: Path) -> None:
-        """In one rename; in the place of a copy that was damaged."""
+        """Move the new copy to its place in one rename; it replaces a damaged one."""
         if folder.is_dir():
             damaged = self._folder / f".staging-{uuid.uuid4().hex}"
             folder.replace(damaged)
@@ -141,29 +147,29 @@ class Store:
         _sync(folder.parent)
 
     def mark_of(self, name: str, digest: str) -> str:
-        """What the copy was marked with when it was staged last; empty when that is not known."""
-        known = self._memory.get(name, digest)
+        """The mark that the copy was staged with last; empty when it is not known."""
+        known = self._verified.get(name, digest)
         return known.mark if known else ""
 
-    def judge(
-        self, registered: Sequence[Remembered], limits: AdapterLimits
+    def check_registrations(
+        self, registered: Sequence[Registration], limits: AdapterLimits
     ) -> list[Staged | ServeError]:
-        """For each its copy, or why it cannot be served. Those that have not changed since they
-        were judged under the same limits are not read. Nothing of them is written.
+        """For each registration its copy, or why it cannot be served. Copies that have not changed
+        since they were checked against the same limits are not read. Writes nothing.
         """
 
-        def one(entry: Remembered) -> Staged | ServeError:
+        def one(entry: Registration) -> Staged | ServeError:
             try:
-                return self._judge(entry, limits)
+                return self._check_registration(entry, limits)
             except ServeError as error:
                 return error
 
         with ThreadPoolExecutor(_READERS) as readers:
             return list(readers.map(one, registered))
 
-    def _judge(self, entry: Remembered, limits: AdapterLimits) -> Staged:
+    def _check_registration(self, entry: Registration, limits: AdapterLimits) -> Staged:
         folder = self.folder_of(entry.name, entry.digest)
-        known = self._memory.get(entry.name, entry.digest)
+        known = self._verified.get(entry.name, entry.digest)
         try:
             facts = facts_of(folder)
         except OSError as error:
@@ -172,42 +178,42 @@ class Store:
         if known is None or not is_whole or known.limits != limits.key:
             if not is_whole:
                 check_copy(folder, entry.digest)
-            # The model or the limits may be others than when it was added.
+            # The model or the limits may have changed since it was added.
             check(folder, limits)
             mark = known.mark if known else ""
-            self._memory.set(entry.name, entry.digest, Known(facts, limits.key, mark))
+            self._verified.set(entry.name, entry.digest, VerifiedCopy(facts, limits.key, mark))
         return Staged(entry.digest, entry.rank, folder)
 
     def folder_of(self, name: str, digest: str) -> Path:
         return self._folder / name / digest
 
     def forget(self, name: str, digest: str) -> None:
-        """Delete a version that nobody uses any more."""
+        """Delete a version that has no leases any more."""
         folder = self.folder_of(name, digest)
         shutil.rmtree(folder, ignore_errors=True)
         if folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
 
-    def remember(self, registered: list[Remembered]) -> None:
-        """What to serve after a restart; all of it, each time. Raises Unavailable."""
+    def save(self, registered: list[Registration]) -> None:
+        """Write the whole list of what to serve after a restart. Raises Unavailable."""
         data = msgspec.json.format(msgspec.json.encode(registered))
         new = self._folder / f"{INDEX}.new"
         try:
-            if data != self._remembered:
+            if data != self._saved:
                 with new.open("wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
                 new.replace(self._folder / INDEX)
                 _sync(self._folder)
-                self._remembered = data
+                self._saved = data
         except OSError as error:
             raise self._not_written(error) from error
-        self.remember_copies(registered)
+        self.save_verified(registered)
 
-    def remember_copies(self, registered: Sequence[Remembered]) -> None:
-        """What is known of their copies, for the next start."""
-        self._memory.save({f"{entry.name}/{entry.digest}" for entry in registered})
+    def save_verified(self, registered: Sequence[Registration]) -> None:
+        """Write the record of their verified copies, for the next start."""
+        self._verified.save({f"{entry.name}/{entry.digest}" for entry in registered})
 
     def _not_written(self, error: OSError) -> Unavailable:
         return Unavailable(
@@ -216,12 +222,14 @@ class Store:
             retry_after_s=60,
         )
 
-    def recall(self) -> list[Remembered]:
-        """Raises StartupError when it cannot be read. Deletes what it does not mention."""
+    def load(self) -> list[Registration]:
+        """The registered adapters. Deletes versions that are not among them. Raises StartupError
+        when the list cannot be read.
+        """
         path = self._folder / INDEX
         try:
-            self._remembered = path.read_bytes()
-            found = msgspec.json.decode(self._remembered, type=list[Remembered])
+            self._saved = path.read_bytes()
+            found = msgspec.json.decode(self._saved, type=list[Registration])
         except FileNotFoundError:
             return []
         except (OSError, msgspec.DecodeError) as error:
@@ -237,7 +245,7 @@ class Store:
 
 
 def _read_examples(source: Source) -> bytes | None:
-    """The prompts that say what belongs to this adapter, if there are any. Raises Invalid."""
+    """The adapter's example prompts for routing, if it has any. Raises Invalid."""
     try:
         with open_file(source, EXAMPLES) as file:
             examples = file.read(MAX_EXAMPLES_BYTES + 1)
@@ -253,7 +261,7 @@ def _read_examples(source: Source) -> bytes | None:
 
 
 def _replace(path: Path, content: bytes | None, building: Path) -> None:
-    """Have that content there, or no file for None; nothing is written when it is so already."""
+    """Write the content to the file, or delete the file for None. An equal file is left alone."""
     if content is None:
         path.unlink(missing_ok=True)
     elif not path.is_file() or path.read_bytes() != content:
@@ -264,7 +272,7 @@ def _replace(path: Path, content: bytes | None, building: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """So that a rename outlives a power cut."""
+    """fsync the folder, so that a rename in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
 """The weights of an adapter, copied byte for byte or folded from AdaLoRA into plain LoRA.
 
 Called by `formats`, on files whose headers it has checked. Tensors are read one at a time, so a
-copy takes little memory. numpy is imported when it is needed: it is the engine's, not ours.
+copy takes little memory. numpy is imported late: only the engine's dependencies bring it.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 NAME = "adapter_model.safetensors"
-# Larger headers than any adapter's: a tensor takes about 150 bytes in it.
+# Above the header size of any adapter: a tensor takes about 150 bytes in it.
 MAX_HEADER_BYTES = 16 * 2**20
 _CHUNK_BYTES = 4 * 2**20
-# All bits of the exponent set: infinity or not a number. Works without converting the values.
+# The exponent's bit mask by dtype. All of its bits are set in NaN and infinity.
 _EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-# PEFT adds it to AdaLoRA's rank before dividing by it.
+# PEFT divides by AdaLoRA's rank plus this epsilon.
 _RANK_EPSILON = 1e-5
 
 
 class HashedFile:
-    """A new file that is hashed as it is written, or hashed alone. `sha256` goes on over several
-    files.
+    """A file that is hashed while it is written; `file` None: hashed only. One `sha256` may go on
+    over several files.
     """
 
     def __init__(self, file: BinaryIO | None, sha256: _Hash) -> None:
@@ -59,7 +59,7 @@ class HashedFile:
 
 @contextmanager
 def new_file(path: Path, sha256: _Hash) -> Iterator[HashedFile]:
-    """A file that must not exist yet, read-only from the start, and on the disk when this ends."""
+    """Create a file, which must not exist; read-only, and synced to the disk at the end."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o444), "wb") as file:  # noqa: PTH123 (a Path has no flags)
         yield HashedFile(file, sha256)
@@ -76,7 +76,7 @@ def copy(source: Source, header: Header, to: HashedFile) -> None:
         tensors = sorted(header.tensors.items(), key=lambda item: item[1].start)
         first = min((entry.start for _, entry in tensors), default=header.file_bytes)
         to.write(_exactly(file, first))
-        for name, entry in tensors:  # one after the other, as the header was checked for
+        for name, entry in tensors:  # contiguous, as the header's check made sure
             left = entry.end - entry.start
             while left:
                 data = _exactly(file, min(left, _CHUNK_BYTES))
@@ -96,9 +96,10 @@ def fold(
 ) -> None:
     """Write AdaLoRA as plain LoRA of one rank whose own scaling is 1.
 
-    AdaLoRA adds B @ (A * E) * scaling, so A * E * scaling takes A's place. Of each module the ranks
-    `kept` are kept, and filled up with zeros to the largest: the engine holds an adapter at full
-    rank anyway. float32 whatever the source is, so that folding costs no precision.
+    AdaLoRA adds B @ (A * E) * scaling, so A * E * scaling becomes the new A. Each module keeps its
+    ranks `kept`, padded with zeros to the largest number of them: the engine allocates the full
+    rank for every module anyway. The result is float32 for every source dtype, so it loses no
+    precision.
 
     Raises Invalid like `copy`, and when the product leaves float32's range.
     Source: SVDLinear.get_delta_weight in PEFT 0.21, tuners/adalora/layer.py.
@@ -132,7 +133,7 @@ def fold(
 
 
 def adalora_scaling(alpha: float, init_rank: int) -> float:
-    """AdaLoRA divides by the rank that training began with, pruned or not."""
+    """AdaLoRA's scaling: it divides by the initial rank, also after pruning."""
     return alpha / (init_rank + _RANK_EPSILON)
 
 
@@ -147,8 +148,8 @@ def folded_bytes(
 def _folded_shapes(
     header: Header, modules: Mapping[str, Factors], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, int]]:
-    """Name -> shape of what `fold` writes. Modules without any rank left change nothing and are
-    left out.
+    """Name -> shape of the tensors that `fold` writes. Modules with no rank left are left out: they
+    change nothing.
     """
     rank = max(len(ranks) for ranks in kept.values())
     shapes = {}
@@ -180,7 +181,7 @@ def _header_of(shapes: Mapping[str, tuple[int, int]]) -> bytes:
 
 @contextmanager
 def _unchanged(source: Source, header: Header) -> Iterator[BinaryIO]:
-    """The weights' file, if it still begins as when it was checked."""
+    """Open the weights' file; raises Invalid when its header is not the one that was checked."""
     changed = Invalid(
         f"{NAME} in {source.folder} has changed while it was read; add the adapter again when "
         "whoever writes there is done."
@@ -196,7 +197,7 @@ def _unchanged(source: Source, header: Header) -> Iterator[BinaryIO]:
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
     data = file.read(size)
-    if len(data) < size:  # cut off since its header was read
+    if len(data) < size:  # truncated since its header was read
         raise EOFError
     return data
 

@@ -1,5 +1,5 @@
-"""What an operator may do to a server that runs, for HTTP and gRPC alike; each change is logged
-with the name of the key that made it.
+"""What an operator may do to a running server, whichever protocol carries the call. Each change is
+logged with the name of the key that made it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.serve.adapters.base import AdapterCard, Adapters
+from packhorse.serve.api.validation import LenientBody, StrictBody
 from packhorse.serve.cache.base import Amount, Results
 from packhorse.serve.cache.key import EVERYTHING, adapter_scope, model_scope
 from packhorse.serve.errors import Invalid, NotFound
@@ -19,8 +20,40 @@ from packhorse.serve.routing.base import Routing
 logger = logging.getLogger("packhorse.admin")
 
 
+class AdapterBody(StrictBody):
+    """POST /admin/adapters. `path` is a folder on the server, as PEFT saves it."""
+
+    name: str
+    path: str
+    replace: bool = False
+    """Whether the adapter may replace one of the same name."""
+    pinned: bool | None = None
+
+
+class PinBody(StrictBody):
+    """PATCH /admin/adapters/NAME."""
+
+    pinned: bool
+
+
+class LoadAdapterBody(LenientBody):
+    """POST /v1/load_lora_adapter, as in vLLM."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadAdapterBody(LenientBody):
+    """POST /v1/unload_lora_adapter, as in vLLM."""
+
+    lora_name: str
+
+
 class Admin:
-    """Every call raises NotFound on a server without what it is about."""
+    """The operators' calls. Those about adapters, routes or the result cache raise NotFound on a
+    server that has none.
+    """
 
     def __init__(
         self,
@@ -31,7 +64,7 @@ class Admin:
         model: str = "",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """`model` is the base's name, `settings` what may be shown of them."""
+        """`model` is the name of the base model, `settings` the settings without secrets."""
         self._registry = adapters
         self._router = routing
         self._cache = cache
@@ -50,16 +83,16 @@ class Admin:
         return self._router
 
     def routes(self) -> list[dict[str, Any]]:
-        """The routing in use first, then what came before it."""
-        return self._routing.generations()
+        """The routing in use first, then the ones before it."""
+        return self._routing.versions()
 
     async def reload_routes(self, caller: Caller) -> dict[str, Any]:
-        """Raises Invalid for files that are wrong."""
+        """Build the routing from its files as they are now. Raises Invalid for wrong files."""
         logger.info("key=%s reloads the routes", caller.name)
         return await self._routing.reload()
 
     def roll_back_routes(self, caller: Caller) -> dict[str, Any]:
-        """Raises Conflict when there is nothing before."""
+        """Return to the routing before. Raises Conflict when there is none."""
         logger.info("key=%s rolls back the routes", caller.name)
         return self._routing.roll_back()
 
@@ -111,7 +144,7 @@ class Admin:
     def cache_scope(
         self, *, model: str | None = None, adapter: str | None = None, tenant: str | None = None
     ) -> str:
-        """What a flush is about; none of the three is everything. Raises Invalid, NotFound."""
+        """The entries that a flush is about; without any name, all. Raises Invalid, NotFound."""
         if sum(name is not None for name in (model, adapter, tenant)) > 1:
             raise Invalid("Give one of model, adapter and tenant, or none for everything.")
         if model is not None and model != self._model:
@@ -124,10 +157,10 @@ class Admin:
         return EVERYTHING if tenant is None else self._results.tenant_scope(tenant)
 
     async def cache_amount(self, scope: str) -> Amount:
-        """What the result cache has of it."""
+        """How much the result cache holds of this scope."""
         return await self._results.amount(scope)
 
     async def flush_cache(self, caller: Caller, scope: str) -> Amount:
-        """Make it void on every replica; returns what went. Raises Unavailable."""
+        """Invalidate this scope on every replica; returns what it held. Raises Unavailable."""
         logger.info("key=%s flushes the result cache: %s", caller.name, scope)
         return await self._results.flush(scope)

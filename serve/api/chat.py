@@ -1,32 +1,44 @@
-"""The bodies that carry messages: chat completions and /tokenize."""
+"""Chat completions: the body, and the data of the answer."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from packhorse.serve.api.fields import INT32_MAX, INT64_MAX, GenerateBody, TokenId
-from packhorse.serve.api.unknown_fields import LenientBody, Unsupported
-from packhorse.serve.errors import Invalid
+import msgspec
+from packhorse.serve.api.fields import INT32_MAX, INT64_MAX, GenerateBody
+from packhorse.serve.api.generate import AnswerHead, CollectedChoice, head_of, total_usage
+from packhorse.serve.api.logprobs import (
+    LogprobOptions,
+    PromptLogprobs,
+    ReportedLogprob,
+    prompt_logprobs,
+)
+from packhorse.serve.api.tools import NamedTool, RequestedToolChoice, ToolCall, Tools
+from packhorse.serve.api.validation import LenientBody, Unsupported
 from packhorse.serve.messages import (
     ANONYMOUS,
     AUTO_CACHE,
     CachePolicy,
     Caller,
     ChatOptions,
+    Chunk,
     Constraint,
+    FinishReason,
     GenerateRequest,
     Message,
-    Sampling,
+    Prompt,
     ToolChoice,
+    Usage,
 )
+from packhorse.serve.messages import ToolCall as GeneratedCall
+from packhorse.serve.pipeline import Stream
 from pydantic import AliasChoices, Field, model_validator
 
-ToolName = Annotated[str, Field(min_length=1, max_length=256)]
 Role = Annotated[str, Field(pattern=r"^[A-Za-z0-9_. -]{1,64}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-# Kinds of content that are text, with the field that has it.
+# Types of content parts that hold text, and the field that holds it.
 TEXTS = {
     "text": "text",
     "input_text": "text",
@@ -39,43 +51,19 @@ TEXTS = {
 class TextPart(LenientBody):
     type: Literal["text"] = "text"
     text: str
-    # In parts of answers.
+    # From answers that clients send back; without effect.
     annotations: Any = None
     logprobs: Any = None
 
     @classmethod
     def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Every kind of text as `text`; a part of another kind stays, to be refused."""
+        """Every type of text becomes `text`; a part of another type stays, to be refused."""
         kind = document.get("type", "text")
         name = TEXTS.get(kind) if isinstance(kind, str) else None
         if name is None or kind == "text":
             return document
         kept = {each: value for each, value in document.items() if each != name}
         return {**kept, "type": "text", "text": document.get(name)}
-
-
-class ToolCallFunction(LenientBody):
-    name: str
-    arguments: str = "{}"
-
-    @classmethod
-    def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Arguments as an object, as some clients keep them, are its text."""
-        if not isinstance(document.get("arguments"), dict):
-            return document
-        try:
-            arguments = json.dumps(document["arguments"], ensure_ascii=False)
-        except RecursionError as error:
-            raise Invalid("The arguments of a tool call are nested too deeply.") from error
-        return {**document, "arguments": arguments}
-
-
-class ToolCall(LenientBody):
-    index: int | None = None
-    """Of streamed pieces, which some clients put together with it."""
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: ToolCallFunction
 
 
 class ChatMessage(LenientBody):
@@ -93,13 +81,13 @@ class ChatMessage(LenientBody):
     )
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # In answers, which clients send back whole: none of it is part of a prompt.
+    # Fields of answers that clients send back whole; none of them is part of a prompt.
     refusal: str | None = None
     annotations: Any = None
 
     @classmethod
     def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Content as a list may have plain strings among its parts."""
+        """Plain strings among the parts of the content become text parts."""
         content = document.get("content")
         if not isinstance(content, list) or not any(isinstance(part, str) for part in content):
             return document
@@ -113,7 +101,7 @@ class ChatMessage(LenientBody):
         return self
 
     def as_message(self) -> Message:
-        """OpenAI's shape, without what is absent."""
+        """OpenAI's form, without the fields that are absent."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.content is None:
             message["content"] = self.refusal or ""
@@ -136,33 +124,11 @@ class ChatMessage(LenientBody):
         return message
 
 
-class ToolFunction(LenientBody):
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(LenientBody):
-    type: Literal["function"] = "function"
-    function: ToolFunction
-
-
-class NamedFunction(LenientBody):
-    name: ToolName
-
-
-class NamedTool(LenientBody):
-    type: Literal["function"] = "function"
-    function: NamedFunction
-
-
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
-Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=128)]
 
 
-class _Conversation(LenientBody):
-    """What decides the prompt of a conversation."""
+class Conversation(LenientBody):
+    """The fields that decide the prompt of a conversation."""
 
     messages: Messages
     tools: Tools | None = None
@@ -171,7 +137,7 @@ class _Conversation(LenientBody):
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _prompt_ends_once(self) -> _Conversation:
+    def _prompt_ends_once(self) -> Conversation:
         sent = "add_generation_prompt" in self.model_fields_set
         if self.continue_final_message and self.add_generation_prompt and sent:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
@@ -189,7 +155,7 @@ class _Conversation(LenientBody):
         return tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
 
 
-class ChatBody(_Conversation, GenerateBody):
+class ChatBody(Conversation, GenerateBody):
     """POST /v1/chat/completions."""
 
     unsupported: ClassVar = {
@@ -200,7 +166,7 @@ class ChatBody(_Conversation, GenerateBody):
     max_completion_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=-1, le=INT32_MAX)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: RequestedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
     reasoning_effort: Effort | None = None
@@ -241,7 +207,7 @@ class ChatBody(_Conversation, GenerateBody):
     def ignored(self) -> tuple[str, ...]:
         names = super().ignored
         if self.response_format is not None and self._forces_a_call:
-            return (*names, "response_format")  # it is about content, and there will be none
+            return (*names, "response_format")  # constrains content, and there will be none
         return names
 
     def constraint(self) -> Constraint | None:
@@ -257,7 +223,7 @@ class ChatBody(_Conversation, GenerateBody):
         default_model: str = "",
     ) -> list[GenerateRequest]:
         """Always one. Raises Invalid."""
-        limit = self.max_completion_tokens  # OpenAI's present name; vLLM prefers it, too
+        limit = self.max_completion_tokens  # OpenAI's current name, which vLLM prefers, too
         if limit is None:
             limit = self.max_tokens
         sampling = self.sampling(
@@ -276,7 +242,7 @@ class ChatBody(_Conversation, GenerateBody):
         elif isinstance(self.tool_choice, NamedTool):
             choice = "named"
         else:
-            # With tools and no word about them, the model decides, as OpenAI has it.
+            # OpenAI's default: with tools, the model decides.
             choice = self.tool_choice or "auto"
         named = self.tool_choice
         return ChatOptions(
@@ -293,56 +259,89 @@ class ChatBody(_Conversation, GenerateBody):
         )
 
 
-class TokenizeChatBody(_Conversation):
-    """POST /tokenize with messages: the prompt that chat would see."""
+class ChatChoice(msgspec.Struct, frozen=True):
+    """One choice of a chat answer: whole, or the piece of it that one event streams."""
 
-    unsupported: ClassVar = {"chat_template": GenerateBody.unsupported["chat_template"]}
+    index: int
+    content: str | None
+    """None beside tool calls (streamed: or reasoning) when there is no text."""
+    reasoning: str | None
+    tool_calls: Sequence[GeneratedCall]
+    logprobs: Sequence[ReportedLogprob] | None
+    finish_reason: FinishReason | None
+    """Streamed: in the last piece alone."""
+    stop_reason: str | int | None
+    token_ids: Sequence[int] | None
+    """None unless the request asks for them."""
 
-    documents: list[dict[str, str]] | None = None
-    reasoning_effort: Effort | None = None
-    model: str | None = None
-    add_special_tokens: bool = False
-    return_token_strs: bool | None = None
 
-    def to_request(self, request_id: str, model: str) -> GenerateRequest:
-        options = ChatOptions(
-            tools=self.as_tools(),
-            reasoning_effort=self.reasoning_effort,
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
-            documents=tuple(self.documents or ()),
-            template_variables=self.chat_template_kwargs or {},
+@dataclass(frozen=True, slots=True)
+class ChatAnswer:
+    """A whole chat answer."""
+
+    head: AnswerHead
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: Sequence[int] | None
+    """None unless the request asks for them."""
+    prompt_logprobs: PromptLogprobs | None
+
+
+class ChatResponder:
+    """Turns what the engine generates for one chat call into the data of its answer."""
+
+    id_prefix = "chatcmpl-"
+
+    def __init__(self, body: ChatBody) -> None:
+        self._body = body
+        # Without top_logprobs there are none, although the engine reports the best one.
+        self._logprobs = LogprobOptions(
+            body.top_logprobs or 0, as_ids=bool(body.return_tokens_as_token_ids)
         )
-        return GenerateRequest(
-            request_id,
-            self.model or model,
-            Sampling(),
-            messages=self.as_messages(),
-            chat=options,
-            add_special_tokens=self.add_special_tokens,
+        self.all_plain = not (body.logprobs or body.return_token_ids)
+        """Whether a plain chunk is answered by its text alone."""
+
+    def prompt_token_ids(self, prompt: Prompt) -> Sequence[int] | None:
+        return prompt.token_ids if self._body.return_token_ids else None
+
+    def piece(self, index: int, chunk: Chunk, prompt: Prompt) -> ChatChoice:
+        """The piece of choice `index` that streams this chunk."""
+        has_other = chunk.reasoning is not None or chunk.tool_calls
+        return ChatChoice(
+            index,
+            chunk.text if chunk.text or not has_other else None,
+            chunk.reasoning,
+            chunk.tool_calls,
+            self._reported(chunk),
+            chunk.finish_reason,
+            chunk.stop_reason,
+            chunk.token_ids if self._body.return_token_ids else None,
         )
 
-
-class TokenizeTextBody(LenientBody):
-    """POST /tokenize with a prompt."""
-
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool = True
-    return_token_strs: bool | None = None
-
-    def to_request(self, request_id: str, model: str) -> GenerateRequest:
-        return GenerateRequest(
-            request_id,
-            self.model or model,
-            Sampling(),
-            prompt=self.prompt,
-            add_special_tokens=self.add_special_tokens,
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
+    ) -> ChatAnswer:
+        """The answer to a call whose streams have ended."""
+        return ChatAnswer(
+            head_of(self.id_prefix, request_id, streams),
+            [self._choice(index, choice) for index, choice in enumerate(choices)],
+            total_usage(streams),
+            self.prompt_token_ids(streams[0].context.prompt),
+            prompt_logprobs(self._body.prompt_logprobs, choices[0].prompt_logprobs),
         )
 
+    def _choice(self, index: int, choice: CollectedChoice) -> ChatChoice:
+        text = choice.text
+        return ChatChoice(
+            index,
+            None if choice.tool_calls and not text else text,
+            "".join(choice.reasoning) if choice.reasoning else None,
+            choice.tool_calls,
+            self._reported(choice),
+            choice.finish_reason,
+            choice.stop_reason,
+            choice.token_ids if self._body.return_token_ids else None,
+        )
 
-class DetokenizeBody(LenientBody):
-    """POST /detokenize."""
-
-    model: str | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    def _reported(self, part: Chunk | CollectedChoice) -> list[ReportedLogprob] | None:
+        return None if part.logprobs is None else self._logprobs.reported(part.logprobs)

@@ -1,15 +1,36 @@
-"""The body of plain completions: text, token ids, and batches of either."""
+"""Plain completions: the body (text, token ids, or a batch of either), and its answer's data."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import msgspec
 from packhorse.serve.api.fields import INT32_MAX, GenerateBody, TokenIds
-from packhorse.serve.messages import ANONYMOUS, AUTO_CACHE, CachePolicy, Caller, GenerateRequest
+from packhorse.serve.api.generate import AnswerHead, CollectedChoice, head_of, total_usage
+from packhorse.serve.api.logprobs import (
+    LogprobOptions,
+    OffsetLogprobs,
+    PromptLogprobs,
+    prompt_logprobs,
+)
+from packhorse.serve.messages import (
+    ANONYMOUS,
+    AUTO_CACHE,
+    CachePolicy,
+    Caller,
+    Chunk,
+    FinishReason,
+    GenerateRequest,
+    Prompt,
+    TokenLogprob,
+    Usage,
+)
+from packhorse.serve.pipeline import Stream
 from pydantic import Field, model_validator
 
-MAX_ANSWERS = 2048  # prompts x n of one call, OpenAI's own limit on prompts
+MAX_ANSWERS = 2048  # prompts x n of one call; OpenAI has this limit on prompts
 
 
 class CompletionBody(GenerateBody):
@@ -42,7 +63,7 @@ class CompletionBody(GenerateBody):
 
     @property
     def echo_only(self) -> bool:
-        """Nothing but the prompt is wanted: one token is generated all the same, and dropped."""
+        """Whether only the prompt is wanted. One token is generated all the same, and dropped."""
         return self.max_tokens == 0
 
     def to_requests(
@@ -60,7 +81,7 @@ class CompletionBody(GenerateBody):
             prompt_logprobs = self.logprobs
         sampling = self.sampling(
             1 if self.echo_only else self.max_answer_tokens,
-            # OpenAI's for this endpoint; chat has none.
+            # OpenAI's default for this endpoint; chat has none.
             default_max_tokens=16 if self.max_tokens is None else None,
             logprobs=self.logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -77,3 +98,117 @@ class CompletionBody(GenerateBody):
             )
             for number, prompt in enumerate(prompts)
         ]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    """One choice of a completion: whole, or the piece of it that one event streams."""
+
+    index: int
+    text: str
+    """With `echo`, the prompt's text stands before the answer's, once a choice."""
+    logprobs: OffsetLogprobs | None
+    """With `echo`, those of the prompt come first; None unless the request asks for them."""
+    finish_reason: FinishReason | None
+    """Streamed: in the last piece alone."""
+    stop_reason: str | int | None
+    token_ids: Sequence[int] | None
+    """None unless the request asks for them."""
+    prompt_token_ids: Sequence[int] | None
+    """With token_ids, once a choice."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Never streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionAnswer:
+    """A whole answer to a call of plain completions. Choice k of prompt i is at i x n + k."""
+
+    head: AnswerHead
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionResponder:
+    """Turns what the engine generates for one call of plain completions into the data of its
+    answer.
+    """
+
+    id_prefix = "cmpl-"
+
+    def __init__(self, body: CompletionBody) -> None:
+        self._body = body
+        self._logprobs = LogprobOptions(
+            body.logprobs or 0, as_ids=bool(body.return_tokens_as_token_ids)
+        )
+        self._offsets: dict[int, int] = {}  # choice -> characters sent
+        self._begun: set[int] = set()  # choices of which a piece was sent
+        self.all_plain = body.logprobs is None and not (body.return_token_ids or body.echo)
+        """Whether a plain chunk is answered by its text alone."""
+
+    def prompt_token_ids(self, prompt: Prompt) -> Sequence[int] | None:
+        """Never beside the choices: each choice has its own prompt's."""
+        return None
+
+    def piece(self, index: int, chunk: Chunk, prompt: Prompt) -> CompletionChoice:
+        """The piece of choice `index` that streams this chunk."""
+        choice = CollectedChoice()
+        choice.add(chunk)
+        is_first = index not in self._begun
+        self._begun.add(index)
+        return self._choice(index, choice, prompt, with_prompt=is_first)
+
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
+    ) -> CompletionAnswer:
+        """The answer to a call whose streams have ended."""
+        per_prompt = len(choices) // len(streams)
+        made = []
+        for index, collected in enumerate(choices):
+            prompt = streams[index // per_prompt].context.prompt
+            choice = self._choice(
+                index,
+                collected,
+                prompt,
+                with_prompt=True,
+                reported=prompt_logprobs(self._body.prompt_logprobs, collected.prompt_logprobs),
+            )
+            made.append(choice)
+        return CompletionAnswer(
+            head_of(self.id_prefix, request_id, streams), made, total_usage(streams)
+        )
+
+    def _choice(
+        self,
+        index: int,
+        choice: CollectedChoice,
+        prompt: Prompt,
+        *,
+        with_prompt: bool,
+        reported: PromptLogprobs | None = None,
+    ) -> CompletionChoice:
+        body = self._body
+        text = "" if body.echo_only else choice.text
+        logprobs = [] if body.echo_only else list(choice.logprobs or ())
+        if with_prompt and body.echo:
+            text = (prompt.text or "") + text
+            logprobs = [*(choice.prompt_logprobs or ()), *logprobs]
+        return CompletionChoice(
+            index,
+            text,
+            None if body.logprobs is None else self._offset_logprobs(index, logprobs),
+            choice.finish_reason,
+            choice.stop_reason,
+            choice.token_ids if body.return_token_ids else None,
+            prompt.token_ids if body.return_token_ids and with_prompt else None,
+            reported,
+        )
+
+    def _offset_logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> OffsetLogprobs:
+        reported = self._logprobs.reported(entries)
+        offset = self._offsets.get(index, 0)
+        offsets = []
+        for entry in reported:
+            offsets.append(offset)
+            offset += len(entry.name)
+        self._offsets[index] = offset
+        return OffsetLogprobs(reported, offsets)

@@ -1,5 +1,6 @@
-"""The request bodies: OpenAI's fields and vLLM's own. What becomes of fields that are not here is
-in lenient.py.
+"""Request fields that chat and plain completions share: OpenAI's, and vLLM's additions.
+
+validation.py says what happens to fields that are not here.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from packhorse.serve.api.unknown_fields import LenientBody, Unsupported
+from packhorse.serve.api.validation import LenientBody, Unsupported
 from packhorse.serve.errors import Invalid
 from packhorse.serve.messages import (
     CacheMode,
@@ -17,9 +18,9 @@ from packhorse.serve.messages import (
     GenerateRequest,
     Sampling,
 )
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-INT32_MAX = 2**31 - 1  # what the engine's own integers hold
+INT32_MAX = 2**31 - 1  # the engine's own integers have 32 or 64 bits
 INT64_MAX = 2**63 - 1
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -36,12 +37,6 @@ def refuse_half_characters(document: Any) -> None:
         raise ValueError("there is half a character in it") from error
 
 
-class StrictBody(BaseModel):
-    """What operators send: a slip of the pen must not change a server."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class StreamOptions(LenientBody):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -49,7 +44,7 @@ class StreamOptions(LenientBody):
 
 
 class JsonSchema(LenientBody):
-    """OpenAI's named schema; name and description are for people."""
+    """OpenAI's named schema. The name and the description have no effect."""
 
     name: str = Field(max_length=256)
     description: str | None = None
@@ -69,7 +64,7 @@ class ResponseFormat(LenientBody):
 
 
 class StructuredOutputs(LenientBody):
-    """vLLM's own form of a constraint: exactly one of these."""
+    """vLLM's form of a constraint: exactly one of these fields."""
 
     unsupported: ClassVar = {
         "structural_tag": Unsupported((), "send regex or grammar"),
@@ -91,7 +86,7 @@ class StructuredOutputs(LenientBody):
     @field_validator("json_")
     @classmethod
     def _is_a_schema(cls, value: dict[str, Any] | str | None) -> Any:
-        """A schema may come as text too; bounds are checked on what it says."""
+        """A schema may be JSON text; it is parsed here, so that its bounds can be checked."""
         if not isinstance(value, str):
             return value
         try:
@@ -119,7 +114,7 @@ GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "gramma
 
 
 class CacheOptions(LenientBody):
-    """What to do with the result cache, see docs/caching.md."""
+    """How the result cache is used, see docs/caching.md."""
 
     mode: CacheMode = "auto"
     max_age_s: float | None = Field(None, ge=0)
@@ -133,7 +128,7 @@ _CONSTRAINT = "send structured_outputs or response_format"
 
 
 class GenerateBody(LenientBody):
-    """What chat and plain completions share."""
+    """The fields that chat and plain completions share."""
 
     unsupported: ClassVar = {
         "best_of": Unsupported((1,), "send n, and choose among the answers"),
@@ -162,7 +157,7 @@ class GenerateBody(LenientBody):
     model: str | None = None
     n: int | None = Field(None, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
-    """At most so many; -1 is as many as fit."""
+    """The limit on answer tokens; -1: as many as fit in the context."""
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -203,16 +198,16 @@ class GenerateBody(LenientBody):
 
     @classmethod
     def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """vLLM's names of before for a constraint."""
+        """vLLM's older names for a constraint (`guided_json` ...) as `structured_outputs`."""
         if not GUIDED.keys() & document.keys():
             return document
-        asked = {
+        guided = {
             kind: document[name] for name, kind in GUIDED.items() if document.get(name) is not None
         }
         kept = {name: value for name, value in document.items() if name not in GUIDED}
         constraint = kept.get("structured_outputs") or {}
-        if asked and isinstance(constraint, dict):
-            kept["structured_outputs"] = {**constraint, **asked}
+        if guided and isinstance(constraint, dict):
+            kept["structured_outputs"] = {**constraint, **guided}
         return kept
 
     @field_validator("logit_bias")
@@ -240,7 +235,7 @@ class GenerateBody(LenientBody):
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """None: as many as fit, or the endpoint's habit."""
+        """The limit on answer tokens; None: as many as fit, or the endpoint's default."""
         return None if self.max_tokens == -1 else self.max_tokens
 
     @property
@@ -250,7 +245,7 @@ class GenerateBody(LenientBody):
         )
 
     def constraint(self) -> Constraint | None:
-        """What the answer must look like, from either of the two fields that may say it."""
+        """The constraint on the answer, from `structured_outputs` or `response_format`."""
         if self.structured_outputs is not None:
             return self.structured_outputs.constraint()
         wanted = self.response_format
@@ -270,7 +265,7 @@ class GenerateBody(LenientBody):
     ) -> Sampling:
         """The sampling fields as sent. Raises Invalid when they contradict each other."""
         n, temperature, top_k, top_p = self.n or 1, self.temperature, self.top_k, self.top_p
-        if top_p == 0:  # the likeliest token alone; engines want that said in another way
+        if top_p == 0:  # means the most likely token alone; engines take top_k=1 for that
             temperature, top_k, top_p = (0.0 if n == 1 else temperature), 1, None
         if max_tokens is not None and self.min_tokens > max_tokens:
             raise Invalid(
@@ -290,7 +285,7 @@ class GenerateBody(LenientBody):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
-            # -1 is "random" to vLLM, for clients that cannot leave the field out.
+            # -1 means "random" in vLLM, for clients that cannot omit the field.
             seed=None if self.seed == -1 else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -318,7 +313,7 @@ class GenerateBody(LenientBody):
         cache: CachePolicy,
         default_model: str,
     ) -> GenerateRequest:
-        """What every request has; its prompt or messages are for the endpoint to add."""
+        """The request without its prompt or messages, which the endpoint adds."""
         return GenerateRequest(
             request_id,
             self.model or default_model,

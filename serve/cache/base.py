@@ -1,16 +1,16 @@
-"""What the service and operators ask of the result cache, and what it asks of a store."""
+"""What requests and operators ask of the result cache, and what it asks of a store."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from packhorse.serve.cache.codec import Result
 from packhorse.serve.cache.key import Key
-from packhorse.serve.cache.render_cache import Known
-from packhorse.serve.cache.single_flight import Flight
-from packhorse.serve.messages import GenerateRequest, Prompt, Route
+from packhorse.serve.messages import CacheStatus, Chunk, Prompt
+from packhorse.serve.request_context import RequestContext
+
+Render = Callable[[], Awaitable[Prompt]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,45 +55,84 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
-class Results(Protocol):
-    """The result cache."""
+class Work(Protocol):
+    """One request's work in the engine, not begun."""
 
-    def concerns(self, request: GenerateRequest) -> bool:
-        """Whether its result may be looked up or kept, as far as can be told before rendering."""
+    @property
+    def request_id(self) -> str:
+        """For the log."""
         ...
 
-    def known(self, request: GenerateRequest) -> Known | None:
-        """An equal request's prompt, without what the engine wants. Raises Unkeyable."""
+    async def ready(self) -> None:
+        """Wait for its turn. Raises ServeError."""
         ...
 
-    def learn(self, request: GenerateRequest, prompt: Prompt) -> Known:
-        """Remember the request's prompt. Raises Unkeyable."""
+    def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Raises ServeError."""
         ...
 
-    def key(self, request: GenerateRequest, route: Route, known: Known) -> Key | None:
-        """What its result is kept under; None when it is neither looked up nor kept."""
+    def begun(self) -> None:
+        """The first chunk is there."""
         ...
 
-    def flight(self, key: Key) -> Flight | None:
-        """The generation of an equal request that is on its way."""
+    def ended(self, completion_tokens: int, outcome: str) -> None:
+        """It is over, begun or not; `outcome` is ok, or the kind of error. Safe to call twice."""
         ...
 
-    def lead(self, key: Key) -> Flight:
-        """A flight for others to join, if there is none for this key yet."""
-        ...
 
-    def recall(self, key: Key, request: GenerateRequest) -> Result | None:
-        """From memory, at once. None while flushes on other replicas cannot be heard of."""
+# Makes the work again, of this prompt, when an equal request's has failed. Raises Overloaded.
+WorkAgain = Callable[[Prompt], Work]
+
+
+class Lookup(Protocol):
+    """Where one request's answer comes from: a kept result, an equal request that is being
+    answered, or the engine. `close` it in every case.
+    """
+
+    status: CacheStatus
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+    @property
+    def needs_engine(self) -> bool:
+        """Whether `generate` must be called."""
         ...
 
     @property
-    def has_store(self) -> bool:
-        """Whether `fetch` could find more."""
+    def is_shared(self) -> bool:
+        """Whether equal requests may share this one's work, which may outlast it then."""
         ...
 
-    async def fetch(self, key: Key, request: GenerateRequest) -> Result | None:
-        """From the store. Never raises: what cannot be had is not there."""
+    def generate(self, work: Work) -> None:
+        """Answer with this work; equal requests may share it from now on."""
         ...
+
+    async def open(self, again: WorkAgain) -> tuple[Chunk, AsyncGenerator[Chunk, None]]:
+        """The first chunk, and what gives the others.
+
+        Where an equal request fails before it has given anything, its followers look again, so
+        often as its error allows. Raises ServeError.
+        """
+        ...
+
+    def close(self, completion_tokens: int, outcome: str) -> None:
+        """Nothing more is read. Safe to call twice, and before `open`."""
+        ...
+
+
+class Lookups(Protocol):
+    """What requests ask of the result cache."""
+
+    async def look_up(self, context: RequestContext, render: Render) -> Lookup:
+        """Find the answer to a request. `render` is called for requests that the engine must have,
+        or whose prompt is not remembered. Raises what `render` raises.
+        """
+        ...
+
+
+class Results(Lookups, Protocol):
+    """What operators ask of it besides."""
 
     def tenant_scope(self, tenant: str) -> str:
         """What a flush of the tenant's results is about."""
@@ -108,3 +147,49 @@ class Results(Protocol):
     async def amount(self, scope: str) -> Amount:
         """How much a flush would make void."""
         ...
+
+
+class DirectLookup:
+    """Of a request whose result is neither looked up nor kept. Satisfies the Lookup protocol."""
+
+    status: CacheStatus = "bypass"
+    is_shared = False
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self._work: Work | None = None
+
+    @property
+    def needs_engine(self) -> bool:
+        return self._work is None
+
+    def generate(self, work: Work) -> None:
+        self._work = work
+
+    async def open(self, again: WorkAgain) -> tuple[Chunk, AsyncGenerator[Chunk, None]]:
+        assert self._work is not None
+        return await begin(self._work)
+
+    def close(self, completion_tokens: int, outcome: str) -> None:
+        if self._work is not None:
+            self._work.ended(completion_tokens, outcome)
+
+
+async def begin(work: Work) -> tuple[Chunk, AsyncGenerator[Chunk, None]]:
+    """Wait for the first chunk. Raises ServeError; nothing is left open then."""
+    await work.ready()
+    chunks = work.chunks()
+    try:
+        first = await anext(chunks)
+    except BaseException:
+        await chunks.aclose()
+        raise
+    work.begun()
+    return first, chunks
+
+
+class NoResults:
+    """Where there is no result cache. Satisfies the Lookups protocol."""
+
+    async def look_up(self, context: RequestContext, render: Render) -> Lookup:
+        return DirectLookup(await render())

@@ -1,31 +1,36 @@
-"""When to leave a store alone. Requests never try it again: whoever looks at it now and then
-anyway says that it is back.
+"""The circuit breaker around the shared store: closed, requests use the store; open, they do not.
+
+There is no half-open state: the result cache polls the store for flushes anyway, and closes the
+breaker when the store answers.
 """
 
 from __future__ import annotations
 
 import logging
 
-from packhorse.serve import metrics
+from packhorse.serve.metrics import ModelMetrics
 
 logger = logging.getLogger("packhorse.cache")
 
-# A time-out costs a request its whole wait, a refusal nothing: so the first few are too many
-# much earlier.
+# Consecutive failures that open the breaker. A time-out costs a request its whole wait, a refused
+# connection nothing, so fewer time-outs suffice.
 MAX_TIMEOUTS, MAX_REFUSALS = 2, 5
 
 
-class Breaker:
-    """Closed: the store is asked. Opens after a few failures in a row."""
+class CircuitBreaker:
+    """Opens after a few consecutive failures, and is open until the store has answered once."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, metrics: ModelMetrics | None = None) -> None:
+        """`name` is the store's address for the log."""
         self._name = name
+        self._metrics = metrics or ModelMetrics()
         self._timeouts = self._refusals = 0
-        self.is_open = True  # until it has answered once
-        metrics.CACHE_STORE_UP.set(0)
+        self.is_open = True
+        self._metrics.cache_store_up.set(0)
 
     def failed(self, reason: str) -> None:
-        metrics.CACHE_STORE_FAILURES.labels(reason).inc()
+        """A call to the store has failed; `reason` is StoreError's."""
+        self._metrics.cache_store_failures.labels(reason).inc()
         if reason == "timeout":
             self._timeouts += 1
         else:
@@ -34,19 +39,20 @@ class Breaker:
             self.open(reason)
 
     def open(self, reason: str) -> None:
+        """Do without the store; `reason` is for the log."""
         if not self.is_open:
             logger.warning("The result cache does without %s: %s", self._name, reason)
         self.is_open = True
-        metrics.CACHE_STORE_UP.set(0)
+        self._metrics.cache_store_up.set(0)
 
     def worked(self) -> None:
-        """A request was served by it: what failed before was not the beginning of more."""
+        """A call of a request has succeeded: earlier failures do not count any more."""
         self._timeouts = self._refusals = 0
 
     def close(self) -> None:
-        """It answers."""
+        """The store answers: requests use it."""
         if self.is_open:
             logger.info("The result cache uses %s", self._name)
         self.is_open = False
         self.worked()
-        metrics.CACHE_STORE_UP.set(1)
+        self._metrics.cache_store_up.set(1)

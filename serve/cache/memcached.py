@@ -1,4 +1,4 @@
-"""Results in Memcached, shared by replicas."""
+"""The shared store in Memcached."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from aiomcache import Client
 from aiomcache.exceptions import ClientException
 from aiomcache.pool import Connection
 from packhorse.serve.cache.base import StoreError
-from packhorse.serve.cache.invalidation import checked
+from packhorse.serve.cache.invalidation import validate_epochs
 from packhorse.serve.cache.key import Key
-from packhorse.serve.cache.store_keys import name_of
+from packhorse.serve.cache.store_keys import epochs_key, store_key
 
 Reply = TypeVar("Reply")
 
-CONNECTIONS, MAX_CONNECTIONS = 8, 64  # aiomcache opens so many, and more only to replace some
-MAX_TRIES = 100  # at epochs that another replica changes at the same time
-MAX_RELATIVE_S = 30 * 24 * 3600  # Memcached takes more for a date
+CONNECTIONS, MAX_CONNECTIONS = 8, 64  # aiomcache opens 8; more only to replace closed ones
+MAX_TRIES = 100  # of compare-and-swap on the epochs, while other replicas change them
+MAX_RELATIVE_S = 30 * 24 * 3600  # Memcached takes a longer time-to-live for a date
 
 
 class MemcachedStore:
@@ -41,16 +41,16 @@ class MemcachedStore:
         )
 
     async def get(self, key: Key) -> bytes | None:
-        name = name_of(self._prefix, key).encode()
+        name = store_key(self._prefix, key).encode()
         return await self._asked(lambda client: client.get(name))
 
     async def put(self, key: Key, value: bytes, ttl_s: float) -> None:
-        name, ttl = name_of(self._prefix, key).encode(), min(max(1, int(ttl_s)), MAX_RELATIVE_S)
+        name, ttl = store_key(self._prefix, key).encode(), min(max(1, int(ttl_s)), MAX_RELATIVE_S)
         if not await self._asked(lambda client: client.set(name, value, ttl)):
             raise StoreError("error", "the value was not taken")
 
     async def merge_epochs(self, seen: Mapping[str, str]) -> dict[str, str]:
-        name = f"{self._prefix}:epochs".encode()
+        name = epochs_key(self._prefix).encode()
         for _ in range(MAX_TRIES):
             held, token = await self._asked(lambda client: client.gets(name))
             epochs = _epochs_from(held)
@@ -63,7 +63,7 @@ class MemcachedStore:
         raise StoreError("error", "the epochs are changed all the time")
 
     async def count(self, scope: str) -> int | None:
-        return None  # it lists no keys
+        return None  # Memcached cannot list its keys
 
     async def close(self) -> None:
         await self._client.close()
@@ -79,16 +79,16 @@ class MemcachedStore:
             raise StoreError("refused", str(error)) from error
         except ClientException as error:
             raise StoreError("error", str(error)) from error
-        except Exception as error:  # what its parser makes of an answer that is not Memcached's
+        except Exception as error:  # aiomcache's parser, on an answer that is not Memcached's
             raise StoreError("error", f"{type(error).__name__}: {error}") from error
 
 
 class _Client(Client):
-    """aiomcache's, mended in two places that all commands pass.
+    """aiomcache's client with two bugs fixed, in the two methods that all commands use.
 
-    What is interrupted leaves its answer on the connection, for the next to take for its own: here
-    such a connection is closed. And a server that hangs up in the middle of an answer would have
-    the original read nothing again and again, without ever letting the event loop go on.
+    An interrupted command leaves its answer on the connection, where the next command would take it
+    for its own; here such a connection is closed. And when the server hangs up in the middle of an
+    answer, the original reads nothing in a loop without yielding to the event loop.
     """
 
     async def _execute_simple_command(self, conn: Connection, raw_command: bytes) -> bytes:
@@ -108,7 +108,7 @@ def _whole(conn: Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # The pool closes what has an exception.
+        # The pool closes connections whose reader has an exception.
         conn.reader.set_exception(ConnectionError("interrupted"))
         raise
 
@@ -120,8 +120,8 @@ async def _swap(name: bytes, value: bytes, token: int | None, client: Client) ->
 
 
 def _epochs_from(held: bytes | None) -> dict[str, str]:
-    """Raises StoreError for what is none of ours."""
+    """The stored epochs. Raises StoreError for an invalid value."""
     try:
-        return checked(json.loads(held)) if held is not None else {}
+        return validate_epochs(json.loads(held)) if held is not None else {}
     except ValueError as error:
         raise StoreError("error", "the epochs cannot be read") from error

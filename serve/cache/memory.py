@@ -1,4 +1,4 @@
-"""The tier in this process: the results used last, bounded in bytes."""
+"""The memory tier of the result cache: an LRU cache in this process, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cachetools import LRUCache
-from packhorse.serve import metrics
 from packhorse.serve.cache.key import Key
+from packhorse.serve.metrics import ModelMetrics
 
-# Python's own objects around an entry.
+# An estimate for the Python objects of one entry.
 OVERHEAD_BYTES = 500
 
 
@@ -22,20 +22,32 @@ class Entry:
 
 
 class _Entries(LRUCache[bytes, Entry]):
+    def __init__(self, max_bytes: int, metrics: ModelMetrics) -> None:
+        super().__init__(max_bytes, getsizeof=_size)
+        self._metrics = metrics
+
     def popitem(self) -> tuple[bytes, Entry]:
         """Called to make room."""
-        metrics.CACHE_EVICTIONS.inc()
+        self._metrics.cache_evictions.inc()
         return super().popitem()
 
 
-class Memory:
-    """Least recently used go first. 0 bytes: holds nothing."""
+class MemoryTier:
+    """Evicts the least recently used results. With 0 bytes it holds none."""
 
-    def __init__(self, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: ModelMetrics | None = None,
+    ) -> None:
+        """`clock` gives seconds."""
         self._clock = clock
-        self._entries = _Entries(max_bytes, getsizeof=_size)
-        metrics.CACHE_ENTRIES.set_function(lambda: len(self._entries))
-        metrics.CACHE_BYTES.set_function(lambda: self._entries.currsize)
+        metrics = metrics or ModelMetrics()
+        self._entries = _Entries(max_bytes, metrics)
+        metrics.cache_entries.set_function(lambda: len(self._entries))
+        metrics.cache_bytes.set_function(lambda: self._entries.currsize)
 
     def get(self, key: Key) -> bytes | None:
         entry = self._entries.get(key.digest)
@@ -52,17 +64,17 @@ class Memory:
             self._entries[key.digest] = entry
 
     def drop(self, scope: str) -> None:
-        """Free what a flush has made void: nothing would look it up any more."""
+        """Free the results of a flushed scope: their keys are not looked up any more."""
         for entry in self._of(scope):
             del self._entries[entry.key.digest]
 
     def amount(self, scope: str) -> tuple[int, int]:
-        """Entries and bytes."""
+        """The scope's number of entries, and their bytes."""
         entries = self._of(scope)
         return len(entries), sum(map(_size, entries))
 
     def _of(self, scope: str) -> list[Entry]:
-        # Iterating does not count as use.
+        # Iterating does not change the LRU order.
         return [entry for _, entry in self._entries.items() if scope in entry.key.scopes]
 
 

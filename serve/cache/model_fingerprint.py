@@ -1,10 +1,12 @@
-"""Which model answers: a digest over all that is loaded and how, so that results of another model,
-quantization or setting are never taken for this one's.
+"""The model's fingerprint: a digest over the model's files, the engine's settings and the
+environment. It is part of every cache key, so results of another model, quantization or setting
+never match.
 
-Without a shared store nobody else has to come to the same: files are told apart by their places,
-sizes, times and inodes, and no weight is read. With one they are read whole, once: a file's digest
-is remembered by its path, size, times and inode. That goes on beside the loading of the engine, and
-longer; until it is over, results are kept as without a store, which no other replica finds.
+Without a shared store the fingerprint need not be the same on other replicas: it is made of the
+files' paths, sizes, times and inodes, and no weights are read. With a store the files are hashed,
+each once: its digest is remembered by path, size, times and inode. Hashing runs in a thread beside
+the engine's loading and may take longer; until it ends, the fingerprint is the one without a store,
+so that no other replica finds the results.
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ from pathlib import Path
 
 logger = logging.getLogger("packhorse.cache")
 
-# What decides no answer: hidden files, notes and reports.
+# Files that do not change answers, besides hidden ones: notes and reports.
 IGNORED_ENDS = (".md", ".html", ".lock")
 MAX_REMEMBERED = 4096
-# A file so young may change again without its times telling.
+# A file younger than this may change again without a change of its times.
 YOUNG_S = 2.0
 
 
-def identity_of(
+def fingerprint_of(
     folders: Sequence[Path],
     settings: str,
     environment: Mapping[str, str],
-    digests: Digests,
+    digests: FileDigests,
 ) -> bytes:
-    """32 bytes. `settings` are the engine's, in a canonical form; `environment` is what changes the
-    engine's answers beside them. Reads every file of the folders that `digests` does not know.
-    Raises OSError.
+    """The fingerprint, 32 bytes. `settings` are the engine's in a canonical form, `environment` are
+    the variables and versions that change its answers. Hashes the files of the folders that are not
+    in `digests`. Raises OSError.
     """
     made = hashlib.sha256()
     for part in (settings, json.dumps(sorted(environment.items()))):
@@ -52,7 +54,7 @@ def identity_of(
 
 
 def states_of(folders: Sequence[Path]) -> list[list[object]]:
-    """The same as long as no file has changed; reads none. Raises OSError."""
+    """Path, size, times and inode of every file; reads no content. Raises OSError."""
     return [[str(path), *_state(path)] for folder in folders for path in _files(folder)]
 
 
@@ -63,12 +65,12 @@ def _files(folder: Path) -> Iterable[Path]:
             yield path
 
 
-class Identities:
-    """Of the engines of a server, one after the other."""
+class Fingerprints:
+    """Makes the fingerprints of the engines of one model, one after the other."""
 
-    def __init__(self, digests: Digests | None, tell: Callable[[bytes], None]) -> None:
-        """`digests` are there when results are shared with other replicas. `tell` gets the identity
-        of the engine that is there, perhaps twice, and from other threads.
+    def __init__(self, digests: FileDigests | None, tell: Callable[[bytes], None]) -> None:
+        """`digests` None: results are not shared with other replicas. `tell` is called with the
+        fingerprint of the current engine, possibly twice, and from other threads.
         """
         self._digests = digests
         self._tell = tell
@@ -80,7 +82,7 @@ class Identities:
     def begin(
         self, folders: Sequence[Path], settings: str, environment: Mapping[str, str]
     ) -> Loading:
-        """Call before an engine is built of these. Raises OSError."""
+        """Call it before an engine is built from these. Raises OSError."""
         states = states_of(folders)
         mine = json.dumps([settings, sorted(environment.items()), states]).encode()
         own = hashlib.blake2b(mine, key=self._secret, digest_size=32).digest()
@@ -89,21 +91,21 @@ class Identities:
         if digests is not None:
             shared = Future()
 
-            def read(shared: Future[bytes] = shared, digests: Digests = digests) -> None:
+            def read(shared: Future[bytes] = shared, digests: FileDigests = digests) -> None:
                 try:
-                    with self._reading:  # the next engine's waits, and finds the files known
-                        shared.set_result(identity_of(folders, settings, environment, digests))
+                    with self._reading:  # the next engine's thread waits, and finds the digests
+                        shared.set_result(fingerprint_of(folders, settings, environment, digests))
                 except OSError as error:
                     shared.set_exception(error)
 
-            threading.Thread(target=read, name="identity", daemon=True).start()
+            threading.Thread(target=read, name="fingerprint", daemon=True).start()
         return Loading(self, folders, states, own, shared)
 
-    def told(self, loading: Loading, identity: bytes) -> None:
-        """Of the last engine alone."""
+    def told(self, loading: Loading, fingerprint: bytes) -> None:
+        """Pass the fingerprint on, if the loading is that of the last engine."""
         with self._telling:
             if self._last is loading:
-                self._tell(identity)
+                self._tell(fingerprint)
 
     def is_last(self, loading: Loading) -> None:
         with self._telling:
@@ -111,44 +113,44 @@ class Identities:
 
 
 class Loading:
-    """One engine's loading. Call `ended` when it is there."""
+    """One engine's loading. Call `ended` when the engine is built."""
 
     def __init__(
         self,
-        identities: Identities,
+        fingerprints: Fingerprints,
         folders: Sequence[Path],
         states: list[list[object]],
         own: bytes,
         shared: Future[bytes] | None,
     ) -> None:
-        self._identities = identities
+        self._fingerprints = fingerprints
         self._folders, self._states = folders, states
         self._own, self._shared = own, shared
         self._has_changed = False
         self._started_s = time.monotonic()
 
     def ended(self) -> None:
-        """Tell which model it is, as far as that is known."""
-        self._identities.is_last(self)
+        """Pass on the fingerprint: the shared one if it is ready, else the local one first."""
+        self._fingerprints.is_last(self)
         shared = self._shared
         if shared is None or not shared.done():
             self._tell(self._own)
         if shared is not None:
-            shared.add_done_callback(self._is_read)  # at once, where it is
+            shared.add_done_callback(self._is_read)  # runs at once if it is done
 
     def _is_read(self, shared: Future[bytes]) -> None:
         try:
-            identity = shared.result()
+            fingerprint = shared.result()
         except OSError as error:
             logger.error("The model's files cannot be read, so no result is shared: %s", error)
             self._tell(self._own)
             return
-        self._tell(identity)
+        self._tell(fingerprint)
         if not self._has_changed:
             took_s = time.monotonic() - self._started_s
             logger.info("The model's files are known after %.0f s; results are shared", took_s)
 
-    def _tell(self, identity: bytes) -> None:
+    def _tell(self, fingerprint: bytes) -> None:
         if self._has_changed:
             return
         try:
@@ -161,12 +163,12 @@ class Loading:
                 "old model nor the new one for certain, and its results are shared with nobody",
                 ", ".join(map(str, self._folders)),
             )
-            self._has_changed, identity = True, secrets.token_bytes(32)
-        self._identities.told(self, identity)
+            self._has_changed, fingerprint = True, secrets.token_bytes(32)
+        self._fingerprints.told(self, fingerprint)
 
 
-class Digests:
-    """sha256 of files, remembered over restarts."""
+class FileDigests:
+    """The sha256 digests of files, remembered over restarts."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
@@ -179,6 +181,7 @@ class Digests:
             logger.warning("%s cannot be read, files are read again: %s", file, error)
 
     def of(self, path: Path) -> bytes:
+        """The file's digest, 32 bytes. Raises OSError."""
         name = str(path.resolve())
         state = _state(path)
         known = self._known.get(name)
@@ -196,7 +199,7 @@ class Digests:
         return digest.digest()
 
     def save(self) -> None:
-        """A place that cannot be written to costs time at the next start, no more."""
+        """Write the digests. A failure is only logged: it costs time at the next start."""
         if self._file is None or not self._has_news:
             return
         newest = dict(list(self._known.items())[-MAX_REMEMBERED:])

@@ -1,7 +1,7 @@
-"""Results in Redis, shared by replicas; also Valkey, and whatever else speaks its protocol.
+"""The shared store in Redis, Valkey, or another server with Redis' protocol.
 
-A server that says where else a key is (MOVED) is one of a cluster: from then on all of its nodes
-are asked, each for what it has.
+A server that answers MOVED is a node of a cluster: from then on a cluster client is used, which
+asks the node that has the key.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from packhorse.serve.cache.base import StoreError
-from packhorse.serve.cache.invalidation import checked
+from packhorse.serve.cache.invalidation import validate_epochs
 from packhorse.serve.cache.key import EVERYTHING, Key
-from packhorse.serve.cache.store_keys import name_of, pattern_of
+from packhorse.serve.cache.store_keys import epochs_key, store_key, store_key_pattern
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.cluster import RedisCluster
@@ -28,10 +28,10 @@ from redis.backoff import NoBackoff
 logger = logging.getLogger("packhorse.cache")
 
 Reply = TypeVar("Reply")
-Client = Any  # Redis, or RedisCluster: what they have in common has no type
+Client = Any  # Redis or RedisCluster, which have no common type
 
 MAX_CONNECTIONS = 64
-# Keys looked at for an estimate: others may have millions in the same server.
+# SCAN calls and keys per call for an estimate: the server may have millions of foreign keys.
 LOOKS, KEYS_A_LOOK = 20, 1000
 
 # KEYS[1]: a hash of scope -> epoch. ARGV: scope, epoch, ... Redis runs a script in one step.
@@ -47,8 +47,8 @@ return redis.call('HGETALL', KEYS[1])
 
 
 class _Moving(StoreError):
-    """A cluster's nodes are handing the key's slot over. redis-py sends ASKING on one connection
-    and the command on another, so that nobody has it meanwhile; nothing else is wrong.
+    """The cluster is migrating the key's slot. redis-py sends ASKING on one connection and the
+    command on another, so the key cannot be reached meanwhile; this is no failure of the store.
     """
 
     def __init__(self) -> None:
@@ -70,19 +70,21 @@ class RedisStore:
         self._cluster: RedisCluster | None = None
         self._cannot_follow: str | None = None
         self._was_partly_away = False
-        self._places = asyncio.Semaphore(MAX_CONNECTIONS)  # a cluster's pools do not wait
+        self._places = asyncio.Semaphore(
+            MAX_CONNECTIONS
+        )  # the cluster client's pools fail instead of waiting
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
             timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),  # the engine has the answer, too
+            retry=Retry(NoBackoff(), 0),  # no retries: the engine can answer
         )
         self._client: Redis = Redis.from_pool(pool)
 
     async def get(self, key: Key) -> bytes | None:
-        name = name_of(self._prefix, key)
+        name = store_key(self._prefix, key)
         try:
             reply = await self._asked(lambda client: client.get(name))
         except _Moving:
@@ -92,7 +94,7 @@ class RedisStore:
         return reply
 
     async def put(self, key: Key, value: bytes, ttl_s: float) -> None:
-        name, ttl_ms = name_of(self._prefix, key), max(1, int(ttl_s * 1000))
+        name, ttl_ms = store_key(self._prefix, key), max(1, int(ttl_s * 1000))
         with contextlib.suppress(_Moving):
             await self._asked(lambda client: client.set(name, value, px=ttl_ms))
 
@@ -100,19 +102,19 @@ class RedisStore:
         if self._was_partly_away:
             await self._all_masters()
         arguments = [text for pair in seen.items() for text in pair]
-        name = f"{self._prefix}:epochs"
+        name = epochs_key(self._prefix)
         reply = await self._asked(lambda client: client.eval(_MERGE, 1, name, *arguments))
         if not isinstance(reply, list) or len(reply) % 2:
             raise StoreError("error", "the reply is no list of epochs")
         try:
             texts = [text.decode() for text in reply]
-            return checked(dict(zip(texts[::2], texts[1::2], strict=True)))
+            return validate_epochs(dict(zip(texts[::2], texts[1::2], strict=True)))
         except (AttributeError, ValueError) as error:
             raise StoreError("error", "the reply is no list of epochs") from error
 
     async def _all_masters(self) -> None:
-        """Raises StoreError while one of a cluster's does not answer: with the epochs on another,
-        the store would seem to come and go with every look.
+        """Check every master of a cluster. Raises StoreError while one does not answer: the node
+        with the epochs may be another one, and the store would seem to come and go with every poll.
         """
         if self._cluster is not None:
             every = RedisCluster.PRIMARIES
@@ -120,8 +122,8 @@ class RedisStore:
         self._was_partly_away = False
 
     async def count(self, scope: str) -> int | None:
-        """Looks at some of the keys, and estimates the rest from how many there are."""
-        pattern = pattern_of(self._prefix, None if scope == EVERYTHING else scope)
+        """Scans some of the keys and extrapolates to the number of all keys."""
+        pattern = store_key_pattern(self._prefix, None if scope == EVERYTHING else scope)
         if self._cluster is None:
             return await self._count_on({}, pattern)
         masters = self._cluster.get_primaries()
@@ -150,12 +152,12 @@ class RedisStore:
         if self._cannot_follow is not None:
             raise StoreError("error", self._cannot_follow)
         try:
-            # Over all: the client's own limits are for each of connecting, writing and reading.
+            # One limit for the whole call: the client's own are for connect, write and read each.
             async with asyncio.timeout(self._timeout_s):
                 if self._cluster is None:
                     try:
                         return await _cancellable(ask(self._client))
-                    except exceptions.AskError:  # of which MovedError is one
+                    except exceptions.AskError:  # MovedError is a subclass
                         self._follow()
                 async with self._places:
                     return await _cancellable(self._of_cluster(ask))
@@ -163,26 +165,26 @@ class RedisStore:
             self._was_partly_away = True
             raise StoreError("timeout", f"no answer within {self._timeout_s:g} s") from error
         except (exceptions.ConnectionError, exceptions.RedisClusterException, OSError) as error:
-            # Also of a server that is loading, or wants another password.
+            # Also from a server that is loading its data, or refuses the password.
             self._was_partly_away = True
             raise StoreError("refused", str(error)) from error
         except exceptions.RedisError as error:
-            if type(error) is exceptions.ClusterError:  # sent from node to node, too often
+            if type(error) is exceptions.ClusterError:  # redirected too often
                 raise _Moving from error
             raise StoreError("error", str(error)) from error
         except StoreError:
             raise
-        except Exception as error:  # what its parser makes of an answer that is not Redis'
+        except Exception as error:  # redis-py's parser, on an answer that is not Redis'
             raise StoreError("error", f"{type(error).__name__}: {error}") from error
 
     async def _of_cluster(self, ask: Callable[[Client], Awaitable[Any]]) -> Any:
         assert self._cluster is not None
-        # Else the client would choose a node first, and get to know them then.
+        # The client would otherwise choose a node before it knows the cluster.
         await self._cluster.initialize()
         return await ask(self._cluster)
 
     def _follow(self) -> None:
-        """Go on with a client that knows of clusters. Raises StoreError."""
+        """Switch to a cluster client. Raises StoreError."""
         if self._cluster is not None:
             return
         try:
@@ -190,11 +192,10 @@ class RedisStore:
                 self._url,
                 max_connections=MAX_CONNECTIONS,
                 socket_timeout=self._timeout_s,
-                # Less than all, so that nodes after a first that is away can be asked, too.
+                # Below the whole time limit, so that after an unreachable node others can be tried.
                 socket_connect_timeout=self._timeout_s / 3,
                 require_full_coverage=False,
-                # A slot that has moved is learnt alone: to learn all again, the client would close
-                # connections that others wait on.
+                # Update only the moved slot: a full update would close connections in use.
                 reinitialize_steps=0,
                 retry=Retry(NoBackoff(), 0),
             )
@@ -212,8 +213,8 @@ def _scan(client: Client, *, at: int, asked: dict[str, Any]) -> Awaitable[Any]:
 
 
 async def _cancellable(reply: Awaitable[Reply]) -> Reply:
-    """The reply, or CancelledError if the task was cancelled meanwhile. The client may forget that:
-    it sends with asyncio.wait_for, which before Python 3.12 drops a cancellation that comes just as
+    """The reply, or CancelledError if the task was cancelled meanwhile. redis-py may lose it: it
+    sends with asyncio.wait_for, which before Python 3.12 drops a cancellation that comes just as
     the sending is done (https://github.com/python/cpython/issues/86296).
     """
     task = asyncio.current_task()

@@ -14,18 +14,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from packhorse.serve import metrics
 from packhorse.serve.cache import key as keys
-from packhorse.serve.cache.base import Amount, Store, StoreError
-from packhorse.serve.cache.circuit_breaker import Breaker
+from packhorse.serve.cache.base import Amount, DirectLookup, Lookup, Render, Store, StoreError
+from packhorse.serve.cache.circuit_breaker import CircuitBreaker
 from packhorse.serve.cache.codec import Result, decode, encode, seal, unseal
 from packhorse.serve.cache.invalidation import Epochs
 from packhorse.serve.cache.key import EVERYTHING, Key
-from packhorse.serve.cache.memory import Memory
+from packhorse.serve.cache.lookup import CacheLookup
+from packhorse.serve.cache.memory import MemoryTier
 from packhorse.serve.cache.render_cache import Known, Prompts
 from packhorse.serve.cache.single_flight import Flight, Flights
 from packhorse.serve.errors import Unavailable
 from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.metrics import ModelMetrics
+from packhorse.serve.request_context import RequestContext
 from packhorse.serve.tenancy import Tenancy
 
 logger = logging.getLogger("packhorse.cache")
@@ -46,25 +48,36 @@ class ResultCache:
         ttl_s: float,
         store: Store | None = None,
         clock: Callable[[], float] = time.time,
+        metrics: ModelMetrics | None = None,
     ) -> None:
         """`clock` gives Unix time in seconds."""
         self.identity = b""
         """The model's and its engine's; set when there is an engine, again with each new one."""
+        self.metrics = metrics or ModelMetrics()
         self._secret = secret
         self._clock = clock
         self._ttl_s = ttl_s
         self._max_entry_bytes = max_entry_bytes
         self._tenancy = Tenancy(secret)
         self._epochs = Epochs(clock=clock)
-        self._memory = Memory(memory_bytes)
+        self._memory = MemoryTier(memory_bytes, metrics=self.metrics)
         self._prompts = Prompts()
         self._flights = Flights()
         self._store = store
-        self._breaker = Breaker(store.name) if store else None
+        self._breaker = CircuitBreaker(store.name, metrics=self.metrics) if store else None
         self._known_until_s = 0.0  # monotonic; until then every flush of before is known
         self._puts: set[asyncio.Task[None]] = set()
 
-    # What the service asks
+    # What requests ask
+
+    async def look_up(self, context: RequestContext, render: Render) -> Lookup:
+        if not self.concerns(context.request):
+            return DirectLookup(await render())
+        lookup = CacheLookup(self, context, render)
+        await lookup.find()
+        return lookup
+
+    # What a look-up asks
 
     def concerns(self, request: GenerateRequest) -> bool:
         mode = request.cache.mode
@@ -119,14 +132,14 @@ class ResultCache:
             value = await store.get(key)
         except StoreError as error:
             breaker.failed(error.reason)
-            metrics.CACHE_LOOKUPS.labels("store", "failed").inc()
+            self.metrics.cache_lookups.labels("store", "failed").inc()
             return None
         breaker.worked()
         if value is None:
             return self._fresh(None, request, "store")
         content = unseal(value, key.digest, self._secret)
         if content is None:
-            metrics.CACHE_LOOKUPS.labels("store", "damaged").inc()
+            self.metrics.cache_lookups.labels("store", "damaged").inc()
             return None
         result = self._fresh(decode(content), request, "store")
         if result is not None:
@@ -142,7 +155,7 @@ class ResultCache:
             limit_s = self._ttl_s if max_age_s is None else min(max_age_s, self._ttl_s)
             if self._clock() - result.created_s > limit_s:
                 result, outcome = None, "old"
-        metrics.CACHE_LOOKUPS.labels(tier, outcome).inc()
+        self.metrics.cache_lookups.labels(tier, outcome).inc()
         return result
 
     def _left_s(self, result: Result) -> float:
@@ -157,10 +170,10 @@ class ResultCache:
         except ValueError:  # a model may write half a character
             return
         if len(content) > self._max_entry_bytes:
-            metrics.CACHE_STORES.labels("too_large").inc()
+            self.metrics.cache_stores.labels("too_large").inc()
             return
         self._memory.put(key, content, self._ttl_s)
-        metrics.CACHE_STORES.labels("kept").inc()
+        self.metrics.cache_stores.labels("kept").inc()
         if self.has_store:
             put = asyncio.create_task(self._put(key, content))
             self._puts.add(put)
@@ -172,7 +185,7 @@ class ResultCache:
         try:
             await self._store.put(key, seal(content, key.digest, self._secret), self._ttl_s)
         except StoreError as error:
-            metrics.CACHE_STORES.labels("failed").inc()
+            self.metrics.cache_stores.labels("failed").inc()
             # A full store still answers: "error" alone says nothing about the next look-up.
             if error.reason != "error":
                 self._breaker.failed(error.reason)
@@ -186,7 +199,7 @@ class ResultCache:
         entries, size = self._memory.amount(scope)
         self._epochs.bump(scope)
         self._memory.drop(scope)
-        metrics.CACHE_FLUSHES.inc()
+        self.metrics.cache_flushes.inc()
         if self._store is not None and not await self._look():
             raise Unavailable(
                 f"Flushed here, but {self._store.name} cannot be told: other replicas may still "

@@ -5,7 +5,7 @@ The others join, and read the chunks from the first one on, each at its own pace
 belongs to none of them: it goes on while anybody reads, and is aborted when the last has left.
 
     flight = flights.lead(key)                  # before the first await, so that nobody else does
-    ... flight.settle(result) | flight.fail(error) | flight.launch(generation)
+    ... flight.settle(result) | flight.fail(error) | flight.launch(work)
     reader = flight.join()
     async for chunk in reader.chunks(): ...
     reader.leave()
@@ -18,8 +18,8 @@ import copy
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Protocol
 
+from packhorse.serve.cache.base import Work
 from packhorse.serve.cache.codec import joined
 from packhorse.serve.errors import Cancelled, Internal, ServeError
 from packhorse.serve.messages import Chunk
@@ -27,29 +27,6 @@ from packhorse.serve.messages import Chunk
 logger = logging.getLogger("packhorse.cache")
 
 _LEFT = Cancelled("Nobody waited for this any more.")
-
-
-class Generation(Protocol):
-    """A request's work in the engine, not begun."""
-
-    @property
-    def request_id(self) -> str:
-        """The leader's, for the log."""
-        ...
-
-    async def ready(self) -> None:
-        """Wait for its turn. Raises ServeError."""
-        ...
-
-    def chunks(self) -> AsyncGenerator[Chunk, None]: ...
-
-    def begun(self) -> None:
-        """The first chunk is there."""
-        ...
-
-    def ended(self, completion_tokens: int, outcome: str) -> None:
-        """It is over; `outcome` is ok, or the kind of error."""
-        ...
 
 
 class Flight:
@@ -83,21 +60,21 @@ class Flight:
         """There will be no answer, at least not from here."""
         self._end(error, None)
 
-    def launch(self, generation: Generation, choices: int) -> None:
-        running = self._running = asyncio.create_task(self._run(generation, choices))
+    def launch(self, work: Work, choices: int) -> None:
+        running = self._running = asyncio.create_task(self._run(work, choices))
         # A task that is cancelled before its first step never runs.
-        running.add_done_callback(lambda _: self._land(generation, _LEFT))
+        running.add_done_callback(lambda _: self._land(work, _LEFT))
 
-    async def _run(self, generation: Generation, choices: int) -> None:
+    async def _run(self, work: Work, choices: int) -> None:
         """Read the generation to its end. What goes wrong is told to the readers."""
         unfinished, read = choices, self._chunks
         error: ServeError | None = _LEFT
         try:
-            await generation.ready()
-            async with aclosing(generation.chunks()) as chunks:
+            await work.ready()
+            async with aclosing(work.chunks()) as chunks:
                 async for chunk in chunks:
                     if not read:
-                        generation.begun()
+                        work.begun()
                     read.append(chunk)
                     if chunk.finish_reason is not None:
                         unfinished -= 1
@@ -112,20 +89,20 @@ class Flight:
         except Exception:
             logger.exception(
                 "request_id=%s failed unexpectedly; equal requests may share it",
-                generation.request_id,
+                work.request_id,
             )
             error = Internal(
                 "The server failed on this request; its log says more under request id "
-                f"{generation.request_id}."
+                f"{work.request_id}."
             )
         finally:
-            self._land(generation, error)
+            self._land(work, error)
 
-    def _land(self, generation: Generation, error: ServeError | None) -> None:
+    def _land(self, work: Work, error: ServeError | None) -> None:
         if self._is_over:
             return
         tokens = sum(len(chunk.token_ids) for chunk in self._chunks)
-        generation.ended(tokens, "ok" if error is None else error.kind)
+        work.ended(tokens, "ok" if error is None else error.kind)
         self._end(error, None if error else joined(self._chunks))
 
     def _end(self, error: ServeError | None, whole: tuple[Chunk, ...] | None) -> None:

@@ -1,5 +1,5 @@
-"""What the service asks of an engine. VllmEngine is the real one; EchoEngine is for speed and for
-faults.
+"""The protocol of an engine, as the pipeline uses it. VllmEngine is the real one; EchoEngine makes
+tests quick and fails on purpose.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Pro
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What an engine holds at once: answers in a batch, and tokens in its KV cache."""
+    """How much an engine holds at once: requests in a batch, and tokens in its KV cache."""
 
     max_num_seqs: int
     kv_cache_tokens: int
     max_loras: int = 0
-    """Adapters in one batch; 0: it takes none."""
-    loras_at_work: int = 0
-    """Adapters that may have requests in it, not all in every batch."""
+    """Adapters in one batch; 0: the engine takes no adapters."""
+    max_active_loras: int = 0
+    """Adapters that may have requests in the engine, though not all in every batch."""
     max_cpu_loras: int = 0
-    """Adapters that are loaded."""
+    """Adapters that may be loaded."""
     max_lora_rank: int = 0
 
 
@@ -34,20 +34,20 @@ class Engine(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens, prompt and answer together."""
+        """The most tokens of a request, prompt and answer together."""
         ...
 
     @property
     def capacity(self) -> Capacity:
-        """What it holds at once, for limits on what is sent to it."""
+        """How much the engine holds at once; admission derives its limits from it."""
         ...
 
     async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
-        """Token ids of the request, however many. Raises Invalid when it does not render."""
+        """The prompt's token ids, however many. Raises Invalid when it does not render."""
         ...
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Their text. Raises Invalid for an id outside the vocabulary."""
+        """The text of the token ids. Raises Invalid for an id outside the vocabulary."""
         ...
 
     async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
@@ -59,48 +59,52 @@ class Engine(Protocol):
         ...
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
-        """Token ids of the request. Raises Invalid when it is too long or does not render."""
+        """The request's prompt, for `generate`. Raises Invalid when it is too long or does not
+        render.
+        """
         ...
 
     def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
-        """The answer, chunk by chunk. Raises Invalid on the first step, EngineDied when the engine
-        is gone.
+        """The answer, chunk by chunk; closing the generator aborts the request. Raises Invalid on
+        the first step, EngineDied when the engine is gone.
         """
         ...
 
     async def load_adapter(self, adapter: AdapterVersion) -> None:
-        """Have it ready for requests; those that are routed to one that is not are refused. Raises
-        Invalid when the engine does not take it, EngineDied when the engine is gone.
+        """Load the adapter; requests for one that is not loaded are refused. Raises Invalid when
+        the engine does not take it, EngineDied when the engine is gone.
         """
         ...
 
     async def unload_adapter(self, adapter: AdapterVersion) -> None:
-        """Free it. No request may use it any more. Raises EngineDied when the engine is gone."""
+        """Unload the adapter, which no request may use any more. Raises EngineDied when the engine
+        is gone.
+        """
         ...
 
     async def check(self) -> None:
         """Raises EngineDied when the engine is dead or hung, judged from its progress since the
-        last check: call it every second or so.
+        last call: call it every second or so.
         """
         ...
 
     async def close(self) -> None:
-        """End every process and free everything; what still runs ends with EngineDied. Safe to call
-        twice, and on an engine that hangs.
+        """End every process and free everything; requests that still run end with EngineDied. Safe
+        to call twice, and on an engine that hangs.
         """
         ...
 
 
-# The words of Anthropic, then of OpenAI and vLLM: agents look for one or another of them, and then
-# shorten the conversation.
+# Anthropic's words, then OpenAI's and vLLM's: agents look for one or the other in an error, and
+# then shorten the conversation.
 TOO_LONG = "The prompt is too long"
 
 
 def answer_budget(request: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> int:
-    """How many tokens the answer may have: what the request says is an upper bound, and so is what
-    the prompt leaves of the context. Raises Invalid when that is nothing.
+    """How many tokens the answer may have: at most the request's max_tokens, and at most what the
+    prompt leaves of the context. Raises Invalid when that is nothing.
     """
     param = request.prompt_param
     if num_prompt_tokens == 0:

@@ -1,8 +1,7 @@
-"""An engine without a model: it answers with the last message, a word a chunk. For tests of what is
-around an engine.
+"""An engine without a model: it answers with the last message, a word a chunk. For tests of the
+code around an engine; never the proof that a feature works.
 
-A word is a token. Prompts that ask for it fail on purpose, see `FAULTS`. Never the proof that a
-feature works.
+A word is a token. Some prompts fail on purpose, see `FAULTS`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from packhorse.serve.messages import (
     Route,
     Settled,
 )
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 
 # A prompt that is exactly one of these raises: before the first chunk, or after it.
 FAULTS = {
@@ -35,7 +34,7 @@ FAULTS = {
 
 
 def _text(request: GenerateRequest) -> str:
-    """What is echoed: the last message's text, or the prompt."""
+    """The text to echo: the last message's, or the prompt."""
     if request.messages is not None:
         return str(request.messages[-1].get("content") or "")
     if isinstance(request.prompt, str):
@@ -49,14 +48,14 @@ def _tokens(text: str) -> list[int]:
 
 
 class EchoEngine:
-    """Echoes; counts what runs, so that tests can see an abort arrive."""
+    """Echoes; counts running requests, so that tests can see an abort arrive."""
 
     max_model_len = 2048
     capacity = Capacity(
         max_num_seqs=256,
         kv_cache_tokens=256 * 2048,
         max_loras=2,
-        loras_at_work=2,
+        max_active_loras=2,
         max_cpu_loras=4,
         max_lora_rank=16,
     )

@@ -1,7 +1,7 @@
-"""Find the folders of a model, once in a server's life: another commit of a hub's branch must not
-answer after an engine was rebuilt.
+"""Finds the folders of a model, once in a server's life: a rebuilt engine must not serve another
+commit of a hub's branch.
 
-Apart from the engine, so that a wrong path is told at once: importing vllm takes seconds.
+Apart from the engine, so that a wrong path is an error at once: importing vllm takes seconds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 from huggingface_hub import get_token, snapshot_download
 from packhorse.serve.errors import StartupError
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 
 logger = logging.getLogger("packhorse.engine")
 
-# The same weights in forms that are not served.
+# The same weights in formats that are not served.
 OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
 ANY_WEIGHTS = [*OTHER_WEIGHTS, "*.safetensors"]
 _TOKENS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=Bearer )[^'\"]+")
@@ -28,8 +28,8 @@ _TOKENS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=Bearer )[^'\"]+")
 
 @dataclass(frozen=True)
 class Found:
-    """Where the model is: `folder`, `commit` if it came from a hub, and what of vLLM's arguments
-    other folders take the place of.
+    """Where the model is: `folder`, `commit` if it came from a hub, `arguments` of vLLM that name
+    other local folders now (a tokenizer, a draft model), and those folders (`others`).
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Found:
 
 
 class Model:
-    """A model by its path or hub name, as engine settings want it."""
+    """A model by its path or hub name, with the engine settings that select its files."""
 
     def __init__(self, name: str, settings: EngineSettings) -> None:
         self._name, self._settings = name, settings
@@ -48,8 +48,8 @@ class Model:
         self._found: Found | None = None
 
     def found(self) -> Found:
-        """The same at every call. The first may download; so may a later one, of the same commit,
-        should the hub's cache have been emptied. For worker threads.
+        """The same folders at every call. The first call may download; so may a later one, of the
+        same commit, if the hub's cache has been emptied. Call it in a worker thread.
 
         Raises StartupError when there is nothing to serve, and for settings that have no effect.
         """
@@ -76,7 +76,7 @@ class Model:
                 arguments[argument] = draft
             else:
                 arguments[argument] = str(found)
-        for local, _ in self._named().values():  # of this machine: they decide answers, too
+        for local, _ in self._named().values():  # on this machine: these files decide answers too
             if isinstance(local, str) and not is_hub_name(local):
                 place = Path(local).expanduser()
                 if place.is_dir() and place != folder:
@@ -85,7 +85,7 @@ class Model:
         return Found(folder, commit, arguments, tuple(folders))
 
     def _others(self) -> dict[str, tuple[str, str | None]]:
-        """vLLM's arguments that name something else on the hub, with its revision."""
+        """vLLM's arguments that name another repository of the hub, with its revision."""
         return {
             argument: (name, revision)
             for argument, (name, revision) in self._named().items()
@@ -93,7 +93,7 @@ class Model:
         }
 
     def _named(self) -> dict[str, tuple[object, str | None]]:
-        """vLLM's arguments that name something beside the model, with its revision."""
+        """vLLM's arguments that name files beside the model's, with their revision."""
         settings, extra = self._settings, _extra(self._settings)
         named: dict[str, tuple[object, str | None]] = {
             # vLLM takes the tokenizer from the model, but may take that of another revision.
@@ -110,7 +110,7 @@ class Model:
         return named
 
     def _refuse_without_effect(self, names: Sequence[str]) -> None:
-        """Raises StartupError for what the user believes in and nobody reads."""
+        """Raises StartupError for settings that nothing reads."""
         settings, name = self._settings, self._name
         tokenizer = _extra(settings).get("tokenizer") or name
         of_folders = {
@@ -174,7 +174,7 @@ def _extra(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _without(text: str, token: str | None) -> str:
-    """In one line, and without tokens."""
+    """The text in one line, and without tokens."""
     for secret in filter(None, (token, (token or "").strip())):
         text = text.replace(secret, "***")
     return " ".join(_TOKENS.sub("***", text).split())

@@ -1,4 +1,4 @@
-"""The processes below ours: who they are, whether they get on, and their end."""
+"""The processes below this one: which there are, whether they get on, and their end."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def children() -> list[psutil.Process]:
 
 
 def end(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL, which also ends stopped ones; those that are gone already are passed over."""
+    """SIGKILL, which also ends stopped processes; those that are gone are passed over."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
-    """The files of Python's shared memory that processes have in use."""
+    """The files of Python's shared memory that these processes use."""
     found: set[Path] = set()
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -42,21 +42,46 @@ def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
 
 
 def print_stacks_when_asked() -> None:
-    """From now on SIGUSR1 makes this process print the stacks of its threads to stderr, and go on:
-    for a server that seems to hang.
+    """Make SIGUSR1 print the stacks of all threads of this process to stderr, while it goes on: for
+    a server that seems to hang.
     """
     with contextlib.suppress(RuntimeError, AttributeError, OSError, ValueError):  # without stderr
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
+_claimed: set[psutil.Process] = set()
+
+
+def claim(processes: Iterable[psutil.Process]) -> None:
+    """These belong to an engine that lives: `end_unclaimed_children` spares them."""
+    _claimed.update(processes)
+
+
+def release(processes: Iterable[psutil.Process]) -> None:
+    """Their engine is at its end."""
+    _claimed.difference_update(processes)
+
+
 def end_children() -> None:
+    """SIGKILL for all processes below this one."""
     end(children())
 
 
-class Activity:
-    """Whether processes use the CPU, seen from one look to the next.
+def end_unclaimed_children() -> None:
+    """SIGKILL for what was started for an engine that is not there yet: not for other engines'
+    processes, nor for those that they are children of (a forkserver).
+    """
+    spared = set(_claimed)
+    for process in _claimed:
+        with contextlib.suppress(psutil.Error):
+            spared.update(process.parents())
+    end(child for child in children() if child not in spared)
 
-    What they have started counts when they do nothing themselves: torch compiles some kernels when
+
+class Activity:
+    """How much CPU some processes use, from one call to the next.
+
+    Their child processes count when they do nothing themselves: torch compiles some kernels when
     they are first needed, and waits for the compiler.
     """
 
@@ -74,7 +99,7 @@ class Activity:
         return total
 
     def _helpers_cpu_s(self) -> float:
-        """Of all that is below, and of all that was and has ended."""
+        """CPU seconds of all child processes, and of those that have ended."""
         total = 0.0
         for process in self._processes:
             with contextlib.suppress(psutil.Error):
@@ -86,14 +111,14 @@ class Activity:
         return total
 
     def since_last_look(self) -> float:
-        """CPU seconds used since the last call; 0 while one of them is stopped or gone."""
+        """CPU seconds used since the last call; 0 while one of the processes is stopped or gone."""
         used_s = self._cpu_s()
         spent_s, self._used_s = used_s - self._used_s, used_s
         if any(map(_is_stopped, self._processes)):
             return 0.0
         if spent_s < IDLE_S:  # looking at all processes of the machine takes milliseconds
             before_s, self._helpers_s = self._helpers_s, self._helpers_cpu_s()
-            # Less than before: one that was reaped by somebody else.
+            # Less than before: another process has reaped one of them.
             spent_s += max(0.0, self._helpers_s - before_s)
         return spent_s
 

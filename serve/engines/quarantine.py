@@ -1,11 +1,11 @@
-"""What is remembered of requests that were in engines when those died: who is suspected, and who is
-poison for certain.
+"""Remembers requests that were in engines when those died: suspects, which run alone, and poison,
+which is refused.
 
-No text and no token ids: a hash with a secret of this process. It is made of what may end an
-engine: the prompt's token ids, the adapter, and what makes the engine run other code than it does
-for the prompt alone (constraints, log-probabilities, biases). What clients change when they ask
-again is not in it: seed, temperature and its like, max_tokens, n, stop strings, streaming. Nor is
-who asks: the next engine dies of it all the same.
+Keeps no text and no token ids, but a hash with a secret of this process. It is made of what may end
+an engine: the prompt's token ids, the adapter, and what makes the engine run other code than it
+does for the prompt alone (constraints, log-probabilities, biases). Fields that clients change when
+they ask again are not in it: seed, temperature and its like, max_tokens, n, stop strings,
+streaming. Nor is the client: the next engine dies of the request all the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POISON = (
     "Two engines have stopped while they worked on this request, at the second one it was the only "
     "suspect; it is not tried again for {ttl_s:g} s. Change it."
 )
-MOST = 4096  # of each kind; a flood of others makes the oldest forgotten
+MOST = 4096  # of each kind; beyond that the oldest are forgotten
 
 Value = TypeVar("Value")
 
@@ -32,7 +32,7 @@ _encode = msgspec.json.Encoder(order="deterministic", enc_hook=str).encode
 
 
 class Suspicion(NamedTuple):
-    """The engines that died with a request inside, or with one that equals it, and how long it
+    """The engines that died with a request inside, or with an equal one, and how many seconds it
     lived in the last of them.
     """
 
@@ -40,8 +40,8 @@ class Suspicion(NamedTuple):
     lived_s: float
 
 
-class Memory:
-    """Of poison for poison_ttl_s, of suspects for suspicion_ttl_s; bounded in number."""
+class Quarantine:
+    """Remembers poison for poison_ttl_s and suspects for suspicion_ttl_s; bounded in number."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class Memory:
 
     @property
     def is_empty(self) -> bool:
-        """As it nearly always is; fingerprints need not be made then."""
+        """True nearly always; fingerprints need not be made then."""
         return self._poison.is_empty and self._suspicions.is_empty
 
     def fingerprint(self, prompt: Prompt, request: GenerateRequest, route: Route) -> bytes:
-        """16 bytes, the same for requests that an engine cannot tell apart but by chance."""
+        """16 bytes, the same for requests that an engine can tell apart by chance alone."""
         sampling, chat = request.sampling, request.chat
         constraint = sampling.constraint
         is_forced = chat.tool_choice in ("required", "named")  # a constraint, made of the tools
@@ -86,24 +86,25 @@ class Memory:
     def suspicion(self, fingerprint: bytes) -> Suspicion | None:
         return self._suspicions.living().get(fingerprint)
 
-    def suspect(self, fingerprint: bytes, engines: frozenset[int], lived_s: float) -> None:
-        """It was there when these died, the last of them after lived_s."""
+    def add_suspect(self, fingerprint: bytes, engines: frozenset[int], lived_s: float) -> None:
+        """The request was in these engines when they died, the last of them after lived_s."""
         known = self.suspicion(fingerprint)
         if known is not None:
             engines |= known.engines
         self._suspicions.put(fingerprint, Suspicion(engines, lived_s))
 
     def clear(self, fingerprint: bytes) -> None:
-        """It was not that."""
+        """It is no suspect any more."""
         self._suspicions.drop(fingerprint)
 
-    def convict(self, fingerprint: bytes) -> None:
+    def add_poison(self, fingerprint: bytes) -> None:
+        """An engine died of the request."""
         self._suspicions.drop(fingerprint)
         self._poison.put(fingerprint, None)
 
 
 class _Lasting(Generic[Value]):
-    """Values for a time, and so many at most: the oldest go."""
+    """A bounded dictionary whose values expire; the oldest go first."""
 
     def __init__(self, ttl_s: float, most: int, clock: Callable[[], float]) -> None:
         self._ttl_s, self._most, self._clock = ttl_s, most, clock

@@ -1,10 +1,11 @@
-"""Keeps an engine alive: notices that it died or hangs, builds another, and gives it the work that
-was lost. Satisfies the Engine protocol itself, so nothing around it knows.
+"""Keeps an engine alive: notices that it died or hangs, builds another, and replays the requests
+that were lost. Satisfies the Engine protocol itself, so its callers need not know of it.
 
-A request whose engine dies before it has streamed anything is replayed. What was in an engine when
-it died is suspect, and goes to the next one by itself until it has ended or lived longer than
-before (`Suspects`). So the second death has a single suspect, which is refused as poison, and so is
-what equals it from then on, without a death (`poison.Memory`).
+A request whose engine dies before it has streamed anything is replayed. The requests that were in
+an engine when it died are suspects, and go to the next engine one at a time, each until it has
+ended or lived longer than before (`PoisonDetector`). So the second death has a single suspect. That
+request is refused as poison, and so are equal ones from then on, without another death
+(`Quarantine`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
-from packhorse.serve import metrics
 from packhorse.serve.engines.base import Capacity, Engine
-from packhorse.serve.engines.poison_detector import Suspect, Suspects
-from packhorse.serve.engines.processes import end_children
-from packhorse.serve.engines.quarantine import POISON, Memory
-from packhorse.serve.engines.restart_policy import MAX_BACKOFF_S, Restarts
+from packhorse.serve.engines.poison_detector import PoisonDetector, TrackedRequest
+from packhorse.serve.engines.processes import end_unclaimed_children
+from packhorse.serve.engines.quarantine import POISON, Quarantine
+from packhorse.serve.engines.restart_policy import MAX_BACKOFF_S, RestartPolicy
 from packhorse.serve.errors import (
     EngineDied,
     EngineHung,
@@ -33,7 +33,8 @@ from packhorse.serve.errors import (
     Unavailable,
 )
 from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
-from packhorse.serve.settings.sections import SupervisorSettings
+from packhorse.serve.metrics import ModelMetrics
+from packhorse.serve.settings.supervisor import SupervisorSettings
 
 logger = logging.getLogger("packhorse.supervisor")
 
@@ -43,10 +44,19 @@ MAX_REPLAYS = 2
 
 
 class Supervisor:
-    """An engine that comes back. `start` it first; `gave_up` is set when it will not come back."""
+    """An engine that is rebuilt when it is lost. `start` it first; `gave_up` is set when it is not
+    rebuilt any more.
+    """
 
-    def __init__(self, build: Callable[[], Engine], settings: SupervisorSettings) -> None:
+    def __init__(
+        self,
+        build: Callable[[], Engine],
+        settings: SupervisorSettings,
+        *,
+        metrics: ModelMetrics | None = None,
+    ) -> None:
         """`build` is called in a worker thread; it raises StartupError."""
+        self._metrics = metrics or ModelMetrics()
         self._build = build
         self._settings = settings
         self._engine: Engine | None = None
@@ -57,11 +67,11 @@ class Supervisor:
         self.capacity = Capacity(0, 0)
         self._built_in_s = 30.0
         self._down_since_s = 0.0
-        self._restarts = Restarts(settings)
-        memory = Memory(
+        self._restarts = RestartPolicy(settings)
+        quarantine = Quarantine(
             poison_ttl_s=settings.poison_ttl_s, suspicion_ttl_s=settings.restart_window_s
         )
-        self._suspects = Suspects(memory, self._convicted)
+        self._detector = PoisonDetector(quarantine, self._found_poison)
         self._lost = asyncio.Event()
         self._has_changed = asyncio.Event()  # an engine came, or none will
         self._adapters: dict[int, AdapterVersion] = {}  # that an engine must have
@@ -76,7 +86,7 @@ class Supervisor:
         self._watching.add_done_callback(self._watch_ended)
 
     def _watch_ended(self, watching: asyncio.Task[None]) -> None:
-        """Without it a loss would go unnoticed for ever: better an end that somebody sees."""
+        """Without this task a loss would go unnoticed for ever: better an end that is seen."""
         if not watching.cancelled() and (error := watching.exception()) is not None:
             logger.critical("The supervisor has failed; giving up", exc_info=error)
             self._give_up()
@@ -84,12 +94,12 @@ class Supervisor:
     def _give_up(self) -> None:
         self.gave_up.set()
         self._has_changed.set()
-        self._suspects.no_engine_will_be()
+        self._detector.no_engine_will_be()
 
     @property
     def is_stuck(self) -> bool:
-        """Whether an engine is being built; when closed: it goes on, in a thread that nobody can
-        end.
+        """Whether an engine is being built; after `close`: whether that goes on, in a thread that
+        cannot be ended.
         """
         return self._building is not None and not self._building.done()
 
@@ -112,12 +122,12 @@ class Supervisor:
         self.max_model_len, self.capacity = engine.max_model_len, engine.capacity
         self._engine = engine
         self._generation += 1
-        self._suspects.engine_is_new(self._generation)
+        self._detector.engine_is_new(self._generation)
         self._has_changed.set()
-        metrics.ENGINE_UP.set(1)
+        self._metrics.engine_up.set(1)
 
     async def _watch(self) -> None:
-        """Look after the engine until it is given up."""
+        """Check the engine until it is given up."""
         while not self.gave_up.is_set():
             # At once when a request has lost its engine.
             with suppress(TimeoutError):
@@ -135,15 +145,15 @@ class Supervisor:
             if reason is not None:  # not inside `except`: the error would keep the engine alive
                 await self._replace(reason)
             else:  # a request may have seen a hang that has ended since
-                self._suspects.engine_lives(self._generation)
+                self._detector.engine_lives(self._generation)
 
     async def _replace(self, reason: str) -> None:
-        """Build until there is an engine, or there were too many failures."""
+        """Build engines until one is there, or there were too many failures."""
         lost, self._engine = self._engine, None
         self._has_changed.clear()
-        self._suspects.engine_lost(self._generation)
+        self._detector.engine_lost(self._generation)
         self._down_since_s = time.monotonic()
-        metrics.ENGINE_UP.set(0)
+        self._metrics.engine_up.set(0)
         assert lost is not None
         await _closed(lost)
         del lost  # or it would stay while the next one is built
@@ -164,8 +174,9 @@ class Supervisor:
         self._give_up()
 
     async def _with_adapters(self, engine: Engine) -> Engine:
-        """The new engine with those that the last one had. One that fails is left out; its requests
-        are refused. Raises StartupError when the engine ends, or does not get on.
+        """The new engine, with the adapters of the last one loaded. An adapter that fails is left
+        out, and its requests are refused. Raises StartupError when the engine dies of it, or takes
+        too long.
         """
         try:
             async with asyncio.timeout(self._settings.build_timeout_s):
@@ -193,11 +204,11 @@ class Supervisor:
         logger.error("adapter=%s is lost: %s", adapter.engine_name, error.message)
 
     def has_adapter(self, adapter: AdapterVersion) -> bool:
-        """Whether the engine has it, or the next one will."""
+        """Whether the engine has the adapter, or the next engine will have it."""
         return adapter.int_id in self._adapters
 
     async def load_adapter(self, adapter: AdapterVersion) -> None:
-        """As the engine's own; tried again once when the engine dies of something else, or of this.
+        """As the engine's own; tried once more when the engine dies meanwhile.
 
         Raises Unavailable when there will be no engine.
         """
@@ -214,14 +225,14 @@ class Supervisor:
                 return
 
     async def unload_adapter(self, adapter: AdapterVersion) -> None:
-        """As the engine's own; no engine has it then, should this one have died."""
+        """As the engine's own. If this engine has died, the next one does not load the adapter."""
         self._adapters.pop(adapter.int_id, None)
         if self._engine is not None:
             with suppress(EngineDied):
                 await self._engine.unload_adapter(adapter)
 
     async def _next_engine(self) -> Engine:
-        """A living engine. Raises Unavailable if there will be none."""
+        """An engine that lives. Raises Unavailable if there will be none."""
         while True:
             await self._has_changed.wait()
             engine = self._now()
@@ -233,8 +244,8 @@ class Supervisor:
                 await asyncio.sleep(CHECK_EVERY_S)  # until the loss is noticed
 
     async def _may_rebuild(self, reason: str) -> bool:
-        """Count a failure; after the pause that is due, whether to go on."""
-        metrics.ENGINE_FAILURES.labels(reason).inc()
+        """Count a failure and wait for the pause that follows from it. Returns whether to go on."""
+        self._metrics.engine_failures.labels(reason).inc()
         restarts = self._restarts
         restarts.failed(None if reason == "not_built" else self._generation)
         if restarts.are_over:
@@ -246,11 +257,11 @@ class Supervisor:
         await asyncio.sleep(restarts.pause_s)
         return True
 
-    def _convicted(self, suspect: Suspect) -> None:
-        """Engines have died of it, which says nothing against the next one."""
-        metrics.POISON.inc()
-        logger.error("request_id=%s is poison", suspect.request_id)
-        self._restarts.pardon(suspect.engines)
+    def _found_poison(self, tracked: TrackedRequest) -> None:
+        """Engines have died of this request, which says nothing against the next engine."""
+        self._metrics.poison.inc()
+        logger.error("request_id=%s is poison", tracked.request_id)
+        self._restarts.forgive(tracked.engines)
 
     def _now(self) -> Engine:
         """The engine. Raises Unavailable while there is none."""
@@ -282,19 +293,20 @@ class Supervisor:
     async def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
-        """As the engine's own; begun again on the next engine when this one dies too early.
+        """As the engine's own; replayed on the next engine when this one dies before the first
+        chunk.
 
         Raises Invalid for poison, EngineDied after the first chunk.
         """
-        make_fingerprint = partial(self._suspects.memory.fingerprint, prompt, request, route)
-        suspect = Suspect(self._suspects, request.request_id, make_fingerprint)
-        self._refuse_poison(suspect, request)
+        make_fingerprint = partial(self._detector.quarantine.fingerprint, prompt, request, route)
+        tracked = TrackedRequest(self._detector, request.request_id, make_fingerprint)
+        self._refuse_poison(tracked, request)
         engine, generation = self._engine, self._generation
-        if engine is None or self._suspects.are_tried or suspect.engines:
-            engine, generation, prompt = await self._next_turn(suspect, request, route)
+        if engine is None or self._detector.is_isolating or tracked.engines:
+            engine, generation, prompt = await self._next_turn(tracked, request, route)
         try:
             for _ in range(MAX_REPLAYS + 1):
-                suspect.enters(generation)
+                tracked.enters(generation)
                 streamed = False
                 try:
                     if request.stream:
@@ -302,36 +314,36 @@ class Supervisor:
                             async for chunk in chunks:
                                 streamed = True
                                 yield chunk
-                        self._answered(suspect)
+                        self._answered(tracked)
                     else:  # all or nothing, so that several choices can be replayed too
                         whole = [chunk async for chunk in engine.generate(prompt, request, route)]
-                        self._answered(suspect)
+                        self._answered(tracked)
                         for chunk in whole:
                             yield chunk
                     return
                 except EngineDied as error:
                     self._lost.set()
-                    suspect.lost(generation)
+                    tracked.lost(generation)
                     if streamed:
                         raise EngineDied(
                             "The engine stopped while it answered; send the request again."
                         ) from error
-                    if suspect.is_guilty:
+                    if tracked.is_culprit:
                         raise self._poisonous(request) from error
-                engine, generation, prompt = await self._next_turn(suspect, request, route)
-                metrics.REPLAYS.inc()
+                engine, generation, prompt = await self._next_turn(tracked, request, route)
+                self._metrics.replays.inc()
             raise EngineDied("The engine keeps stopping; send the request again later.")
         finally:
-            suspect.leave()
+            tracked.leave()
 
-    def _answered(self, suspect: Suspect) -> None:
-        suspect.clear()
+    def _answered(self, tracked: TrackedRequest) -> None:
+        tracked.clear()
         self._restarts.answered()
 
-    def _refuse_poison(self, suspect: Suspect, request: GenerateRequest) -> None:
-        """Raises Invalid for what was found to be poison before, without another death."""
-        if suspect.is_poison:
-            metrics.POISON_REFUSED.inc()
+    def _refuse_poison(self, tracked: TrackedRequest, request: GenerateRequest) -> None:
+        """Raises Invalid for a request that was found to be poison before."""
+        if tracked.is_poison:
+            self._metrics.poison_refused.inc()
             raise self._poisonous(request)
 
     def _poisonous(self, request: GenerateRequest) -> Invalid:
@@ -339,44 +351,44 @@ class Supervisor:
         return Invalid(message, param=request.prompt_param)
 
     async def _next_turn(
-        self, suspect: Suspect, request: GenerateRequest, route: Route
+        self, tracked: TrackedRequest, request: GenerateRequest, route: Route
     ) -> tuple[Engine, int, Prompt]:
-        """A living engine, its number, and the prompt as it renders it, when it is the request's
-        turn. Raises Unavailable if there will be none, Invalid for poison.
+        """An engine that lives, its number, and the prompt as it renders it, at the request's turn.
+        Raises Unavailable if there will be none, Invalid for poison.
         """
-        metrics.HELD.inc()
+        self._metrics.waiting_for_engine.inc()
         try:
             while True:
-                await suspect.turn()
-                self._refuse_poison(suspect, request)  # one that equals it was found meanwhile
+                await tracked.wait_for_turn()
+                self._refuse_poison(tracked, request)  # one that equals it was found meanwhile
                 engine = self._now()
                 try:
                     await engine.check()
                     return engine, self._generation, await engine.render(request, route)
                 except EngineDied:  # in this moment, and not of this request
                     self._lost.set()
-                    self._suspects.engine_lost(self._generation)
-                    suspect.leave()
+                    self._detector.engine_lost(self._generation)
+                    tracked.leave()
         except BaseException:
-            suspect.leave()
+            tracked.leave()
             raise
         finally:
-            metrics.HELD.dec()
+            self._metrics.waiting_for_engine.dec()
 
     async def check(self) -> None:
-        """Raises Unavailable while there is no engine; `_watch` judges the one there is."""
+        """Raises Unavailable while there is no engine. `_watch` checks the engine itself."""
         self._now()
 
     async def close(self) -> None:
-        """End the engine, or the building of one: what still runs or waits ends with an error."""
+        """End the engine, or the build of one; requests that run or wait end with an error."""
         self._closing = True
-        self._suspects.accuse_nobody()
+        self._detector.stop_judging()
         self._has_changed.set()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching], timeout=UNWIND_S)
         engine, self._engine = self._engine, None
-        self._suspects.no_engine_will_be()
+        self._detector.no_engine_will_be()
         if self._building is not None:
             await _fail(self._building)
             if self.is_stuck:
@@ -386,19 +398,21 @@ class Supervisor:
 
 
 async def _fail(building: asyncio.Future[Engine]) -> None:
-    """A build cannot be interrupted, but it fails when its processes are gone; unless it is its own
+    """A build cannot be interrupted, but it fails when its processes are gone; unless its own
     thread that hangs: then it is left.
     """
     ends_s = time.monotonic() + UNWIND_S
     while not building.done() and time.monotonic() < ends_s:
-        end_children()
+        end_unclaimed_children()
         await asyncio.wait([building], timeout=0.2)
     if building.done() and building.exception() is None:
         await _closed(building.result())
 
 
 async def _closed(engine: Engine) -> None:
-    """Close it; what goes wrong must not keep us from building the next or from ending."""
+    """Close an engine; an error must not keep the supervisor from building the next, or the server
+    from ending.
+    """
     try:
         await engine.close()
     except Exception:

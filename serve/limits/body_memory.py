@@ -1,8 +1,8 @@
-"""How many bytes the calls in progress hold: bodies over HTTP, messages over gRPC. Nothing more
-than a count, which says no before memory does.
+"""A limit on the bytes that calls in progress hold: bodies over HTTP, messages over gRPC. It is a
+count, which refuses a call before the memory runs out.
 
-Owned by `admission`; asked by `rest/body` and `rpc/calls`, in the event loop only. What a call
-takes is its own until its task has ended: the prompt that was made of a body lives as long.
+`rest` and `rpc` use it, in the event loop only. A call holds its bytes until its task has ended,
+because the prompt that was made of its body lives as long.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import asyncio
 from collections import deque
 from typing import Any
 
-from packhorse.serve import metrics
 from packhorse.serve.errors import Overloaded
 from packhorse.serve.messages import Caller
+from packhorse.serve.metrics import ModelMetrics, ServerMetrics
 
-# Of all there is: what the calls of one key may hold, so that one key cannot shut out the others.
+# The share of the limit that the calls of one key may hold, so that it cannot exclude the others.
 KEY_SHARE = 0.5
-# Small messages come and go within a millisecond; what has found no room by then is an overload.
+# Small messages hold their bytes for a millisecond; after so long a wait it is an overload.
 MAX_WAIT_S = 5.0
 RETRY_S = 1.0
 
 
 class _Held:
-    """What one task holds, and for which key."""
+    """The bytes that one task holds, and its key."""
 
     __slots__ = ("key", "size")
 
@@ -33,26 +33,34 @@ class _Held:
 
 
 class Bodies:
-    """The bytes of all calls of one server."""
+    """The bytes that all calls of one server hold."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        metrics: ServerMetrics | None = None,
+        model_metrics: ModelMetrics | None = None,
+    ) -> None:
+        """`metrics` counts the bytes, `model_metrics` the refusals."""
+        self._refusals = (model_metrics or ModelMetrics()).admission_refusals
         self.max_bytes = max_bytes
         self._max_key_bytes = int(max_bytes * KEY_SHARE)
         self.held = 0
         self._of_key: dict[str, int] = {}
         self._of_task: dict[asyncio.Task[Any], _Held] = {}
         self._waiting: dict[str, deque[tuple[_Held, int, asyncio.Future[None]]]] = {}
-        metrics.BODY_BYTES.set_function(lambda: self.held)
+        (metrics or ServerMetrics()).body_bytes.set_function(lambda: self.held)
 
     def take(self, caller: Caller, size: int) -> None:
-        """Count so many bytes more for the current task. Raises Overloaded."""
+        """Count these bytes for the current task. Raises Overloaded."""
         held = self._mine(caller)
         if not self._fits(held, size):
             raise self._refusal(caller, size)
         self._count(held, size)
 
     async def reserve(self, caller: Caller, size: int) -> None:
-        """Like `take`, for what may come; waits for room a little while. Raises Overloaded."""
+        """Like `take`, for bytes that may arrive; waits up to MAX_WAIT_S. Raises Overloaded."""
         held = self._mine(caller)
         if self._fits(held, size) and caller.name not in self._waiting:
             self._count(held, size)
@@ -64,7 +72,7 @@ class Bodies:
             async with asyncio.timeout(MAX_WAIT_S):
                 await turn
         except TimeoutError:
-            # Had it been its turn meanwhile, its task's end gives that back.
+            # If they were granted meanwhile, the end of the task gives them back.
             raise self._refusal(caller, size) from None
         finally:
             if self._waiting.get(caller.name) is waiting and not turn.done():
@@ -87,7 +95,7 @@ class Bodies:
         return held
 
     def _fits(self, held: _Held, size: int) -> bool:
-        """One is always taken, however large: its own limit is another one."""
+        """A single call always fits, however large: its own size has another limit."""
         of_key = self._of_key.get(held.key, 0)
         if of_key > held.size and of_key + size > self._max_key_bytes:
             return False
@@ -109,7 +117,7 @@ class Bodies:
             self._let_in()
 
     def _let_in(self) -> None:
-        """Whose turn it is now: each key's own queue, in the order in which they came."""
+        """Grant waiting calls their bytes, in the order of arrival within each key."""
         for key in list(self._waiting):
             queue = self._waiting[key]
             while queue:
@@ -124,7 +132,7 @@ class Bodies:
                 del self._waiting[key]
 
     def _refusal(self, caller: Caller, size: int) -> Overloaded:
-        metrics.ADMISSION_REFUSALS.labels("body_bytes").inc()
+        self._refusals.labels("body_bytes").inc()
         of_key = self._of_key.get(caller.name, 0)
         return Overloaded(
             f"Calls in progress hold {self.held} bytes of requests, {of_key} of them this key's, "

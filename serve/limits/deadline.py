@@ -1,10 +1,11 @@
-"""The end of a request's time: one timer a request, nothing per token.
+"""The deadline of a request: one timer per request, no work per token.
 
-Not asyncio.timeout: a request's chunks come from an async generator, and a timeout around its
-`yield` would cancel the caller, wherever that is at the moment. Here the task is cancelled only
-while it waits for the engine; at any other moment a flag is set, which the next step looks at.
+asyncio.timeout does not fit: the chunks of a request come from an async generator, and a timeout
+around its `yield` would cancel the consumer, wherever it is at that moment. This deadline cancels
+the task only while it waits for the engine; at other times it sets a flag, which the next step
+checks.
 
-Called by `service`.
+Called by `pipeline`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,18 @@ class Deadline:
         self._cancelling = 0
         self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
 
+    def __enter__(self) -> Deadline:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Raises DeadlineExceeded in the place of the cancellation that it has caused."""
+        self._timer.cancel()
+        if self.interrupted():
+            raise self.error() from None
+
     def watch(self) -> None:
-        """The running task is the one that waits for the engine from now on. Raises
-        DeadlineExceeded when there is no time left.
+        """From now on the current task is the one to cancel. Raises DeadlineExceeded when no time
+        is left.
         """
         self.check()
         self._task = asyncio.current_task()
@@ -39,7 +49,7 @@ class Deadline:
         self._cancelling = self._task.cancelling()
 
     def check(self) -> None:
-        """Raises DeadlineExceeded when there is no time left."""
+        """Raises DeadlineExceeded when no time is left."""
         if self.passed:
             raise self.error()
 
@@ -50,8 +60,8 @@ class Deadline:
             self._task.cancel()
 
     def interrupted(self) -> bool:
-        """Whether a CancelledError, or whatever the engine made of it, is this deadline's alone. If
-        so it is undone; call it once.
+        """Whether the task was cancelled by this deadline alone. Undoes that cancellation; call it
+        once, where a CancelledError arrives, or what the engine made of one.
         """
         if not self._cancelled:
             return False
@@ -64,7 +74,3 @@ class Deadline:
             f"The request took longer than its {self._timeout_s:g} s; ask for fewer tokens, or for "
             "more time with timeout_s."
         )
-
-    def stop(self) -> None:
-        """The request is over."""
-        self._timer.cancel()

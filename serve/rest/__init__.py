@@ -1,1 +1,3 @@
-"""OpenAI-compatible HTTP: knows the service and the leaves. Only here is fastapi imported."""
+"""HTTP: reads requests, and encodes what api/ returns as JSON and server-sent events. FastAPI is
+imported here only.
+"""

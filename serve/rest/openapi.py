@@ -1,5 +1,5 @@
-"""Our own OpenAPI document, where FastAPI cannot write it: bodies that are read by hand, answers
-that are written by hand.
+"""The OpenAPI document, where FastAPI cannot derive it: bodies that are read by hand, and answers
+that are encoded by hand.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 from fastapi import FastAPI
 from packhorse.serve.adapters.base import State
-from packhorse.serve.api.admin_bodies import AdapterBody, PinBody
-from packhorse.serve.api.chat import ChatBody, DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from packhorse.serve.api.admin import AdapterBody, PinBody
+from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
-from packhorse.serve.errors import WIRE, ErrorKind
+from packhorse.serve.api.tokenize import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
+from packhorse.serve.errors import ERROR_MAPPINGS, ErrorKind
 from packhorse.serve.messages import RouteStage
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -54,7 +55,7 @@ ERROR = _object(
 )
 
 
-def _answer(name: str, choice: dict[str, Any]) -> dict[str, Any]:
+def _generated(name: str, choice: dict[str, Any]) -> dict[str, Any]:
     return _object(
         {
             "id": STRING,
@@ -104,8 +105,8 @@ ROUTING = _object(
 )
 SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": ERROR,
-    "ChatCompletion": _answer("chat.completion", {"message": MESSAGE}),
-    "Completion": _answer("text_completion", {"text": STRING}),
+    "ChatCompletion": _generated("chat.completion", {"message": MESSAGE}),
+    "Completion": _generated("text_completion", {"text": STRING}),
     "Model": MODEL,
     "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": MODEL}}),
     "Adapter": ADAPTER,
@@ -148,7 +149,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     ),
     "Text": _object({"prompt": STRING}),
     "Status": _object({"status": STRING}),
-    "Version": _object({"version": STRING, "vllm": {"type": ["string", "null"]}}),
+    "Version": _object(
+        {"version": STRING, "vllm": {"type": ["string", "null"]}},
+        {"patches": {"type": "array", "items": {"type": "object"}}},
+    ),
 }
 
 
@@ -159,29 +163,30 @@ def body_document(*schemas: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def answers(name: str, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of an endpoint: what it answers, and every error of the table."""
+def documented(name: str, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an endpoint: the schema of its answer, and every kind of error."""
     content: dict[str, Any] = {
         "application/json": {"schema": {"$ref": REFERENCE.format(model=name)}}
     }
     if streams:
         content["text/event-stream"] = {"schema": STRING}
     error = {"application/json": {"schema": {"$ref": REFERENCE.format(model="Error")}}}
-    documented: dict[int | str, dict[str, Any]] = {200: {"description": "ok", "content": content}}
+    responses: dict[int | str, dict[str, Any]] = {200: {"description": "ok", "content": content}}
     for kind in ErrorKind:
-        if kind is not ErrorKind.CANCELLED:  # nobody is left to read it
-            documented[WIRE[kind].http] = {"description": "see docs/api.md", "content": error}
-    return documented
+        if kind is not ErrorKind.CANCELLED:  # nobody is there to read it
+            status = ERROR_MAPPINGS[kind].http
+            responses[status] = {"description": "see docs/api.md", "content": error}
+    return responses
 
 
 def add_schemas(app: FastAPI, model: str | None) -> None:
-    """Put the schemas that the endpoints refer to into the app's OpenAPI document. `model` is the
-    only one that can be asked for, if there is but one.
+    """Add the schemas that endpoints refer to to the app's OpenAPI document. `model` is the name of
+    the only model, when there is only one.
     """
-    written: Callable[[], dict[str, Any]] = app.openapi
+    derived: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = written()
+        document = derived()
         _, bodies = models_json_schema(
             [(body, "validation") for body in BODIES], ref_template=REFERENCE
         )

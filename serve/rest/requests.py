@@ -1,38 +1,53 @@
-"""From raw request to validated body: size limit, JSON, schema. Also: noticing that the client has
-left.
+"""From a raw HTTP request to a validated body: size and time limits, decompression, JSON, schema.
+Also: work that ends when its client leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+import zlib
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import zstandard
 from fastapi import Request
-from packhorse.serve.api.unknown_fields import UnknownFields
-from packhorse.serve.api.validation import validated
-from packhorse.serve.errors import Cancelled, DeadlineExceeded, Invalid, TooLarge
+from packhorse.serve.api.validation import UnknownFields, validated
+from packhorse.serve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Invalid,
+    TooLarge,
+    UnsupportedCoding,
+)
 from packhorse.serve.limits.body_memory import Bodies
-from packhorse.serve.rest.compression import decoded
+from packhorse.serve.settings.http import HttpSettings
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Receive, Scope
+
+if TYPE_CHECKING:
+    from packhorse.serve.rest.connections import ConnectionLost
 
 Body = TypeVar("Body", bound=BaseModel)
-Result = TypeVar("Result")
+
+CODINGS = ("gzip", "deflate", "zstd")
+MAX_CODINGS = 2  # one applied after the other
+# Input of zstd at a time, which may become 4 MiB: a block has at least 3 bytes, and holds at most
+# 128 KiB of content.
+PIECE_BYTES = 128
 
 
 class BodyLimits:
-    """How many bytes a body may have, how long it may take to come, and what all may hold together.
+    """Limits on a body's bytes, on the time that it may take to arrive, and on the memory of all
+    bodies together.
 
-    One timer looks after all that are being read, because nearly every body is there already: a
-    timer each would cost more than the reading.
+    One timer watches all bodies that are being read. Nearly every body has arrived already, and a
+    timer for each would cost more than the reading.
     """
 
-    def __init__(self, max_bytes: int, timeout_s: float, bodies: Bodies) -> None:
-        self.max_bytes = max_bytes
-        self.timeout_s = timeout_s
+    def __init__(self, settings: HttpSettings, bodies: Bodies) -> None:
+        self.max_bytes = settings.max_body_bytes
+        self.timeout_s = settings.stalled_client_timeout_s
         self._bodies = bodies
         self._since_s: dict[asyncio.Task[Any], float] = {}
         self._given_up: set[asyncio.Task[Any]] = set()
@@ -70,12 +85,12 @@ class BodyLimits:
         return bytes(raw)
 
     def grew(self, request: Request, size: int) -> None:
-        """Its body has so many bytes more than came. Raises Overloaded."""
+        """Count the bytes that decompression has added to a body. Raises Overloaded."""
         if size > 0:
             self._bodies.take(request.state.caller, size)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End the reading of what has not come."""
+        """Give up bodies that have not arrived in time."""
         oldest_s = loop.time() - self.timeout_s
         for task, since_s in self._since_s.items():
             if since_s <= oldest_s and task not in self._given_up:
@@ -92,13 +107,13 @@ async def read_body(
     limits: BodyLimits,
     unknown: UnknownFields = "ignore",
 ) -> Body:
-    """The request's JSON as `schema`, see `validated`. Raises as read_object."""
+    """The request's JSON as an object of `schema`, see `validated`. Raises as read_object."""
     return validated(await read_object(request, limits), schema, unknown)
 
 
 async def read_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
-    """The request's JSON object. Raises TooLarge before reading it all, Overloaded when there is no
-    room, DeadlineExceeded when it does not come, Cancelled, UnsupportedCoding, else Invalid.
+    """The request's JSON object. Raises TooLarge before reading all of it, Overloaded when memory
+    is short, DeadlineExceeded when it does not arrive, Cancelled, UnsupportedCoding, or Invalid.
     """
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limits.max_bytes:
@@ -108,10 +123,10 @@ async def read_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
     raw = await limits.read(request)
     if coding := request.headers.get("content-encoding"):
         sent_bytes = len(raw)
-        raw = decoded(raw, coding, limits.max_bytes)
+        raw = decompressed(raw, coding, limits.max_bytes)
         limits.grew(request, len(raw) - sent_bytes)
     try:
-        # Strict, where json.loads would let surrogates pass; some clients put a mark in front.
+        # Strict, where json.loads would accept surrogates; some clients send a byte order mark.
         text = raw.decode("utf-8-sig")
         document = json.loads(text)
         if "\\ud" in text.lower():
@@ -128,61 +143,115 @@ async def read_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
     return document
 
 
-async def unless_disconnected(
-    receive: Receive,
-    work: Awaitable[Result],
-    *,
-    look_every_s: float | None = None,
-    look: Callable[[], None] | None = None,
-) -> Result:
-    """Await `work`, but cancel it when the client leaves: nothing else notices that before the
-    first byte is sent. `look`, called now and then meanwhile, ends it too by raising.
-
-    Needs the body to have been read. Raises Cancelled when the client left first.
+def decompressed(raw: bytes, encoding: str, max_bytes: int) -> bytes:
+    """The decompressed body (RFC 9110, section 8.4); `encoding` is the value of Content-Encoding.
+    The output is bounded while it is written, so a small body cannot become a huge one. Raises
+    UnsupportedCoding, Invalid when the body is not in that coding, TooLarge above max_bytes.
     """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(receive))
-    both = {task, watch}
-    try:
-        while not (
-            await asyncio.wait(both, timeout=look_every_s, return_when=asyncio.FIRST_COMPLETED)
-        )[0]:
-            if look is not None:
-                look()
-    finally:
-        for other in both:
-            other.cancel()
-        # Not `await task`: its own end, by cancellation or by an error, is looked at below.
-        await asyncio.wait(both)
-    if task.cancelled():
-        raise Cancelled("The client closed the connection.")
-    return task.result()
-
-
-async def begun(
-    receive: Receive, work: Awaitable[Result], within_s: float | None
-) -> asyncio.Future[Result]:
-    """`work` as a task: done, or still going on after within_s. Raises Cancelled when the client
-    left first, which ends it.
-    """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(receive))
-    is_kept = False
-    try:
-        done, _ = await asyncio.wait(
-            {task, watch}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED
+    names = [name.strip().lower().removeprefix("x-") for name in encoding.split(",")]
+    names = [name for name in names if name and name != "identity"]
+    unknown = [name for name in names if name not in CODINGS]
+    if unknown or len(names) > MAX_CODINGS:
+        raise UnsupportedCoding(
+            f"Content-Encoding {encoding[:80]!r} is not understood here; send "
+            f"{', '.join(CODINGS)}, or the body as it is."
         )
-        is_kept = task in done or not done
-    finally:
-        if not is_kept:
-            task.cancel()
-        watch.cancel()
-        await asyncio.wait({watch} if is_kept else {task, watch})
-    if task.done() and task.cancelled():
-        raise Cancelled("The client closed the connection.")
-    return task
+    for name in reversed(names):
+        try:
+            raw = _zstd(raw, max_bytes) if name == "zstd" else _zlib(raw, name, max_bytes)
+        except (zlib.error, zstandard.ZstdError, EOFError) as error:
+            raise Invalid(f"The body is not valid {name}, as its Content-Encoding says.") from error
+    return raw
 
 
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _zlib(raw: bytes, name: str, max_bytes: int) -> bytes:
+    if name == "gzip":
+        window = 31
+    else:  # "deflate" comes with a zlib header, or without
+        window = 15 if raw[:1] and raw[0] & 0x0F == 8 and raw[0] >> 4 <= 7 else -15
+    found = bytearray()
+    while True:
+        decoder = zlib.decompressobj(window)
+        found += decoder.decompress(raw, max_bytes + 1 - len(found))
+        _check_size(len(found), max_bytes)
+        if not decoder.eof:
+            raise EOFError
+        raw = decoder.unused_data
+        if not raw or (name == "gzip" and not raw.strip(b"\0")):  # gzip may be padded
+            return bytes(found)
+        if name != "gzip":  # only gzip has several members
+            raise EOFError
+
+
+def _zstd(raw: bytes, max_bytes: int) -> bytes:
+    # A frame chooses how much memory its decoder needs; RFC 8878 asks decoders to support 8 MiB.
+    library = zstandard.ZstdDecompressor(max_window_size=8 * 2**20)
+    decoder, found, is_over = library.decompressobj(), bytearray(), False
+    for start in range(0, len(raw), PIECE_BYTES):
+        piece = raw[start : start + PIECE_BYTES]
+        while piece:
+            if is_over:  # another frame
+                decoder = library.decompressobj()
+            found += decoder.decompress(piece)
+            _check_size(len(found), max_bytes)
+            is_over = decoder.eof
+            piece = decoder.unused_data if is_over else b""
+    if not is_over:
+        raise EOFError
+    return bytes(found)
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise TooLarge(f"The body is above the limit of {max_bytes} bytes, decoded; send less.")
+
+
+class ClientWatch:
+    """Around work for a client: cancels the task inside when the client leaves, since nothing else
+    notices that before the first byte is sent. Needs the body to have been read.
+
+    Our own connections tell when they are lost, which costs no task. Other ASGI servers are asked
+    with `receive`, in a task.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._lost: ConnectionLost | None = scope.get("state", {}).get("connection_lost")
+        self._receive = receive
+        self._asking: asyncio.Task[None] | None = None
+        self._reason: Exception | None = None
+
+    async def __aenter__(self) -> ClientWatch:
+        task = self._task = asyncio.current_task()
+        assert task is not None
+        self._cancelling = task.cancelling()
+        if self._lost is None:
+            self._asking = asyncio.create_task(self._ask())
+        else:
+            self._lost.tell(self._left)
+        return self
+
+    async def _ask(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left()
+
+    def _left(self) -> None:
+        self.interrupt(Cancelled("The client closed the connection."))
+
+    def interrupt(self, reason: Exception) -> None:
+        """End the work; `reason` is raised at the end of the block."""
+        if self._reason is None:
+            self._reason = reason
+            assert self._task is not None
+            self._task.cancel()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._lost is not None:
+            self._lost.tell(None)
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
+        if self._reason is not None:
+            assert self._task is not None
+            if self._task.uncancel() <= self._cancelling:
+                raise self._reason from None

@@ -1,249 +1,198 @@
-"""How the two endpoints word their answers: chunks to the JSON that OpenAI's clients read.
+"""JSON of chat's and plain completions' answers: whole, and as events of a stream.
 
-A Shape is made per call. Its `event` builds any streamed event; plain text, which is nearly all,
-goes through `head` and `tail` instead, see sse.
+The data comes from api/; here are its names and places in OpenAI's documents.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from packhorse.serve.api.answers import Answer, sum_of
-from packhorse.serve.api.chat import ChatBody
-from packhorse.serve.api.completions import CompletionBody
-from packhorse.serve.messages import Chunk, Prompt, TokenLogprob, ToolCall, Usage
-from packhorse.serve.stream import Stream
+from fastapi import Response
+from packhorse.serve.api.chat import ChatBody, ChatChoice, ChatResponder
+from packhorse.serve.api.completions import CompletionBody, CompletionChoice, CompletionResponder
+from packhorse.serve.api.generate import AnswerHead, CollectedChoice, head_of, total_usage
+from packhorse.serve.api.logprobs import OffsetLogprobs, PromptLogprobs, ReportedLogprob
+from packhorse.serve.errors import ServeError
+from packhorse.serve.messages import Chunk, Prompt, ToolCall, Usage
+from packhorse.serve.pipeline import Stream
+from packhorse.serve.rest.errors import error_body
+
+DONE = b"data: [DONE]\n\n"
 
 
-class Shape(Protocol):
-    """What an endpoint's answers look like, streamed and whole."""
+def json_response(document: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(document), headers=headers, media_type="application/json")
 
-    whole_object: str
-    event_object: str
+
+class Encoder(Protocol):
+    """Encodes the answers of one call as JSON."""
+
     id_prefix: str
+    event_object: str
     head: str
     close: str
-    """Around a plain event's text, inside its choice."""
+    """JSON around the text of a plain event, inside its choice."""
     all_plain: bool
-    """Whether plain chunks may go through head and close."""
+    """Whether plain chunks may be encoded with head and close."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The choice of an event before a choice's first text, or None."""
+        """The choice of the event before a choice's first text; None: there is none."""
         ...
 
-    def opening_extras(self, prompt: Prompt) -> dict[str, Any]:
+    def opening_fields(self, prompt: Prompt) -> dict[str, Any]:
         """Fields of the first opening beside its choices."""
         ...
 
     def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
-        """The choice of one streamed event."""
+        """The choice of the event that streams this chunk."""
         ...
 
-    def whole(self, index: int, answer: Answer, prompt: Prompt) -> dict[str, Any]:
-        """The choice of a whole answer."""
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
+    ) -> dict[str, Any]:
+        """The document of a whole answer."""
         ...
 
-    def extras(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
-        """Fields of a whole answer beside its choices."""
-        ...
 
-
-class ChatShape:
+class ChatEncoder:
     """POST /v1/chat/completions."""
 
-    whole_object = "chat.completion"
+    id_prefix = ChatResponder.id_prefix
     event_object = "chat.completion.chunk"
-    id_prefix = "chatcmpl-"
     head = '"delta": {"content": '
     close = "}"
 
     def __init__(self, body: ChatBody) -> None:
-        self._body = body
-        # No top_logprobs is none; the engine reports the best one all the same.
-        self._num_top = body.top_logprobs or 0
-        self.all_plain = not (body.logprobs or body.return_token_ids)
+        self._responder = ChatResponder(body)
+        self.all_plain = self._responder.all_plain
 
     def opening(self, index: int) -> dict[str, Any] | None:
         # Clients expect the role before the first text.
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, **_END_NONE}
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def opening_extras(self, prompt: Prompt) -> dict[str, Any]:
-        return {"prompt_token_ids": list(prompt.token_ids)} if self._body.return_token_ids else {}
+    def opening_fields(self, prompt: Prompt) -> dict[str, Any]:
+        token_ids = self._responder.prompt_token_ids(prompt)
+        return {} if token_ids is None else {"prompt_token_ids": list(token_ids)}
 
     def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
+        piece = self._responder.piece(index, chunk, prompt)
         delta: dict[str, Any] = {}
-        if chunk.reasoning is not None:
-            delta["reasoning"] = chunk.reasoning
-        if chunk.tool_calls:
-            delta["tool_calls"] = [_call_piece(call) for call in chunk.tool_calls]
-        if chunk.text or not delta:
-            delta["content"] = chunk.text
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": self._logprobs(chunk.logprobs),
-            "finish_reason": chunk.finish_reason,
+        if piece.reasoning is not None:
+            delta["reasoning"] = piece.reasoning
+        if piece.tool_calls:
+            delta["tool_calls"] = [_call_piece(call) for call in piece.tool_calls]
+        if piece.content is not None:
+            delta["content"] = piece.content
+        document = self._choice(piece, {"delta": delta})
+        if piece.finish_reason is None:
+            del document["stop_reason"]
+        return document
+
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
+    ) -> dict[str, Any]:
+        answer = self._responder.whole(request_id, streams, choices)
+        document = _head(answer.head, "chat.completion")
+        document["choices"] = [
+            self._choice(choice, {"message": _message(choice)}) for choice in answer.choices
+        ]
+        document["usage"] = usage_json(answer.usage)
+        if answer.prompt_token_ids is not None:
+            document["prompt_token_ids"] = list(answer.prompt_token_ids)
+        if answer.prompt_logprobs is not None:
+            document["prompt_logprobs"] = _prompt_logprobs(answer.prompt_logprobs)
+        return document
+
+    def _choice(self, choice: ChatChoice, content: dict[str, Any]) -> dict[str, Any]:
+        document = {
+            "index": choice.index,
+            **content,
+            "logprobs": _chat_logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
         }
-        if chunk.finish_reason is not None:
-            choice["stop_reason"] = chunk.stop_reason
-        if self._body.return_token_ids:
-            choice["token_ids"] = list(chunk.token_ids)
-        return choice
-
-    def whole(self, index: int, answer: Answer, prompt: Prompt) -> dict[str, Any]:
-        text = "".join(answer.parts)
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": None if answer.tool_calls and not text else text,
-            "refusal": None,
-        }
-        if answer.reasoning:
-            message["reasoning"] = "".join(answer.reasoning)
-        if answer.tool_calls:
-            message["tool_calls"] = [_call(call) for call in answer.tool_calls]
-        choice = {
-            "index": index,
-            "message": message,
-            "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
-        if self._body.return_token_ids:
-            choice["token_ids"] = answer.token_ids
-        return choice
-
-    def extras(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
-        extras = self.opening_extras(prompt)
-        if self._body.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = prompt_logprobs_json(answer.prompt_logprobs)
-        return extras
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if logprobs is None:
-            return None
-        as_ids = bool(self._body.return_tokens_as_token_ids)
-        return {
-            "content": [
-                {
-                    **_token_json(entry, as_ids),
-                    "top_logprobs": [
-                        _token_json(other, as_ids) for other in _best(entry, self._num_top)
-                    ],
-                }
-                for entry in logprobs
-            ]
-        }
+        if choice.token_ids is not None:
+            document["token_ids"] = list(choice.token_ids)
+        return document
 
 
-class TextShape:
+class CompletionEncoder:
     """POST /v1/completions."""
 
-    whole_object = "text_completion"
+    id_prefix = CompletionResponder.id_prefix
     event_object = "text_completion"
-    id_prefix = "cmpl-"
     head = '"text": '
     close = ""
 
     def __init__(self, body: CompletionBody) -> None:
-        self._body = body
-        self._offsets: dict[int, int] = {}  # choice -> characters sent, for text_offset
-        self._begun: set[int] = set()
-        self.all_plain = body.logprobs is None and not (body.return_token_ids or body.echo)
+        self._responder = CompletionResponder(body)
+        self.all_plain = self._responder.all_plain
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def opening_extras(self, prompt: Prompt) -> dict[str, Any]:
+    def opening_fields(self, prompt: Prompt) -> dict[str, Any]:
         return {}
 
     def event(self, index: int, chunk: Chunk, prompt: Prompt) -> dict[str, Any]:
-        answer = Answer()
-        answer.add(chunk)
-        first = index not in self._begun
-        self._begun.add(index)
-        choice = self._choice(index, answer, prompt, with_prompt=first)
-        if chunk.finish_reason is None:
-            del choice["stop_reason"]
-        return choice
+        piece = self._responder.piece(index, chunk, prompt)
+        document = self._choice(piece)
+        if piece.finish_reason is None:
+            del document["stop_reason"]
+        return document
 
-    def whole(self, index: int, answer: Answer, prompt: Prompt) -> dict[str, Any]:
-        choice = self._choice(index, answer, prompt, with_prompt=True)
-        if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_json(answer.prompt_logprobs)
-        return choice
-
-    def extras(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
-        return {}
-
-    def _choice(
-        self, index: int, answer: Answer, prompt: Prompt, *, with_prompt: bool
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
     ) -> dict[str, Any]:
-        body = self._body
-        echoes = with_prompt and body.echo
-        text = "" if body.echo_only else "".join(answer.parts)
-        logprobs = [] if body.echo_only else list(answer.logprobs or ())
-        if echoes:
-            text = (prompt.text or "") + text
-            logprobs = [*(answer.prompt_logprobs or ()), *logprobs]
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": text,
-            "logprobs": None if body.logprobs is None else self._logprobs(index, logprobs),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
+        answer = self._responder.whole(request_id, streams, choices)
+        document = _head(answer.head, "text_completion")
+        document["choices"] = list(map(self._choice, answer.choices))
+        document["usage"] = usage_json(answer.usage)
+        return document
+
+    def _choice(self, choice: CompletionChoice) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": None if choice.logprobs is None else _text_logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
         }
-        if body.return_token_ids:
-            choice["token_ids"] = list(answer.token_ids)
-            if with_prompt:
-                choice["prompt_token_ids"] = list(prompt.token_ids)
-        return choice
-
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        as_ids = bool(self._body.return_tokens_as_token_ids)
-        num_top = self._body.logprobs or 0
-        offset = self._offsets.get(index, 0)
-        offsets = []
-        for entry in logprobs:
-            offsets.append(offset)
-            offset += len(_name(entry, as_ids))
-        self._offsets[index] = offset
-        return {
-            "tokens": [_name(entry, as_ids) for entry in logprobs],
-            "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [
-                None
-                if entry.logprob is None
-                # OpenAI's form: the token itself, then the best, as a mapping.
-                else {
-                    _name(entry, as_ids): entry.logprob,
-                    **{_name(other, as_ids): other.logprob for other in _best(entry, num_top)},
-                }
-                for entry in logprobs
-            ],
-            "text_offset": offsets,
-        }
+        if choice.token_ids is not None:
+            document["token_ids"] = list(choice.token_ids)
+        if choice.prompt_token_ids is not None:
+            document["prompt_token_ids"] = list(choice.prompt_token_ids)
+        if choice.prompt_logprobs is not None:
+            document["prompt_logprobs"] = _prompt_logprobs(choice.prompt_logprobs)
+        return document
 
 
-_END_NONE: dict[str, Any] = {"logprobs": None, "finish_reason": None}
+def _head(head: AnswerHead, kind: str) -> dict[str, Any]:
+    return {"id": head.id, "created": head.created, "model": head.model, "object": kind}
 
 
-def _best(entry: TokenLogprob, count: int) -> Sequence[TokenLogprob]:
-    return entry.top if count < 0 else entry.top[:count]
-
-
-def _name(entry: TokenLogprob, as_id: bool) -> str:
-    return f"token_id:{entry.token_id}" if as_id else entry.token
-
-
-def _token_json(entry: TokenLogprob, as_id: bool) -> dict[str, Any]:
-    return {
-        "token": _name(entry, as_id),
-        "logprob": entry.logprob,
-        "bytes": list(entry.token.encode("utf-8", errors="replace")),
+def usage_json(usage: Usage) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.reasoning_tokens:
+        document["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return document
+
+
+def _message(choice: ChatChoice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
+    if choice.reasoning is not None:
+        message["reasoning"] = choice.reasoning
+    if choice.tool_calls:
+        message["tool_calls"] = [_call(call) for call in choice.tool_calls]
+    return message
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -255,7 +204,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _call_piece(call: ToolCall) -> dict[str, Any]:
-    """A streamed piece names the call's id, type and function once."""
+    """A streamed piece; only a call's first piece has its id, type and name."""
     function = {"arguments": call.arguments}
     if call.name is not None:
         function = {"name": call.name, **function}
@@ -263,9 +212,47 @@ def _call_piece(call: ToolCall) -> dict[str, Any]:
     return piece if call.id is None else {**piece, "id": call.id, "type": "function"}
 
 
-def prompt_logprobs_json(entries: Sequence[TokenLogprob] | None) -> list[Any] | None:
-    """vLLM's form: for each token of the prompt its alternatives by id; none for the first."""
+def _chat_logprobs(entries: Sequence[ReportedLogprob] | None) -> dict[str, Any] | None:
     if entries is None:
+        return None
+    return {
+        "content": [
+            {**_token(entry), "top_logprobs": [_token(other) for other in entry.top]}
+            for entry in entries
+        ]
+    }
+
+
+def _token(entry: ReportedLogprob) -> dict[str, Any]:
+    return {
+        "token": entry.name,
+        "logprob": entry.logprob,
+        "bytes": list(entry.text.encode("utf-8", errors="replace")),
+    }
+
+
+def _text_logprobs(logprobs: OffsetLogprobs) -> dict[str, Any]:
+    entries = logprobs.entries
+    return {
+        "tokens": [entry.name for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [
+            None
+            if entry.logprob is None
+            # OpenAI's form: the token itself, then the best ones, as a mapping.
+            else {
+                entry.name: entry.logprob,
+                **{other.name: other.logprob for other in entry.top},
+            }
+            for entry in entries
+        ],
+        "text_offset": list(logprobs.text_offsets),
+    }
+
+
+def _prompt_logprobs(logprobs: PromptLogprobs) -> list[Any] | None:
+    """vLLM's form: the alternatives of each of the prompt's tokens by id; None for the first."""
+    if logprobs.entries is None:
         return None
     return [
         None
@@ -274,47 +261,80 @@ def prompt_logprobs_json(entries: Sequence[TokenLogprob] | None) -> list[Any] | 
             str(other.token_id): {
                 "logprob": other.logprob,
                 "rank": other.rank,
-                "decoded_token": other.token,
+                "decoded_token": other.text,
             }
             for other in entry.top
         }
-        for entry in entries
+        for entry in logprobs.entries
     ]
 
 
-def usage_json(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The sum over a call's prompts."""
-    total = sum_of(usages)
-    document: dict[str, Any] = {
-        "prompt_tokens": total.prompt_tokens,
-        "completion_tokens": total.completion_tokens,
-        "total_tokens": total.prompt_tokens + total.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": total.cached_tokens},
-    }
-    if total.reasoning_tokens:
-        document["completion_tokens_details"] = {"reasoning_tokens": total.reasoning_tokens}
-    return document
+class ChoiceEvents:
+    """The events of one streamed call, in OpenAI's form for chat and plain completions: openings,
+    one event a chunk, the usage when requested, and [DONE].
 
+    With `include_usage` every event but the last has `"usage": null`; with `continuous_usage` each
+    has the count of its own prompt so far. What all events have in common is encoded once.
+    """
 
-def common_fields(shape: Shape, request_id: str, model: str) -> dict[str, Any]:
-    """What every event and every whole answer of a call begins with."""
-    return {"id": shape.id_prefix + request_id, "created": int(time.time()), "model": model}
+    def __init__(
+        self, encoder: Encoder, request_id: str, *, include_usage: bool, continuous_usage: bool
+    ) -> None:
+        self._encoder = encoder
+        self._request_id = request_id
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._streams: Sequence[Stream] = ()
+        self._prefix = ""
+        self._per_prompt = 1
 
+    def begin(self, streams: Sequence[Stream]) -> bytes:
+        self._streams = streams
+        encoder = self._encoder
+        head = head_of(encoder.id_prefix, self._request_id, streams)
+        self._prefix = json.dumps(_head(head, encoder.event_object))[:-1]
+        self._per_prompt = streams[0].context.request.sampling.n
+        return b"".join(map(self._opening, range(len(streams) * self._per_prompt)))
 
-def whole_document(
-    shape: Shape, common: dict[str, Any], answers: dict[int, Answer], streams: Sequence[Stream]
-) -> bytes:
-    """A whole answer's JSON; `answers` by index, of all choices of all streams."""
-    per_prompt = len(answers) // len(streams)
-    choices = [
-        shape.whole(index, answers[index], streams[index // per_prompt].prompt)
-        for index in sorted(answers)
-    ]
-    document = {
-        **common,
-        "object": shape.whole_object,
-        "choices": choices,
-        "usage": usage_json([stream.usage for stream in streams]),
-        **shape.extras(streams[0].prompt, answers[0]),
-    }
-    return json.dumps(document).encode()
+    def plain(self) -> tuple[str, str] | None:
+        encoder = self._encoder
+        if not encoder.all_plain or self._continuous_usage:
+            return None
+        end = ', "usage": null' if self._include_usage else ""
+        return (
+            f'data: {self._prefix}, "choices": [{{"index": 0, {encoder.head}',
+            f'{encoder.close}, "logprobs": null, "finish_reason": null}}]{end}}}\n\n',
+        )
+
+    def event(self, number: int, chunk: Chunk) -> bytes:
+        stream = self._streams[number]
+        index = number * self._per_prompt + chunk.index
+        choice = self._encoder.event(index, chunk, stream.context.prompt)
+        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(stream))
+
+    def end(self) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return self._wrap("[]", json.dumps(usage_json(total_usage(self._streams)))) + DONE
+
+    def fail(self, error: ServeError) -> bytes:
+        return b"data: " + error_body(error) + b"\n\n" + DONE
+
+    def _opening(self, index: int) -> bytes:
+        choice = self._encoder.opening(index)
+        if choice is None:
+            return b""
+        stream = self._streams[index // self._per_prompt]
+        fields = {} if index else self._encoder.opening_fields(stream.context.prompt)
+        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(stream), fields)
+
+    def _usage_so_far(self, stream: Stream) -> str | None:
+        if self._continuous_usage:
+            return json.dumps(usage_json(stream.context.usage))
+        return "null" if self._include_usage else None
+
+    def _wrap(self, choices: str, usage: str | None, fields: dict[str, Any] | None = None) -> bytes:
+        end = "" if usage is None else f', "usage": {usage}'
+        if fields:
+            end += ", " + json.dumps(fields)[1:-1]
+        return f'data: {self._prefix}, "choices": {choices}{end}}}\n\n'.encode()

@@ -1,7 +1,8 @@
-"""Streams of chunks as server-sent events, written straight to ASGI.
+"""Server-sent events, written straight to ASGI.
 
-What is equal in all events of a stream is prepared once; a token of plain text costs one JSON
-string and one send.
+`EventStream` knows how a stream is sent: its start, heartbeats, clients that leave or stop reading,
+its end. What the events say comes from an `Events`. A token of plain text costs one JSON string
+and one send.
 """
 
 from __future__ import annotations
@@ -9,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Response
-from packhorse.serve import metrics
 from packhorse.serve.errors import Cancelled, ServeError
 from packhorse.serve.messages import Chunk
-from packhorse.serve.rest.errors import error_body
-from packhorse.serve.rest.requests import unless_disconnected
-from packhorse.serve.rest.responses import Shape, usage_json
-from packhorse.serve.stream import Stream, merged
+from packhorse.serve.metrics import ServerMetrics
+from packhorse.serve.pipeline import Stream, merged
+from packhorse.serve.rest.requests import ClientWatch
 from starlette.types import Receive, Scope, Send
 
 HEADERS = [
@@ -28,97 +27,144 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx passes events on as they come
 ]
-DONE = b"data: [DONE]\n\n"
-# A comment, which clients skip: it keeps proxies from taking a long wait for an end.
+# A comment, which clients skip: proxies close connections on which nothing is sent for long.
 HEARTBEAT = b": waiting\n\n"
 # Text -> JSON string. C-accelerated, and escapes non-ASCII, which is safe in every client.
 _quote: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
-class EventStream(Response):
-    """Sends the openings, one event a chunk, the usage when asked for, and [DONE].
+class Events(Protocol):
+    """Encodes the events of one streamed call."""
 
-    An error after the first byte becomes the last event but one. With `include_usage` every event
-    but the last has `"usage": null`, as OpenAI's do; with `continuous_usage` each has the count of
-    its own prompt so far.
+    def begin(self, streams: Sequence[Stream]) -> bytes:
+        """What comes before the first chunk. Called once, before all else."""
+        ...
+
+    def plain(self) -> tuple[str, str] | None:
+        """The head and tail of the event that streams a plain chunk of a call's only stream; its
+        text, as a JSON string, goes between. None: `event` encodes every chunk.
+        """
+        ...
+
+    def event(self, number: int, chunk: Chunk) -> bytes:
+        """The events for a chunk of the stream with this number."""
+        ...
+
+    def end(self) -> bytes:
+        """What comes after the last chunk."""
+        ...
+
+    def fail(self, error: ServeError) -> bytes:
+        """What comes instead of the rest when a stream fails midway."""
+        ...
+
+
+class EventStream(Response):
+    """Starts the streams of one call and sends their events.
+
+    All runs in the connection's own task. An error before the first byte is raised, for the
+    application to answer; one after it becomes the last events. A start that takes longer than
+    heartbeat_s no longer delays the first byte: the response begins, with a heartbeat.
     """
 
     def __init__(
         self,
-        starting: asyncio.Future[list[Stream]],
-        shape: Shape,
-        common: Callable[[Sequence[Stream]], dict[str, Any]],
+        start: Callable[[], Awaitable[list[Stream]]],
+        events: Events,
         *,
-        include_usage: bool,
-        continuous_usage: bool,
         stalled_client_timeout_s: float,
         heartbeat_s: float | None,
         headers: Callable[[Sequence[Stream]], dict[str, str]],
+        metrics: ServerMetrics,
     ) -> None:
-        """`starting` gives the streams; if it is not done, comments are sent until it is. `common`
-        makes the fields that all events share, and `headers` those of the answer, which has none of
-        them when they are not known at its start. Raises ServeError when nothing could be started.
+        """`start` gives the streams. `headers` makes the response's headers from them; they are
+        left out when the response begins before the streams are there.
         """
-        self._starting = starting
-        self._shape = shape
-        self._common = common
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
+        self._start = start
+        self._events = events
+        self._headers_of = headers
+        self._metrics = metrics
         self._look_every_s = stalled_client_timeout_s / 2
-        # Goes up before and after each send, so it is odd while one is on its way.
+        self._looking: asyncio.TimerHandle | None = None
+        # Incremented before and after each send, so it is odd while a send is in progress.
         self._sends = 0
         self._seen_sends: tuple[int, ...] = ()
         self._heartbeat_s = heartbeat_s
         self._beat: asyncio.TimerHandle | None = None
         self._beating: asyncio.Task[None] | None = None
         self._beat_at_sends = -1
+        self._has_begun = False
         self._is_over = False
         self.background = None
         self._streams: Sequence[Stream] = ()
-        self._start_headers = HEADERS
-        if starting.done():
-            self._opened(starting.result())
-            more = headers(self._streams)
-            self._start_headers = [*HEADERS, *((n.encode(), v.encode()) for n, v in more.items())]
-
-    def _opened(self, streams: Sequence[Stream]) -> None:
-        self._streams = streams
-        common = self._common(streams)
-        self._prefix = json.dumps({**common, "object": self._shape.event_object})[:-1]
-        self._choices = streams[0].request.sampling.n
+        self._failure: ServeError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The server's own send: what wraps it looks at the start of a response only.
+        # The server's own send: its wrappers only look at the start of a response.
         state = scope.get("state", {})
         body_send: Send = state.get("send", send)
         state["is_event_stream"] = True
         try:
-            await unless_disconnected(
-                receive,
-                self._write(send, body_send),
-                look_every_s=self._look_every_s,
-                look=self._look_for_progress,
-            )
+            async with ClientWatch(scope, receive) as watch:
+                await self._open(send, body_send)
+                self._look_later(watch)
+                await self._write(body_send)
         except _Stalled:
-            metrics.STALLED_CLIENTS.inc()
+            self._metrics.stalled_clients.inc()
             await _cut_off(body_send, receive)
         except Cancelled:
-            return
+            if not self._has_begun:
+                raise
         finally:
             self._is_over = True
-            for waiting in (self._beat, self._beating, self._starting):
+            for waiting in (self._beat, self._beating, self._looking):
                 if waiting is not None:
                     waiting.cancel()
-            if not self._streams:
-                await asyncio.wait([self._starting])  # it ends what it has begun
-                if not self._starting.cancelled() and self._starting.exception() is None:
-                    self._streams = self._starting.result()
             for stream in self._streams:
                 await stream.close()
 
+    async def _open(self, send: Send, body_send: Send) -> None:
+        """Start the streams and send what comes before the first event. Raises ServeError while no
+        byte has been sent.
+        """
+        loop = asyncio.get_running_loop()
+        early = None
+        if self._heartbeat_s is not None:
+            early = loop.call_later(self._heartbeat_s, self._begin_early, send, body_send)
+        try:
+            self._streams = await self._start()
+        except ServeError as error:
+            if not self._has_begun:
+                raise
+            self._failure = error
+        finally:
+            if early is not None:
+                early.cancel()
+        if self._has_begun:
+            return
+        more = self._headers_of(self._streams)
+        await self._begin(send, [(name.encode(), value.encode()) for name, value in more.items()])
+        self._beats(body_send)
+
+    async def _begin(self, send: Send, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self._has_begun = True
+        start = {"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]}
+        self._sends += 1
+        await send(start)
+        self._sends += 1
+
+    def _begin_early(self, send: Send, body_send: Send) -> None:
+        self._has_begun = True
+        self._beating = asyncio.create_task(self._begin_without_streams(send, body_send))
+
+    async def _begin_without_streams(self, send: Send, body_send: Send) -> None:
+        await self._begin(send, ())
+        await body_send(_body(HEARTBEAT))
+        self._beats(body_send)
+
     def _beats(self, send: Send) -> None:
-        """Comments in long silences, so that proxies do not take one for an end. `send` writes at
-        once or waits, so a comment never comes into an event.
+        """Send a comment when nothing was sent for a while, so that proxies keep the connection.
+        `send` writes at once or waits, so a comment never lands inside an event.
         """
         if self._heartbeat_s is None or self._is_over:
             return
@@ -131,64 +177,63 @@ class EventStream(Response):
 
     async def _send_comment(self, send: Send) -> None:
         if not self._is_over:
-            with contextlib.suppress(RuntimeError):  # the stream has ended while this waited
+            with contextlib.suppress(RuntimeError):  # the stream ended meanwhile
                 await send(_body(HEARTBEAT))
 
-    def _look_for_progress(self) -> None:
-        """Raises _Stalled when one send has been on its way at the last two looks, too."""
+    def _look_later(self, watch: ClientWatch) -> None:
+        loop = asyncio.get_running_loop()
+        self._looking = loop.call_later(self._look_every_s, self._look_for_progress, watch)
+
+    def _look_for_progress(self, watch: ClientWatch) -> None:
+        """Cut the client off when the same send was in progress at the last two looks, too."""
         now = self._sends
         if now % 2 == 0:
             self._seen_sends = ()
+        elif self._seen_sends == (now, now):
+            watch.interrupt(_Stalled())
             return
-        if self._seen_sends == (now, now):
-            raise _Stalled
-        self._seen_sends = (*self._seen_sends[-1:], now)
+        else:
+            self._seen_sends = (*self._seen_sends[-1:], now)
+        self._look_later(watch)
 
-    async def _write(self, send: Send, body_send: Send) -> None:
-        self._sends += 1
-        await send({"type": "http.response.start", "status": 200, "headers": self._start_headers})
-        self._sends += 1
+    async def _write(self, send: Send) -> None:
+        events = self._events
         pending = b""
+        if self._beating is not None:  # it is sending the beginning
+            await asyncio.wait([self._beating])
         try:
-            if not self._streams:
-                await body_send(_body(HEARTBEAT))
-                self._beats(body_send)
-                self._opened(await self._starting)
-            else:
-                self._beats(body_send)
-            pending = b"".join(map(self._opening, range(len(self._streams) * self._choices)))
+            if self._failure is not None:
+                raise self._failure
+            pending = events.begin(self._streams)
             if len(self._streams) == 1:
-                pending = await self._write_one(self._streams[0], body_send, pending)
+                pending = await self._write_one(self._streams[0], send, pending)
             else:
                 async with aclosing(merged(self._streams)) as chunks:
                     async for number, chunk in chunks:
-                        event = self._event(number, chunk)
+                        event = events.event(number, chunk)
                         self._sends += 1
-                        await body_send(_body(pending + event))
+                        await send(_body(pending + event))
                         self._sends += 1
                         pending = b""
-            if self._include_usage:
-                usages = [stream.usage for stream in self._streams]
-                pending += self._wrap("[]", json.dumps(usage_json(usages)))
+            pending += events.end()
         except ServeError as error:
-            pending += b"data: " + error_body(error) + b"\n\n"
+            pending += events.fail(error)
         self._is_over = True
         self._sends += 1
-        await body_send({"type": "http.response.body", "body": pending + DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": pending, "more_body": False})
 
     async def _write_one(self, stream: Stream, send: Send, pending: bytes) -> bytes:
-        """The events of a single stream, `pending` before the first."""
-        shape = self._shape
-        plain = shape.all_plain and not self._continuous_usage
-        head = f'data: {self._prefix}, "choices": [{{"index": 0, {shape.head}'
-        end = ', "usage": null' if self._include_usage else ""
-        tail = f'{shape.close}, "logprobs": null, "finish_reason": null}}]{end}}}\n\n'
+        """Send the events of the only stream, `pending` before the first. Returns unsent bytes."""
+        event_of = self._events.event
+        plain = self._events.plain()
+        head, tail = plain or ("", "")
+        is_plain = plain is not None
         async with aclosing(aiter(stream)) as chunks:
             async for chunk in chunks:
-                if plain and chunk.finish_reason is None and chunk.is_plain:
+                if is_plain and chunk.finish_reason is None and chunk.is_plain:
                     event = f"{head}{_quote(chunk.text)}{tail}".encode()
                 else:
-                    event = self._event(0, chunk)
+                    event = event_of(0, chunk)
                 if pending:
                     event, pending = pending + event, b""
                 self._sends += 1
@@ -196,44 +241,19 @@ class EventStream(Response):
                 self._sends += 1
         return pending
 
-    def _event(self, number: int, chunk: Chunk) -> bytes:
-        """Any event; `number` is the stream's."""
-        stream = self._streams[number]
-        index = number * self._choices + chunk.index
-        choice = self._shape.event(index, chunk, stream.prompt)
-        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(stream))
-
-    def _opening(self, index: int) -> bytes:
-        choice = self._shape.opening(index)
-        if choice is None:
-            return b""
-        stream = self._streams[index // self._choices]
-        extras = {} if index else self._shape.opening_extras(stream.prompt)
-        return self._wrap(f"[{json.dumps(choice)}]", self._usage_so_far(stream), extras)
-
-    def _usage_so_far(self, stream: Stream) -> str | None:
-        if self._continuous_usage:
-            return json.dumps(usage_json([stream.usage]))
-        return "null" if self._include_usage else None
-
-    def _wrap(self, choices: str, usage: str | None, extras: dict[str, Any] | None = None) -> bytes:
-        end = "" if usage is None else f', "usage": {usage}'
-        if extras:
-            end += ", " + json.dumps(extras)[1:-1]
-        return f'data: {self._prefix}, "choices": {choices}{end}}}\n\n'.encode()
-
 
 def _body(content: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": content, "more_body": True}
 
 
 class _Stalled(Exception):
-    """The client takes nothing."""
+    """The client reads nothing."""
 
 
 async def _cut_off(send: Send, receive: Receive) -> None:
-    """Close the connection at once. ASGI has no word for it: a response that just ends would wait
-    for the client to take what is buffered. uvicorn's own `send` belongs to what has the transport.
+    """Close the connection at once. ASGI cannot say so: a response that just ends would wait for
+    the client to read what is buffered. uvicorn's `send` is a method of the object that has the
+    transport.
     """
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     if transport is not None:

@@ -1,7 +1,8 @@
-"""Which adapter a conversation goes to, or none: rules, learned table, default.
+"""Routing: which adapter answers a conversation, or the base. Stages: rules, learned table,
+default.
 
 `config` reads the routes file; `rules` and `learned` are the two stages that decide by text, and
-`cascade` puts them in order. `training` makes the learned table in a child process (with `fitting`,
-which alone imports scikit-learn); `generations` changes rules and table together, safely.
-Nothing here knows the engine or the web: the server calls `Router.decide()`.
+`cascade` calls them in order. `train_process` trains the learned table in a child process with
+`train`, which alone imports scikit-learn. `rollout` replaces rules and table together, after a
+self-test. Nothing here knows the engine or a protocol: the pipeline calls `Router.decide()`.
 """

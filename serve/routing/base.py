@@ -1,4 +1,6 @@
-"""What the service and operators ask of routing; the Router is the real one."""
+"""The protocol of routing, as the pipeline and operators use it; implemented by Router. How to
+write another one: docs/add-a-router.md.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any, Protocol
 
 from packhorse.serve.messages import RouteStage
 
-AUTO = "auto"  # the `model` of a request that leaves the choice to its text
+AUTO = "auto"  # the `model` of requests that are routed by their text
 
 Step = dict[str, Any]
 
@@ -17,9 +19,9 @@ Step = dict[str, Any]
 class Decision:
     """Where a conversation goes, and why.
 
-    `adapter` None is the base. `stage` is the one that decided, and "default" when none did.
-    `margin` is the learned stage's, when it was asked and its best adapter may be named. `reason`
-    is one sentence; `trace` has one plain dict per rule tried, per score and per access check.
+    `adapter` None is the base. `stage` is the stage that decided, "default" when none did. `margin`
+    is that of the learned stage, if it ran and the caller may know its best adapter. `reason` is
+    one sentence; `trace` has one plain dict for each rule tried, each score and each access check.
     """
 
     adapter: str | None
@@ -32,27 +34,28 @@ class Decision:
 class Routing(Protocol):
     @property
     def takes_base_name(self) -> bool:
-        """Whether requests for the base's own name are routed by their text, too."""
+        """Whether requests that name the base model are routed by their text, too."""
         ...
 
     def decide(
         self, messages: Sequence[Mapping[str, Any]], *, may_use: Callable[[str], bool]
     ) -> Decision:
-        """Which adapter, or None for the base. Costs less than a millisecond. Raises Forbidden, by
-        the routes' own setting.
+        """The adapter for a conversation, or None for the base. Runs on the event loop, so it must
+        take less than a millisecond. `may_use` says whether the caller may use an adapter. Raises
+        Forbidden where the routes say so.
         """
         ...
 
-    def generations(self) -> list[dict[str, Any]]:
-        """The routing in use first, then what came before it, each with its report."""
+    def versions(self) -> list[dict[str, Any]]:
+        """The version in use, then the earlier ones, newest first; each with its report."""
         ...
 
     async def reload(self) -> dict[str, Any]:
-        """Build from the files as they are now; whether it is in use, and its report. Raises
-        Invalid for files that are wrong; the old routing stays then.
+        """Build a new version from the files as they are now; says whether it is in use, with
+        its report. Raises Invalid for wrong files; the old version stays then.
         """
         ...
 
     def roll_back(self) -> dict[str, Any]:
-        """Return to the routing before. Raises Conflict when there is none."""
+        """Return to the version before. Raises Conflict when there is none."""
         ...

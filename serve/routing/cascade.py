@@ -1,9 +1,8 @@
-"""Puts the stages in order: rules, learned table, default. A pure function of the conversation and
-of what the caller may use; the server calls it on the event loop. A request that names its adapter
-does not come here.
+"""The stages in order: rules, learned table, default. A pure function of the conversation and of
+what the caller may use, called on the event loop. Requests that name their adapter are not routed.
 
-An explanation (`Decision.trace`) speaks only of adapters that the caller may use: others are
-neither named nor hinted at by the name of a rule or by a score.
+`Decision.trace` mentions only adapters that the caller may use: no name, rule or score reveals
+another.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Cascade:
     """The stages of one routes file and one learned table."""
 
     def __init__(self, routes: Routes, table: Table | None, rules: Rules | None = None) -> None:
-        """`rules` are those of `routes`, where they are compiled already: that takes milliseconds
-        for each expression. Raises Invalid for an expression that they refuse.
+        """`rules` are those of `routes`, if they are compiled already: it takes milliseconds for
+        each expression. Raises Invalid for an expression that is refused.
         """
         self.routes = routes
         self.table = table
@@ -36,16 +35,16 @@ class Cascade:
         messages: Sequence[Mapping[str, Any]],
         *,
         may_use: Callable[[str], bool],
-        resident: Container[str],
+        available: Container[str],
     ) -> Decision:
-        """Which adapter, of those that can answer now (`resident`).
+        """Choose among the adapters that requests can name now (`available`).
 
-        Raises Forbidden, where the routes say `forbidden: refuse`, for one that the key may not
-        use.
+        Raises Forbidden, where the routes say `forbidden: refuse`, for an adapter that the caller
+        may not use.
         """
         texts = Texts(messages)
         trace: list[Step] = []
-        rule, tried = self.rules.first(texts, lambda name: name in resident)
+        rule, tried = self.rules.first(texts, lambda name: name in available)
         for each in tried:
             target = each.rule.adapter
             if target is None or may_use(target):
@@ -66,13 +65,13 @@ class Cascade:
         if self.table is not None and self.routes.learned.enabled:
             text = texts.raw(self.routes.learned.over)
             if text.strip():
-                found = self._learned(self.table, text, trace, may_use, resident)
+                found = self._learned(self.table, text, trace, may_use, available)
                 if found.adapter is not None or found.stage == "learned":
                     return found
                 why, margin = found.reason, found.margin
             else:
                 why = "There is no text to decide by"
-        return self._by_default(why, margin, trace, may_use, resident)
+        return self._by_default(why, margin, trace, may_use, available)
 
     def _learned(
         self,
@@ -80,9 +79,11 @@ class Cascade:
         text: str,
         trace: list[Step],
         may_use: Callable[[str], bool],
-        resident: Container[str],
+        available: Container[str],
     ) -> Decision:
-        """A Decision of stage "default" means that it abstains; its reason lacks an end."""
+        """The learned stage's Decision. Stage "default" means that it abstains; `_by_default` then
+        completes the reason's sentence.
+        """
         verdict = table.judge(text)
         shown = ((name, score) for name, score in verdict.scores if may_use(name))
         for name, score in islice(shown, EXPLAINED):
@@ -97,7 +98,7 @@ class Cascade:
             return Decision(None, "default", margin, why, ())
         if not allowed:
             return self._forbidden("learned", trace)
-        if verdict.adapter not in resident:
+        if verdict.adapter not in available:
             why = f"The text is like the examples of {verdict.adapter!r}, which is not loaded"
             return Decision(None, "default", margin, why, ())
         trace.append({"stage": "access", "adapter": verdict.adapter, "outcome": "allowed"})
@@ -113,14 +114,14 @@ class Cascade:
         margin: float | None,
         trace: list[Step],
         may_use: Callable[[str], bool],
-        resident: Container[str],
+        available: Container[str],
     ) -> Decision:
         default = self.routes.default
-        if default is not None and default in resident and may_use(default):
+        if default is not None and default in available and may_use(default):
             trace.append({"stage": "access", "adapter": default, "outcome": "allowed"})
             reason = f"{why}; the default is {default!r}."
             return Decision(default, "default", margin, reason, tuple(trace))
-        # A default that cannot be used is not an error: the base is every default's default.
+        # A default that cannot be used is not an error: the base answers.
         return Decision(None, "default", margin, f"{why}; the base answers.", tuple(trace))
 
     def _forbidden(self, stage: RouteStage, trace: list[Step]) -> Decision:

@@ -1,7 +1,7 @@
-"""The routes file: what an operator says about which conversations go to which adapter.
+"""The routes file: the operator's rules, default and thresholds.
 
-Parsed once, by whoever starts or changes routing; faults are Invalid and say where they are.
-Regular expressions are compiled, and tried on texts made to hurt, by `rules`.
+Parsed at the start and at each reload. An error is Invalid, with its place in the file. Regular
+expressions are compiled, and tested with adversarial texts, by `rules`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Condition(_Strict):
     """Exactly one of these fields is set."""
 
     keywords: Annotated[list[Keyword], Field(min_length=1, max_length=1000)] | None = None
-    """Any of these words or phrases, without regard to case."""
+    """Any of these words or phrases, case-insensitive."""
     regex: Annotated[str, Field(min_length=1, max_length=500)] | None = None
-    """Found anywhere in the text; case matters unless it begins with (?i)."""
+    """A search in the whole text; case-sensitive unless it begins with (?i)."""
     any_of: Annotated[list[Condition], Field(min_length=1)] | None = Field(None, alias="any")
     all_of: Annotated[list[Condition], Field(min_length=1)] | None = Field(None, alias="all")
     not_: Condition | None = Field(None, alias="not")
@@ -52,8 +52,8 @@ class Condition(_Strict):
 
 
 class Rule(_Strict):
-    """One rule. `adapter` null sends to the base for sure; a higher `priority` is tried first, and
-    rules of equal priority in the file's order.
+    """One rule. `adapter` null sends to the base. Rules are tried by descending `priority`, those
+    of equal priority in the file's order.
     """
 
     name: Name
@@ -65,21 +65,23 @@ class Rule(_Strict):
 
 
 class Accept(_Strict):
-    """What new routing must reach in its self-test before it is used; all are shares."""
+    """The results that a new version must reach in its self-test to be used; all are shares."""
 
     min_right: Share = 0.6
     max_wrong: Share = 0.03
-    """Of adapters' examples sent to another adapter, and of none's sent to any."""
+    """Limit for the adapters' examples that go to another adapter, and for none_examples that go to
+    any.
+    """
     tolerance: Share = 0.05
-    """How much worse than the routing in use it may be: right routes of each adapter that both
-    have, and wrong routes of all.
+    """How much worse than the version in use it may be: in the right routes of each adapter that
+    both have, and in the wrong routes of all.
     """
 
 
 class Learned(_Strict):
     enabled: bool = True
     wrong_route_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
-    """The share of held-out prompts that thresholds may let through to a wrong adapter."""
+    """The share of held-out prompts that may pass a threshold to a wrong adapter."""
     none_examples: str | None = None
     """A JSONL file of prompts for the base itself, relative to the routes file's folder."""
     over: Literal["last", "conversation"] = "last"
@@ -87,24 +89,24 @@ class Learned(_Strict):
 
 
 class Routes(_Strict):
-    """The whole file; an empty one is the learned stage with its defaults."""
+    """The whole file. An empty one means the learned stage with its defaults."""
 
     default: Name | None = None
-    """The adapter for what no stage decides; null is the base."""
+    """The adapter for conversations that no stage decides; null is the base."""
     forbidden: Literal["base", "refuse"] = "base"
-    """What becomes of a conversation whose adapter its key may not use."""
+    """Where a conversation goes whose adapter its key may not use."""
     learned: Learned = Learned()
     rules: Annotated[list[Rule], Field(max_length=MAX_RULES)] = []
 
     @property
     def adapters(self) -> list[str]:
-        """Every adapter that the file names, once, in its order."""
+        """Every adapter that the file names, once each, in the file's order."""
         named = [self.default, *(rule.adapter for rule in self.rules)]
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
 def read_routes(path: Path) -> Routes:
-    """A routes file, with `none_examples` made absolute. Raises Invalid with the place."""
+    """Read a routes file; makes `none_examples` an absolute path. Raises Invalid with the place."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +120,9 @@ def read_routes(path: Path) -> Routes:
 
 
 def parse_routes(text: str, *, where: str = "routes") -> Routes:
-    """A routes file's text (YAML or JSON). Raises Invalid: `where`, which rule, which field."""
+    """Parse a routes file's text (YAML or JSON). Raises Invalid, which says `where`, rule and
+    field.
+    """
     if len(text) > MAX_FILE_BYTES:
         raise Invalid(f"{where}: {len(text)} characters, above the limit of {MAX_FILE_BYTES}.")
     try:

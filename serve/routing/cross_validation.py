@@ -1,9 +1,9 @@
-"""What training may be tested with: held-out scores, the thresholds from them, and the self-test.
+"""Cross-validation of the learned table: folds, thresholds from held-out scores, the self-test.
 
-Prompts of like wording stay in one of a few folds: otherwise "the dose of X" would be tested by a
-model that has seen "the dose of Y", and every threshold would be too low. Besides, each class is
-left out whole once, and its prompts scored by a model that has never heard of it: they stand for
-the topics that no example speaks of. Arrays only; called by `fitting`, in the training process.
+Similarly worded prompts are in the same fold: otherwise "the dose of X" would be tested by a model
+that has seen "the dose of Y", and every threshold would be too low. In addition, each class is left
+out once, and its prompts are scored by a model that never saw the class: they stand for topics that
+no example covers. Works on arrays only; called by `train`, in the training process.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from packhorse.serve.routing.text import wording
+from packhorse.serve.routing.text import word_set
 
 FOLDS = 5
-# With more examples than this time is short: a sample, and fewer models, each of more of it.
+# Above this number of examples training would take too long: a sample, and fewer folds.
 SMALL = 2000
 SAMPLE, SAMPLE_FOLDS = 4000, 3
-# Prompts whose sets of words have at least this in common (Jaccard) are worded alike.
+# Prompts are similarly worded if the Jaccard similarity of their word sets is at least this.
 LIKE_WORDING = 0.5
-# What thresholds may cost for the sake of unknown topics: this share of the right routes.
+# The share of right routes that thresholds may give up to keep unknown topics out.
 UNKNOWN_COST = 0.02
 
 Floats = NDArray[np.float64]
@@ -32,12 +32,13 @@ NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Scores (examples x classes) of models that had not seen the example, nor one worded alike.
+class HeldOutScores:
+    """Scores (examples x classes) by models that saw neither the example nor a similarly worded
+    one.
 
-    `classes` and `folds` are one number per example; the class after the last adapter is none.
-    `wordings` is how many groups of like wording each class has; `unknown` are scores of models
-    that had not seen the example's class at all.
+    `classes` and `folds` are one number per example; the class after the last adapter is "none".
+    `wordings` is the number of groups of similar wording in each class; `unknown` are scores by
+    models that saw no example of the class.
     """
 
     classes: Integers
@@ -48,8 +49,8 @@ class HeldOut:
 
 
 class AdapterTest(msgspec.Struct, frozen=True):
-    """How an adapter's own examples fared, held out, as shares of them. `wordings`: how many truly
-    different wordings they have.
+    """Results of an adapter's held-out examples, as shares of them. `wordings`: the number of
+    groups of similar wording.
     """
 
     examples: int
@@ -61,8 +62,9 @@ class AdapterTest(msgspec.Struct, frozen=True):
 
 
 class SelfTest(msgspec.Struct, frozen=True):
-    """Shares over all held-out examples of adapters; `none_sent` of those of none, `unknown_sent`
-    of prompts whose class the model had never seen. `confusions`: whose, sent where, how often.
+    """Shares of all held-out examples of adapters; `none_sent` of the examples of "none",
+    `unknown_sent` of prompts whose class the model never saw. `confusions`: (own class, class sent
+    to, count).
     """
 
     tested: int
@@ -75,13 +77,13 @@ class SelfTest(msgspec.Struct, frozen=True):
     confusions: list[tuple[str, str, int]]
 
 
-def like_wordings(texts: Sequence[str]) -> Integers:
-    """A group number per text. Each text joins the first group whose first text it is most like, so
-    that groups cannot grow into each other link by link.
+def group_by_wording(texts: Sequence[str]) -> Integers:
+    """A group number per text. A text joins the group whose first text is most similar to it, so
+    that groups cannot merge by chains of similar texts.
     """
     from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
-    sets = [wording(text) for text in texts]
+    sets = [word_set(text) for text in texts]
     columns = {word: at for at, word in enumerate(sorted(frozenset().union(*sets)))}
     starts = np.cumsum([0, *map(len, sets)])
     at = np.array([columns[word] for found in sets for word in found], np.int64)
@@ -101,9 +103,9 @@ def like_wordings(texts: Sequence[str]) -> Integers:
     return groups
 
 
-def folds_of(groups: Integers, num_folds: int) -> Integers:
-    """A fold per example: groups whole, the largest first, each into the emptiest fold. Where all
-    are of one group there is nothing to keep apart, and examples are dealt out one by one.
+def assign_folds(groups: Integers, num_folds: int) -> Integers:
+    """A fold per example. Whole groups, the largest first, go into the emptiest fold; if all
+    examples are in one group, they are distributed one by one.
     """
     sizes = np.bincount(groups)
     if len(sizes) < 2:
@@ -118,7 +120,7 @@ def folds_of(groups: Integers, num_folds: int) -> Integers:
 
 
 def margins_of(scores: Floats, num_adapters: int) -> tuple[Integers, Floats]:
-    """The best adapter per row and its margin, as Table.judge has them."""
+    """The best adapter per row and its margin, defined as in Table.judge."""
     best = scores[:, :num_adapters].argmax(1)
     rows = np.arange(len(scores))
     top = scores[rows, best]
@@ -127,15 +129,15 @@ def margins_of(scores: Floats, num_adapters: int) -> tuple[Integers, Floats]:
     return best, np.minimum(top, top - rest.max(1))
 
 
-def letting_through(margins: Floats, allowed: float) -> float:
-    """The smallest threshold, not below 0, that at most `allowed` of the margins are above."""
+def threshold_for(margins: Floats, allowed: float) -> float:
+    """The smallest threshold, at least 0, that at most `allowed` of the margins exceed."""
     ordered = np.sort(margins)[::-1]
     return max(0.0, float(ordered[int(allowed)])) if len(ordered) > int(allowed) else 0.0
 
 
 def split(texts: Sequence[str], classes: Integers) -> tuple[Integers, Integers, list[int]]:
-    """Which examples to hold out in turn, evenly over the classes; the fold of each; and how many
-    groups of like wording each class has.
+    """The examples to use (a sample, evenly over the classes), the fold of each, and the number of
+    groups of similar wording in each class.
     """
     k = int(classes.max()) + 1
     rng = np.random.default_rng(0)
@@ -150,17 +152,17 @@ def split(texts: Sequence[str], classes: Integers) -> tuple[Integers, Integers, 
         if len(own) > most:
             own = np.sort(rng.choice(own, most, replace=False))
         chosen.append(own)
-        groups = like_wordings([texts[at] for at in own])
-        folds.append(folds_of(groups, num_folds))
+        groups = group_by_wording([texts[at] for at in own])
+        folds.append(assign_folds(groups, num_folds))
         wordings.append(int(groups.max()) + 1)
     return np.concatenate(chosen), np.concatenate(folds), wordings
 
 
 def thresholds(
-    held_out: HeldOut, num_adapters: int, rate: float, among: NDArray[np.bool_] | None = None
+    held_out: HeldOutScores, num_adapters: int, rate: float, among: NDArray[np.bool_] | None = None
 ) -> list[float]:
-    """One per adapter, so that wrong routes to it are at most `rate` of its own examples; of
-    unknown topics, all adapters together may get `rate`. `among` says which examples count.
+    """One threshold per adapter, so that wrong routes to it are at most `rate` of its own examples,
+    and all adapters together get at most `rate` of unknown topics. `among` masks the examples.
     """
     mask = np.ones(len(held_out.classes), bool) if among is None else among
     classes = held_out.classes[mask]
@@ -172,8 +174,8 @@ def thresholds(
     for adapter in range(num_adapters):
         own = classes == adapter
         sent = best == adapter
-        lowest = letting_through(margins[sent & ~own], rate * own.sum())
-        for_unknown = letting_through(
+        lowest = threshold_for(margins[sent & ~own], rate * own.sum())
+        for_unknown = threshold_for(
             unknown[unknown_best == adapter], rate * len(unknown) / num_adapters
         )
         right = margins[sent & own]
@@ -183,10 +185,10 @@ def thresholds(
 
 
 def self_test(
-    held_out: HeldOut, names: Sequence[str], final: Sequence[float], rate: float
+    held_out: HeldOutScores, names: Sequence[str], final: Sequence[float], rate: float
 ) -> SelfTest:
-    """What becomes of held-out examples, each with thresholds that its own fold had no part in.
-    `final` are the thresholds that will be served, for the report.
+    """Route every held-out example, with thresholds from the other folds. `final` are the
+    thresholds that will be served, for the report.
     """
     num_adapters, count = len(names), len(held_out.classes)
     best, margins = margins_of(held_out.scores, num_adapters)

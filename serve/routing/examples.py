@@ -1,4 +1,4 @@
-"""Example prompts: reading them, and finding what two adapters both claim.
+"""Example prompts: reading them, and finding the prompts that several adapters have.
 
 Files are JSONL, one `{"prompt": TEXT}` a line, as `examples.jsonl` beside an adapter's weights and
 as `learned.none_examples` of the routes file.
@@ -12,13 +12,13 @@ from typing import Any
 
 import msgspec
 from packhorse.serve.errors import Invalid
-from packhorse.serve.routing.text import folded
+from packhorse.serve.routing.text import casefolded
 
 MAX_FILE_BYTES = 32 << 20
 
 
 def read_examples(path: Path) -> list[str]:
-    """The prompts of a JSONL file; blank lines and fields beside `prompt` are passed over. Raises
+    """The prompts of a JSONL file; blank lines and fields other than `prompt` are ignored. Raises
     Invalid with the line.
     """
     try:
@@ -46,13 +46,13 @@ def read_examples(path: Path) -> list[str]:
 
 
 def duplicates(examples: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
-    """Prompts that more than one name claims, and who, in order; equal but for case, width and
-    spaces is equal.
+    """Prompts that more than one name has, with those names, in order. Prompts are compared without
+    case, character width and white space.
     """
     owners: dict[str, dict[str, str]] = {}
     for name, prompts in examples.items():
         for prompt in prompts:
-            owners.setdefault(" ".join(folded(prompt).split()), {}).setdefault(name, prompt)
+            owners.setdefault(" ".join(casefolded(prompt).split()), {}).setdefault(name, prompt)
     return [
         (next(iter(by_name.values())), list(by_name))
         for by_name in owners.values()

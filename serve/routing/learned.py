@@ -1,12 +1,12 @@
-"""The learned stage: one flat table of coefficients, and when it says nothing.
+"""The learned stage: a linear classifier over text features that may abstain.
 
-A text's features (see `text`) are weighed by how rare they are, brought to length 1, and multiplied
-with one column of coefficients per class: each adapter, and "none" for what the base should answer
-itself. An adapter is chosen when its score is above 0, above all others, and by more than its own
-threshold; otherwise the stage abstains. Features that training never saw count towards the length:
-the more of a text is unknown, the nearer all its scores are to "no".
+A text's features (see `text`) are weighted by inverse document frequency, normalised to length 1,
+and multiplied with one column of coefficients per class: each adapter, and "none" for texts that
+the base should answer. An adapter is chosen when its score is above 0, above all other classes, and
+its margin is above its own threshold; otherwise the stage abstains. Features that training never
+saw count towards the length: the more of a text is unknown, the lower all its scores are.
 
-Made by `fitting` in the training process; called by `cascade`. bench/routing.py says what it costs.
+Trained by `train` in the training process; called by `cascade`. bench/routing.py measures its cost.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from packhorse.serve.routing.text import of_run, of_token, pieces
+from packhorse.serve.routing.text import run_features, token_features, tokenize
 
-# Scores of as many adapters go into an explanation.
+# The number of adapters whose scores are in an explanation.
 EXPLAINED = 3
-# Words of which a table remembers the features: most of most texts are met again.
+# Words whose features a table caches: most words of most texts come again.
 REMEMBERED = 8192
 
 
 class TableData(msgspec.Struct, frozen=True):
-    """A table as it travels: arrays are float32, little-endian, C order.
+    """A serialised table: arrays are float32, little-endian, C order.
 
-    `adapters` are the first columns of `coefficients` (features x classes); where `has_none`, one
-    more column follows. `unseen_rarity` is the weight of a feature that is not in `vocabulary`.
+    `adapters` name the first columns of `coefficients` (features x classes); with `has_none`, one
+    more column follows. `rarity` are the features' inverse document frequencies, `unseen_rarity` is
+    that of a feature that is not in `vocabulary`.
     """
 
     adapters: list[str]
@@ -45,11 +46,11 @@ class TableData(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the learned stage makes of a text. `adapter` None: it abstains.
+    """The learned stage's result for a text. `adapter` None: it abstains.
 
-    `best` is the adapter it would take, `margin` by how much (the smaller of its score and its lead
-    over the next class), `threshold` what the margin must be above. `scores` are all adapters',
-    best first; above 0 means "rather this one's than not".
+    `best` is the adapter with the highest score, `margin` the smaller of that score and its lead
+    over the next class, `threshold` the value that the margin must exceed. `scores` are those of
+    all adapters, best first; above 0 means that the text rather belongs to the adapter.
     """
 
     adapter: str | None
@@ -60,7 +61,7 @@ class Verdict:
 
 
 class Table:
-    """Scores texts. What it says never changes, so one may be used while the next is made."""
+    """Scores texts. Immutable, so it can be used while the next table is trained."""
 
     def __init__(self, data: TableData) -> None:
         self.adapters = tuple(data.adapters)
@@ -85,23 +86,23 @@ class Table:
         return scores / np.float32(math.sqrt(square)) + self._intercepts
 
     def _found(self, text: str) -> tuple[set[int], int]:
-        """Rows of the text's features, and how many features are in no row: `text.features`, looked
-        up word by word.
+        """The rows of the text's features, and the number of features without a row. The same
+        features as those of `text.features`, looked up word by word.
         """
-        tokens, runs = pieces(text)
+        tokens, runs = tokenize(text)
         rows: set[int] = set()
         unseen: set[str] = set()
         for token in set(tokens):
             here = self._remembered.get(token)
             if here is None:
-                here = self._look_up(of_token(token))
+                here = self._look_up(token_features(token))
                 if len(self._remembered) >= REMEMBERED:
                     self._remembered.clear()
                 self._remembered[token] = here
             rows.update(here[0])
             unseen.update(here[1])
         for run in runs:
-            known, unknown = self._look_up(of_run(run))
+            known, unknown = self._look_up(run_features(run))
             rows.update(known)
             unseen.update(unknown)
         return rows, len(unseen)
@@ -112,7 +113,7 @@ class Table:
         return known, tuple([feature for feature in found if feature not in rows])
 
     def judge(self, text: str) -> Verdict:
-        """Which adapter, by which margin, and whether that is enough."""
+        """The best adapter, its margin, and whether that is above the threshold."""
         scores = self.score(text)
         order = np.argsort(-scores[: len(self.adapters)], kind="stable").tolist()
         best = order[0]

@@ -1,8 +1,8 @@
-"""Changing routing safely: build the next generation whole, test it, then swap or refuse it.
+"""Safe changes of the routing: a new version is built and tested, then used or refused.
 
-The server keeps one Generations. A request takes `current` once and decides with it, so it never
-sees half a change. What is built here lives in memory only: a restart builds again, from a table
-that `kept` may have.
+The router has one Rollout. A request reads `current` once and decides with it, so it never sees
+half a change. Versions live in memory only: a restart builds the routing again, with a trained
+table from `table_cache` if it has one.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from packhorse.serve.routing.train_process import train
 MIN_EXAMPLES = 10
 MAX_EXAMPLES = 50_000
 HISTORY = 5
-# As many go into a report.
+# The number of duplicates in a report.
 SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is known of a generation before it is used.
+    """What is known of a version before it is used.
 
     `self_test` is None without a learned table; `notes` say why, and which adapters have no
-    examples. `duplicates` are prompts that several claim (the first 20, of `num_duplicates`).
+    examples. `duplicates` are prompts that several adapters have (20 of `num_duplicates`).
     """
 
     self_test: SelfTest | None
@@ -45,8 +45,8 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """Rules and learned table that belong together. `created_s` is Unix time."""
+class RoutesVersion:
+    """Rules and a learned table that are used together. `created_s` is Unix time."""
 
     number: int
     routes: Routes
@@ -54,8 +54,8 @@ class Generation:
     created_s: float
     cascade: Cascade = field(repr=False)
 
-    def without_table(self, why: Sequence[str]) -> Generation:
-        """The same with rules and default only, and the reasons in its notes."""
+    def without_table(self, why: Sequence[str]) -> RoutesVersion:
+        """This version with rules and default only, and the reasons in its notes."""
         notes = (*self.report.notes, *why, "The learned stage is off.")
         report = replace(self.report, notes=notes)
         return replace(self, report=report, cascade=Cascade(self.routes, None, self.cascade.rules))
@@ -69,12 +69,12 @@ async def build(
     number: int,
     train: Train = train,
     clock: Callable[[], float] = time.time,
-) -> Generation:
-    """Validate, train and test. `examples` has every adapter there is; those without prompts are
-    reached by rules and by name only.
+) -> RoutesVersion:
+    """Validate, train and test. `examples` has a list for every adapter; an adapter whose list is
+    empty is reached by rules and by its name only.
 
-    Raises Invalid for an adapter that the routes name and nobody has, for an expression that
-    `rules` refuses, and for too few or too many examples; and what `train` raises.
+    Raises Invalid for routes that name an unknown adapter, for an expression that `rules` refuses,
+    and for too few or too many examples; and what `train` raises.
     """
     unknown = [name for name in routes.adapters if name not in examples]
     if unknown:
@@ -83,7 +83,7 @@ async def build(
             f"The routes name the adapter {unknown[0]!r}, which does not exist; there are: {known}."
             " Add the adapter first, or correct the name."
         )
-    # In threads, what takes longer than a request should have to wait.
+    # In threads: these steps would block the event loop for too long.
     rules = await asyncio.to_thread(Rules, routes)
     with_examples = {name: list(prompts) for name, prompts in examples.items() if prompts}
     notes = [
@@ -115,13 +115,13 @@ async def build(
         trained = await train(job)
         table = await asyncio.to_thread(Table, trained.table)
         report = replace(report, self_test=trained.self_test, train_s=time.monotonic() - started_s)
-    return Generation(number, routes, report, clock(), Cascade(routes, table, rules))
+    return RoutesVersion(number, routes, report, clock(), Cascade(routes, table, rules))
 
 
 def _why_no_table(
     routes: Routes, examples: Mapping[str, Sequence[str]], none_examples: Sequence[str]
 ) -> str | None:
-    """A note where there is to be no table. Raises Invalid for a table that cannot be made."""
+    """A note when no table is to be trained. Raises Invalid for a table that cannot be trained."""
     if not routes.learned.enabled:
         return "The learned stage is switched off (learned.enabled)."
     if not examples:
@@ -144,9 +144,9 @@ def _why_no_table(
     return None
 
 
-def shortcomings(new: Generation, current: Generation | None) -> list[str]:
-    """Why a generation should not be used: its self-test against the limits of its own routes, and
-    against the one in use. Empty if nothing speaks against it.
+def shortcomings(new: RoutesVersion, current: RoutesVersion | None) -> list[str]:
+    """Reasons not to use a version: its self-test compared with the limits of its routes and
+    with the version in use. Empty: use it.
     """
     test, accept = new.report.self_test, new.routes.learned.accept
     if test is None:
@@ -182,40 +182,40 @@ def shortcomings(new: Generation, current: Generation | None) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Considered:
-    """Whether a generation is now in use, and if not, why."""
+class RolloutResult:
+    """Whether a version is now in use, and the reasons if not."""
 
     accepted: bool
     reasons: tuple[str, ...]
     report: Report
 
 
-class Generations:
-    """The routing in use and what came before it. For one event loop: nothing in here awaits."""
+class Rollout:
+    """The version in use and the earlier ones. For one event loop: no method awaits."""
 
-    def __init__(self, first: Generation) -> None:
-        """A first generation that falls short is used without its learned table."""
+    def __init__(self, first: RoutesVersion) -> None:
+        """A first version that fails its self-test is used without its learned table."""
         reasons = shortcomings(first, None)
         self._current = first.without_table(reasons) if reasons else first
-        self._history: list[Generation] = []
+        self._history: list[RoutesVersion] = []
         self._last_number = first.number
 
     @property
-    def current(self) -> Generation:
+    def current(self) -> RoutesVersion:
         return self._current
 
     @property
-    def history(self) -> tuple[Generation, ...]:
-        """Earlier generations that `roll_back` can return to, newest first; at most 5."""
+    def history(self) -> tuple[RoutesVersion, ...]:
+        """Earlier versions that `roll_back` can return to, newest first; at most 5."""
         return tuple(reversed(self._history))
 
     def next_number(self) -> int:
-        """A number for `build` that no other generation has."""
+        """A new number for `build`."""
         self._last_number += 1
         return self._last_number
 
-    def consider(self, new: Generation) -> Considered:
-        """Use it from the next request on, unless it falls short or a younger one is in use."""
+    def consider(self, new: RoutesVersion) -> RolloutResult:
+        """Use it from the next request on, unless its self-test fails or a newer one is in use."""
         if new.number <= self._current.number:
             reasons = [f"Generation {self._current.number} is in use, which is younger."]
         else:
@@ -223,10 +223,10 @@ class Generations:
         if not reasons:
             self._history = [*self._history, self._current][-HISTORY:]
             self._current = new
-        return Considered(not reasons, tuple(reasons), new.report)
+        return RolloutResult(not reasons, tuple(reasons), new.report)
 
-    def roll_back(self) -> Generation:
-        """Return to the generation before; the one in use is forgotten. Raises Conflict."""
+    def roll_back(self) -> RoutesVersion:
+        """Return to the version before; forgets the one in use. Raises Conflict without one."""
         if not self._history:
             raise Conflict("There is no earlier routing to return to.")
         self._current = self._history.pop()

@@ -1,5 +1,5 @@
-"""The routing of a server: built when it starts, built again when the routes file or an adapter's
-examples change, in use from one request to the next.
+"""The routing of a server: built at the start, and again when the routes file or an adapter's
+examples change; a new version is used from the next request on.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from packhorse.serve import metrics
 from packhorse.serve.errors import Conflict, Invalid, ServeError, Unavailable
+from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.routing.base import Decision
 from packhorse.serve.routing.config import Routes, read_routes
 from packhorse.serve.routing.examples import read_examples
-from packhorse.serve.routing.rollout import MIN_EXAMPLES, Generation, Generations, build
+from packhorse.serve.routing.rollout import MIN_EXAMPLES, Rollout, RoutesVersion, build
 from packhorse.serve.routing.train import Train
 from packhorse.serve.routing.train_process import train
 
@@ -30,54 +30,57 @@ Signature = tuple[tuple[str, int, int], ...]
 
 
 class Router:
-    """Satisfies the Routing protocol. `start` it when there are adapters."""
+    """Satisfies the Routing protocol. Call `start` once the registry has its adapters."""
 
     def __init__(
         self,
         file: Path | None,
         adapters: Callable[[], Mapping[str, Path]],
-        resident: Container[str],
+        available: Container[str],
         *,
         known: Callable[[], Iterable[str]] = tuple,
         takes_base_name: bool = False,
         train: Train = train,
+        metrics: ModelMetrics | None = None,
     ) -> None:
-        """`file` holds the routes; without one, the learned stage has its defaults. `adapters` are
-        the names that can be asked for now, with the folders of their versions, and `resident` the
-        same names, asked at every request; `known` are those that routes may name besides, though
-        nothing goes there now. `train` makes the learned table.
+        """`file` is the routes file; without one, the learned stage has its defaults. `adapters`
+        returns the adapters that requests can name now, with the folders of their versions;
+        `available` holds the same names, and is asked at every request. `known` returns all
+        registered adapters: routes may name those too that cannot answer now. `train` trains the
+        learned table.
         """
+        self._metrics = metrics or ModelMetrics()
         self._train = train
         self.takes_base_name = takes_base_name
         self._file = file
         self._adapters = adapters
-        self._resident = resident
+        self._available = available
         self._known = known
-        self._generations: Generations | None = None
+        self._rollout: Rollout | None = None
         self._seen: Signature = ()
-        self._none: Path | None = None  # the file of examples for the base, as last read
+        self._none: Path | None = None  # none_examples, as last read
         self._building = asyncio.Lock()
         self._asked = asyncio.Event()
 
     async def start(self) -> None:
-        """Build the first routing; without a learned stage when that cannot be trained. Rules for
-        adapters that nobody has yet wait for them. Raises Invalid for a file that is wrong.
+        """Build the first version; without a learned stage if its training fails. Rules may name
+        adapters that are not registered yet. Raises Invalid for a wrong routes file.
         """
         try:
             first = await self._build(1, first=True)
         except ServeError as error:
             logger.error("The learned stage is off: %s", error.message)
             first = await self._build(1, first=True, learned=False)
-        self._generations = Generations(first)
-        _tell(self._generations.current)
+        self._rollout = Rollout(first)
+        self._announce(self._rollout.current)
 
     def reload_soon(self) -> None:
-        """Have `watch` reload, whether files have changed or not."""
+        """Make `watch` reload, whether files have changed or not."""
         self._asked.set()
 
     async def watch(self) -> None:
-        """Reload when asked, or when files have changed and then stayed the same for a look; for
-        ever.
+        """For ever: reload when asked, or when files have changed and then were the same in two
+        polls.
         """
         before = self._seen
         while True:
@@ -93,11 +96,11 @@ class Router:
                 before = now
             except ServeError as error:
                 logger.error("The routes stay as they were: %s", error.message)
-            except Exception:  # the next look may do better
+            except Exception:  # the next poll may succeed
                 logger.exception("The routes stay as they were")
 
     def _signature(self, adapters: Mapping[str, Path]) -> Signature:
-        """What tells that files are others now. In a thread, hence a copy of the adapters."""
+        """Differs when files have changed. Runs in a thread, so it gets a copy of the adapters."""
         files = [folder / EXAMPLES for folder in adapters.values()]
         files += [file for file in (self._file, self._none) if file is not None]
         found = [(f"adapter {name}", 0, 0) for name in adapters]
@@ -109,7 +112,9 @@ class Router:
             found.append((str(file), facts.st_mtime_ns, facts.st_size))
         return tuple(sorted(found))
 
-    async def _build(self, number: int, *, learned: bool = True, first: bool = False) -> Generation:
+    async def _build(
+        self, number: int, *, learned: bool = True, first: bool = False
+    ) -> RoutesVersion:
         known, adapters = list(self._known()), dict(self._adapters())
         routes, examples, none = await asyncio.to_thread(self._read, known, adapters)
         if first:
@@ -124,7 +129,7 @@ class Router:
     def _read(
         self, known: Iterable[str], adapters: Mapping[str, Path]
     ) -> tuple[Routes, dict[str, list[str]], list[str]]:
-        """The files as they are, which is what they are compared with from now on."""
+        """Read the files. The next polls compare with their state at this moment."""
         self._seen = self._signature(adapters)
         routes = read_routes(self._file) if self._file is not None else Routes()
         none = routes.learned.none_examples
@@ -136,30 +141,30 @@ class Router:
         return routes, examples, read_examples(self._none) if self._none else []
 
     @property
-    def _built(self) -> Generations:
-        if self._generations is None:
+    def _built(self) -> Rollout:
+        if self._rollout is None:
             raise Unavailable("The routes are still being built; try again soon.")
-        return self._generations
+        return self._rollout
 
     def decide(
         self, messages: Sequence[Mapping[str, Any]], *, may_use: Callable[[str], bool]
     ) -> Decision:
-        with metrics.ROUTE_SECONDS.time():
+        with self._metrics.route_seconds.time():
             cascade = self._built.current.cascade
-            return cascade.decide(messages, may_use=may_use, resident=self._resident)
+            return cascade.decide(messages, may_use=may_use, available=self._available)
 
-    def generations(self) -> list[dict[str, Any]]:
+    def versions(self) -> list[dict[str, Any]]:
         return [_document(each) for each in (self._built.current, *self._built.history)]
 
     async def reload(self) -> dict[str, Any]:
         async with self._building:
-            generations = self._built
-            new = await self._build(generations.next_number())
-            considered = generations.consider(new)
+            rollout = self._built
+            new = await self._build(rollout.next_number())
+            considered = rollout.consider(new)
             if considered.accepted:
-                _tell(new)
+                self._announce(new)
             else:
-                metrics.ROUTE_REFUSALS.inc()
+                self._metrics.route_refusals.inc()
                 logger.error("The new routes are refused: %s", " ".join(considered.reasons))
         return {
             "accepted": considered.accepted,
@@ -170,13 +175,29 @@ class Router:
     def roll_back(self) -> dict[str, Any]:
         if self._building.locked():
             raise Conflict("Routes are being built; wait for them, or try again.")
-        generation = self._built.roll_back()
-        _tell(generation)
-        return _document(generation)
+        version = self._built.roll_back()
+        self._announce(version)
+        return _document(version)
+
+    def _announce(self, version: RoutesVersion) -> None:
+        """Log a version that is in use now, and export its number."""
+        self._metrics.route_generation.set(version.number)
+        for note in version.report.notes:
+            logger.warning("Routes: %s", note)
+        test = version.report.self_test
+        if test is None:
+            logger.info("Routes %d are in use, without a learned stage", version.number)
+        else:
+            logger.info(
+                "Routes %d are in use: of held-out examples %.1f%% go right, %.1f%% wrong",
+                version.number, 100 * test.right, 100 * test.wrong,
+            )  # fmt: skip
 
 
 def _examples(name: str, file: Path) -> list[str]:
-    """None, where they are bad or too few: one adapter must not spoil the routes of the others."""
+    """An adapter's examples; empty when they are invalid or too few, so that one adapter cannot
+    stop the routing of the others.
+    """
     if not file.exists():
         return []
     try:
@@ -193,24 +214,10 @@ def _examples(name: str, file: Path) -> list[str]:
     return found
 
 
-def _tell(generation: Generation) -> None:
-    metrics.ROUTE_GENERATION.set(generation.number)
-    for note in generation.report.notes:
-        logger.warning("Routes: %s", note)
-    test = generation.report.self_test
-    if test is None:
-        logger.info("Routes %d are in use, without a learned stage", generation.number)
-    else:
-        logger.info(
-            "Routes %d are in use: of held-out examples %.1f%% go right, %.1f%% wrong",
-            generation.number, 100 * test.right, 100 * test.wrong,
-        )  # fmt: skip
-
-
-def _document(generation: Generation) -> dict[str, Any]:
+def _document(version: RoutesVersion) -> dict[str, Any]:
     return {
-        "number": generation.number,
-        "created": int(generation.created_s),
-        "rules": [rule.name for rule in generation.routes.rules],
-        "report": msgspec.to_builtins(generation.report),
+        "number": version.number,
+        "created": int(version.created_s),
+        "rules": [rule.name for rule in version.routes.rules],
+        "report": msgspec.to_builtins(version.report),
     }

@@ -1,8 +1,8 @@
-"""Rules of the routes file, compiled: keywords, regular expressions, any/all/not, by priority.
+"""The rules of the routes file, compiled: keywords, regular expressions, any/all/not, by priority.
 
-The first rule that matches decides. Nothing here may freeze the event loop, so every text is
-bounded (`text.MAX_CHARACTERS`), a search ends after SEARCH_S and all searches of one decision after
-DECISION_S. A rule whose search is ended does not match, not even under `not`.
+The first rule that matches decides. Rules must not block the event loop, so every text is bounded
+(`text.MAX_CHARACTERS`), each search has the time limit SEARCH_S and all searches of one decision
+together DECISION_S. A rule whose search times out does not match, not even under `not`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from packhorse.serve.routing.config import Condition, Routes, Rule
 from packhorse.serve.routing.text import (
     MAX_CHARACTERS,
     UNSPACED,
+    casefolded,
     conversation_text,
-    folded,
     last_user_text,
     normalised,
 )
 
-# Wall time, as the regex library measures it: a busy machine must not end honest searches.
+# Wall time, as the regex library measures it; long enough for harmless searches on a busy machine.
 SEARCH_S = 0.02
 DECISION_S = 0.05
 
@@ -38,11 +38,11 @@ _NOT_LITERAL = re.compile(r"\\.|[\^$.*+?{}()|\[\]]", re.DOTALL)
 
 
 class GaveUp(Exception):
-    """A search took too long."""
+    """A search has timed out."""
 
 
 class Texts:
-    """The texts of one conversation, each made when first asked for, and its time for searches."""
+    """The texts of one conversation, each made at its first use, and the time left for searches."""
 
     def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._messages = messages
@@ -56,8 +56,8 @@ class Texts:
     def plain(self, over: str) -> str:
         return self._once(over + " plain", lambda: normalised(self.raw(over)))
 
-    def folded(self, over: str) -> str:
-        return self._once(over + " folded", lambda: folded(self.raw(over)))
+    def casefolded(self, over: str) -> str:
+        return self._once(over + " casefolded", lambda: casefolded(self.raw(over)))
 
     def _once(self, key: str, make: Callable[[], str]) -> str:
         if key not in self._made:
@@ -82,7 +82,7 @@ Check = Callable[[Texts, str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A rule and what came of it."""
+    """A rule and its outcome."""
 
     rule: Rule
     outcome: Outcome
@@ -92,15 +92,15 @@ class Rules:
     """All rules of a file, ready to be tried."""
 
     def __init__(self, routes: Routes) -> None:
-        """Raises Invalid for a regular expression that is wrong or can take too long."""
+        """Raises Invalid for a regular expression that is invalid or can take too long."""
         ordered = sorted(routes.rules, key=lambda rule: -rule.priority)
         self._rules = [(rule, _compiled(rule.when, rule.name, "when")) for rule in ordered]
 
     def first(
         self, texts: Texts, is_loaded: Callable[[str], bool]
     ) -> tuple[Rule | None, list[Tried]]:
-        """The first rule that matches, and every rule tried, in order. Rules to an adapter that is
-        not loaded are passed over.
+        """The first rule that matches, and every rule tried, in order. Rules for an adapter that is
+        not available are skipped.
         """
         tried: list[Tried] = []
         for rule, check in self._rules:
@@ -138,24 +138,24 @@ def _compiled(condition: Condition, rule: str, place: str) -> Check:
 
 
 def _keywords(keywords: Sequence[str]) -> Check:
-    """Whole words in scripts with spaces; anywhere in the text where one has a character of a
-    script without: there nothing marks where a word ends.
+    """A check for keywords: as whole words in scripts with spaces, as substrings where a keyword
+    has a character of a script without spaces, in which nothing marks the end of a word.
     """
-    forms = [" ".join(folded(keyword).split()) for keyword in keywords]
+    forms = [" ".join(casefolded(keyword).split()) for keyword in keywords]
     inside = [form for form in forms if _HAS_UNSPACED.search(form)]
     words = [form for form in forms if not _HAS_UNSPACED.search(form)]
     first_words = [form.split()[0] for form in words]
     spaced = [r"\s+".join(map(re.escape, form.split())) for form in words]
     pattern = None
     if spaced:
-        # A word may stand beside Chinese: "Wexadil的用途".
+        # A word may be next to Chinese characters: "Wexadil的用途".
         pattern = regex.compile(rf"(?V1)(?<!{_WORD})(?:{'|'.join(spaced)})(?!{_WORD})")
 
     def check(texts: Texts, over: str) -> bool:
-        text = texts.folded(over)
+        text = texts.casefolded(over)
         if any(form in text for form in inside):
             return True
-        # Most texts have none of them anywhere, which is found out in a tenth of the time.
+        # Most texts contain no keyword; this test takes a tenth of the search's time.
         if pattern is None or not any(word in text for word in first_words):
             return False
         return texts.search(pattern, text)
@@ -169,8 +169,9 @@ def _expression(source: str, rule: str, field: str) -> regex.Pattern[str]:
         pattern = regex.compile(source)
     except (regex.error, OverflowError, RecursionError) as error:
         raise Invalid(f"{where} is not a regular expression: {error}.") from None
-    # What it repeats is among its own letters, or is a class that one of the others is in. Its
-    # literals come last, because a search for what is not there at all ends at once.
+    # Texts that make it backtrack: one letter repeated, either of the expression or of a common
+    # class, with an end that does not match. The ends with the expression's literals are needed
+    # because the search stops at once in a text that lacks a required literal.
     letters = dict.fromkeys([*"a0 A_.中", *(c for c in source if c.isalnum() or c.isspace())])
     literals = _NOT_LITERAL.sub("", source)
     ends = ("", "!", "\n", literals + "!", f" {literals}", f" {literals}!")
@@ -187,7 +188,7 @@ def _expression(source: str, rule: str, field: str) -> regex.Pattern[str]:
 
 
 def _is_slow(pattern: regex.Pattern[str], text: str) -> bool:
-    for _ in range(3):  # once or twice may be the machine's fault
+    for _ in range(3):  # a busy machine may cause one or two time-outs
         try:
             pattern.search(text, timeout=SEARCH_S)
         except TimeoutError:

@@ -1,8 +1,7 @@
-"""Trained tables on disk, so that a restart need not train what was trained before.
+"""A cache of trained tables on disk, so that a restart need not train again.
 
-A file is found by its key: a digest of all that a table is made of. What it holds is checked by a
-digest of its own, so that a damaged file is trained anew and not used. Called as a `Train`, by the
-router.
+The key of a table is a digest of everything that its training depends on. Each file has a digest of
+its content, so a damaged file is not used. The router calls it as its `Train`.
 """
 
 from __future__ import annotations
@@ -18,26 +17,28 @@ from pathlib import Path
 
 import msgspec
 from packhorse.serve.routing import cross_validation, learned, text
-from packhorse.serve.routing import train as fitting
+from packhorse.serve.routing import train as training
 from packhorse.serve.routing.train import Job, Train, Trained
 from packhorse.serve.routing.train_process import train as train_in_child
 
 logger = logging.getLogger("packhorse.routing")
 
 MAGIC = b"packhorse routes 1\n"
-KEPT = 4
+MAX_TABLES = 4
 _NEW = ".new-"
 
 
-class Kept:
-    """Trains what `folder` does not have, and keeps it there: the last few. One server a folder."""
+class TableCache:
+    """Returns the table from `folder`, or trains and stores it there; keeps the newest MAX_TABLES.
+    A folder belongs to one server.
+    """
 
     def __init__(self, folder: Path, train: Train = train_in_child) -> None:
         self._folder = folder
         self._train = train
 
     async def __call__(self, job: Job) -> Trained:
-        """Raises what training raises; a disk that fails costs the time of a training only."""
+        """Raises what training raises. A failing disk costs only the time of another training."""
         key = await asyncio.to_thread(_key_of, job)
         path = self._folder / f"{key.hex()}.table"
         found = await asyncio.to_thread(_read, path, key)
@@ -57,8 +58,8 @@ class Kept:
                 os.fsync(file.fileno())
             new.replace(path)
             tables = sorted(self._folder.glob("*.table"), key=lambda each: each.stat().st_mtime)
-            left = self._folder.glob(_NEW + "*")  # by a server that was killed
-            for old in (*tables[:-KEPT], *left):
+            left = self._folder.glob(_NEW + "*")  # left over by a server that was killed
+            for old in (*tables[:-MAX_TABLES], *left):
                 old.unlink()
         except OSError as error:
             logger.warning("The routes' table cannot be kept in %s: %s", path, error)
@@ -67,26 +68,26 @@ class Kept:
 
 
 def _key_of(job: Job) -> bytes:
-    # Sorted, because in which order adapters were added is not part of what they are.
+    # Sorted, because the order in which adapters were added does not matter.
     work = msgspec.msgpack.Encoder(order="sorted").encode(job)
     return hashlib.sha256(_made_with() + work).digest()
 
 
 def _made_with() -> bytes:
-    """What trains: scikit-learn, and our own code as it is. A number that must be raised by hand
-    with each change of it would be forgotten once.
+    """A digest of the code that trains: versions of libraries, and the source of our modules. A
+    version number raised by hand would be forgotten once.
     """
     digest = hashlib.sha256()
     for name in ("scikit-learn", "numpy", "scipy"):
         digest.update(f"{name} {version(name)}\0".encode())
-    for module in (fitting, cross_validation, learned, text):
+    for module in (training, cross_validation, learned, text):
         assert module.__file__ is not None
         digest.update(hashlib.sha256(Path(module.__file__).read_bytes()).digest())
     return digest.digest()
 
 
 def _read(path: Path, key: bytes) -> Trained | None:
-    """None where there is no such file, or not a good one."""
+    """The table in the file; None when there is no file, or a damaged one."""
     try:
         content = path.read_bytes()
         data = content[len(MAGIC) + 64 :]

@@ -1,8 +1,8 @@
-"""Text as routing sees it: bounded, normalised, and cut into features.
+"""Text for routing: bounded, normalised, and turned into features.
 
-Every length here is bounded before anything else looks at the text, because what a decision costs
-grows with it and the event loop waits for each decision. Called by rules, learned and fitting; the
-last two must cut text in the same way, or the table means nothing.
+Texts are bounded before any other step, because the cost of a decision grows with the length and
+the event loop waits for it. Called by `rules`, `learned` and `train`; the last two must extract the
+same features, or a table's coefficients would not fit.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 
 import regex
 
-# Characters of a conversation that routing reads at all.
+# Characters of a conversation that routing reads.
 MAX_CHARACTERS = 4000
-# Characters that the learned stage looks at; scoring costs about 1 us for each.
+# Characters that the learned stage reads; scoring costs about 1 us for each.
 LEARNED_CHARACTERS = 1000
 
-# Scripts that put no spaces between words: there a "word" is any run of characters.
+# Scripts without spaces between words: a "word" of these is any run of their characters.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u30fc\u3005"
 
 _TOKEN = regex.compile(
     rf"(?V1)([{UNSPACED}]+)|(\p{{N}}+)|([\p{{L}}\p{{M}}--[{UNSPACED}]]+)"
     r"|([^\p{L}\p{M}\p{N}\p{C}\s_])"
 )
-# The same for ASCII, in a quarter of the time.
+# The same tokens for ASCII text, in a quarter of the time.
 _ASCII_TOKEN = re.compile(r"[0-9]+|[a-z]+|[^\s0-9a-z_\x00-\x1f\x7f]")
 
 
 def bounded(text: str, limit: int = MAX_CHARACTERS) -> str:
-    """At most `limit` characters: the head and the tail, where a question mostly is."""
+    """At most `limit` characters: of a long text head and tail, where a question mostly is."""
     if len(text) <= limit:
         return text
     half = limit // 2
@@ -40,20 +40,20 @@ def bounded(text: str, limit: int = MAX_CHARACTERS) -> str:
 
 
 def normalised(text: str) -> str:
-    """NFKC: full-width letters, ligatures and the like become the plain ones. Bounded."""
+    """NFKC-normalised: full-width letters, ligatures and the like become plain ones. Bounded."""
     return bounded(unicodedata.normalize("NFKC", bounded(text)))
 
 
-def folded(text: str) -> str:
-    """NFKC and without case, for comparing. Bounded."""
+def casefolded(text: str) -> str:
+    """NFKC-normalised and case-folded, for comparisons. Bounded."""
     return bounded(unicodedata.normalize("NFKC", normalised(text).casefold()))
 
 
 def text_of(message: Mapping[str, Any]) -> str:
     """The text of one message in OpenAI's shape: its content, or that of its parts of type text.
 
-    Anything else (pictures, missing or malformed content) counts as no text: whether a message is
-    well-formed is not routing's to judge.
+    Anything else (pictures, missing or malformed content) counts as no text: routing does not
+    validate messages.
     """
     content = message.get("content")
     if isinstance(content, str):
@@ -95,11 +95,11 @@ def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(reversed(pieces))
 
 
-def pieces(text: str) -> tuple[list[str], list[str]]:
-    """What a text's features are made of: its words and marks, and its runs without spaces.
+def tokenize(text: str) -> tuple[list[str], list[str]]:
+    """The tokens that features are made of: words and marks, and runs of scripts without spaces.
 
-    Marks begin with `=`, so that they never equal a word. A run of digits is a mark with one 0 per
-    digit: which number it is seldom says whose prompt it is.
+    Marks begin with `=`, so that they never equal a word. A number becomes a mark with one 0 per
+    digit: its value seldom tells whose prompt it is.
     """
     plain = bounded(text, LEARNED_CHARACTERS)
     if plain.isascii():
@@ -107,7 +107,7 @@ def pieces(text: str) -> tuple[list[str], list[str]]:
         return [token if token.isalpha() else _mark(token) for token in found], []
     tokens: list[str] = []
     runs: list[str] = []
-    for unspaced, digits, word, mark in _TOKEN.findall(folded(plain)):
+    for unspaced, digits, word, mark in _TOKEN.findall(casefolded(plain)):
         if unspaced:
             runs.append(unspaced)
         else:
@@ -119,9 +119,9 @@ def _mark(token: str) -> str:
     return "=" + ("0" * len(token) if token.isdigit() else token)
 
 
-def of_token(token: str) -> frozenset[str]:
-    """Features of a word: itself and its n-grams of 3 to 5 characters, its edges being spaces; of a
-    mark: itself.
+def token_features(token: str) -> frozenset[str]:
+    """Features of a word: the word and its n-grams of 3 to 5 characters, with a space at both ends;
+    of a mark: the mark.
     """
     if token[0] == "=":
         return frozenset((token,))
@@ -130,29 +130,29 @@ def of_token(token: str) -> frozenset[str]:
     return frozenset(["=" + token, *grams])
 
 
-def of_run(run: str) -> set[str]:
-    """Features of a run without spaces: its pieces of 1 to 3 characters."""
+def run_features(run: str) -> set[str]:
+    """Features of a run without spaces: its n-grams of 1 to 3 characters."""
     return {run[at : at + n] for n in (1, 2, 3) for at in range(len(run) - n + 1)}
 
 
-_of_token_once = lru_cache(maxsize=8192)(of_token)
+_of_token_once = lru_cache(maxsize=8192)(token_features)
 
 
 def features(text: str) -> set[str]:
-    """What the learned stage sees of a text; how often something occurs does not count."""
-    tokens, runs = pieces(text)
+    """The set of a text's features; frequencies do not count."""
+    tokens, runs = tokenize(text)
     found: set[str] = set()
     for token in set(tokens):
         found.update(_of_token_once(token))
     for run in runs:
-        found.update(of_run(run))
+        found.update(run_features(run))
     return found
 
 
-def wording(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     """A text as the set of its words, and of the characters of scripts without spaces."""
     found: set[str] = set()
-    for unspaced, digits, word, _ in _TOKEN.findall(folded(bounded(text, LEARNED_CHARACTERS))):
+    for unspaced, digits, word, _ in _TOKEN.findall(casefolded(bounded(text, LEARNED_CHARACTERS))):
         found.update(unspaced)
         found.update(token for token in (digits, word) if token)
     return frozenset(found)

@@ -1,10 +1,10 @@
-"""Fits the learned table: features to matrix, linear SVMs, and the whole of a training run.
+"""Training of the learned table: feature matrix, linear SVMs, thresholds, self-test.
 
 Runs in the training process only: this is the one file that imports scikit-learn, and it holds the
-GIL for seconds. Nothing is chosen on evaluation files; the features and FIT were chosen by
-cross-validation on the demo's examples (docs/routing.md).
+GIL for seconds. Features and FIT were chosen by cross-validation on the demo's examples, never on
+evaluation files (docs/routing.md).
 
-Called by `training`, in the child; `heldout` says which examples test what.
+Called by `train_process`, in the child; `cross_validation` splits the examples into folds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from packhorse.serve.routing.cross_validation import HeldOut, SelfTest, self_test, split, thresholds
+from packhorse.serve.routing.cross_validation import (
+    HeldOutScores,
+    SelfTest,
+    self_test,
+    split,
+    thresholds,
+)
 from packhorse.serve.routing.learned import TableData
 from packhorse.serve.routing.text import features
 
-# tol is liblinear's own default; scikit-learn's is a thousand times finer and changes no route.
+# tol is liblinear's default; scikit-learn's is a thousand times smaller and changes no route.
 FIT: dict[str, Any] = {"C": 1.0, "tol": 0.1, "random_state": 0, "max_iter": 2000}
 MAX_VOCABULARY = 1 << 17
 
@@ -29,7 +35,7 @@ Integers = NDArray[np.int64]
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What to train on: examples of each adapter and of none, which may be empty.
+    """The input of a training: examples of each adapter, and of none (may be empty).
     `wrong_route_rate` is a share, above 0 and below 1.
     """
 
@@ -47,8 +53,8 @@ Train = Callable[[Job], Awaitable[Trained]]
 
 
 class Vectorizer:
-    """Feature sets to rows of length 1, weighed by rarity: ln((1 + n) / (1 + df)) + 1, which is
-    scikit-learn's smooth idf. Features of one example only are as good as unseen.
+    """Feature sets to rows of length 1, weighted by inverse document frequency: ln((1 + n) /
+    (1 + df)) + 1, scikit-learn's smooth idf. Features of a single example are left out.
     """
 
     def __init__(self, sets: Sequence[set[str]]) -> None:
@@ -91,9 +97,9 @@ def fit_classifier(matrix: Any, classes: Integers) -> Any:
     return LinearSVC(**FIT).fit(matrix, classes)
 
 
-def columns_of(classifier: Any, num_classes: int) -> tuple[Floats, Floats]:
-    """Coefficients (features x classes) and intercepts; of two classes scikit-learn keeps one. A
-    class that was left out says "no" to everything.
+def class_columns(classifier: Any, num_classes: int) -> tuple[Floats, Floats]:
+    """Coefficients (features x classes) and intercepts. For two classes scikit-learn stores one
+    column. A class that was left out of the training gets the score -inf.
     """
     weights, intercepts = classifier.coef_, classifier.intercept_
     if len(classifier.classes_) == 2:
@@ -111,19 +117,23 @@ def _scores(
 ) -> Floats:
     """Scores of `tested` (texts x k classes) by a model of `sets`."""
     vectorizer = Vectorizer(sets)
-    weights, intercepts = columns_of(fit_classifier(vectorizer.matrix(sets), classes), k)
+    weights, intercepts = class_columns(fit_classifier(vectorizer.matrix(sets), classes), k)
     scores: Floats = vectorizer.matrix(tested) @ weights + intercepts
     return scores
 
 
-def held_out_scores(sets: Sequence[set[str]], classes: Integers, texts: Sequence[str]) -> HeldOut:
-    """Scores by models that saw no prompt worded alike, and by ones that saw none of the class."""
+def cross_validate(
+    sets: Sequence[set[str]], classes: Integers, texts: Sequence[str]
+) -> HeldOutScores:
+    """Scores by models that saw no similarly worded prompt, and by models that saw none of the
+    prompt's class.
+    """
     k = int(classes.max()) + 1
     chosen, folds, wordings = split(texts, classes)
     sets, classes = [sets[at] for at in chosen], classes[chosen]
     scores = np.zeros((len(sets), k))
     unknown = np.full((len(sets), k), -np.inf)
-    # With two classes there is nothing left to learn from when one goes.
+    # With two classes, leaving one out would leave nothing to learn.
     num_folds = int(folds.max()) + 1
     batches = min(k, num_folds) if k > 2 else 0
     for scored_by, away in [
@@ -133,17 +143,17 @@ def held_out_scores(sets: Sequence[set[str]], classes: Integers, texts: Sequence
         seen = [found for found, held in zip(sets, away, strict=True) if not held]
         held = [found for found, held in zip(sets, away, strict=True) if held]
         scored_by[away] = _scores(seen, classes[~away], held, k)
-    return HeldOut(classes, folds, wordings, scores, unknown if batches else None)
+    return HeldOutScores(classes, folds, wordings, scores, unknown if batches else None)
 
 
 def fit_table(
-    job: Job, held_out: HeldOut, sets: Sequence[set[str]], classes: Integers
+    job: Job, held_out: HeldOutScores, sets: Sequence[set[str]], classes: Integers
 ) -> TableData:
-    """The table of all examples, with thresholds from the held-out scores."""
+    """The table trained on all examples, with thresholds from the held-out scores."""
     names = list(job.adapters)
     vectorizer = Vectorizer(sets)
     classifier = fit_classifier(vectorizer.matrix(sets), classes)
-    weights, intercepts = columns_of(classifier, len(names) + bool(job.none))
+    weights, intercepts = class_columns(classifier, len(names) + bool(job.none))
     return TableData(
         adapters=names,
         has_none=bool(job.none),
@@ -162,7 +172,7 @@ def fit(job: Job) -> Trained:
     texts = [text for group in groups for text in group]
     classes = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     sets = [features(text) for text in texts]
-    held_out = held_out_scores(sets, classes, texts)
+    held_out = cross_validate(sets, classes, texts)
     table = fit_table(job, held_out, sets, classes)
     names = list(job.adapters)
     return Trained(table, self_test(held_out, names, table.thresholds, job.wrong_route_rate))

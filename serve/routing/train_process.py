@@ -1,7 +1,7 @@
-"""Training in a child process: it takes seconds of CPU and holds the GIL, which requests feel.
+"""Training in a child process, because it takes seconds of CPU and holds the GIL.
 
-`train` is for the server; run as a program, this file is the child. Between them goes msgpack,
-never pickle: a Job to its standard input, a Trained from its standard output.
+The server calls `train`; run as a program, this file is the child. They exchange msgpack, never
+pickle: a Job on the child's standard input, a Trained on its standard output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from packhorse.serve.errors import DeadlineExceeded, Internal
 from packhorse.serve.routing.train import Job, Trained, fit
 
 TIME_LIMIT_S = 300.0
-# The child ends itself this much later, for when its parent was killed and nobody ends it.
+# The child ends itself this much later, in case its parent was killed.
 GRACE_S = 30
 NICER = 10
 
@@ -40,7 +40,8 @@ async def train(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    # Requests first: from here, as its imports alone take a second of CPU.
+    # Lower its priority below that of requests; from here, as its imports alone take a second of
+    # CPU.
     with suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
     try:
@@ -54,7 +55,7 @@ async def train(
     finally:
         if process.returncode is None:
             process.kill()
-            # Reads what is left and closes the pipes; shielded, for a second cancellation.
+            # Reads the rest and closes the pipes; shielded against a second cancellation.
             await asyncio.shield(process.communicate())
     if process.returncode != 0:
         last = complaint.decode(errors="replace").strip().rpartition("\n")[2]
@@ -68,7 +69,7 @@ async def train(
 def main() -> None:
     """The child: one job in, one result out."""
     signal.alarm(int(sys.argv[1]))
-    # Whatever a library prints must not end up in the answer.
+    # Keep what libraries print out of the answer.
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     trained = fit(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job))

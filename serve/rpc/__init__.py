@@ -1,0 +1,1 @@
+"""gRPC: reads messages, and encodes what api/ returns as messages. grpc is imported here only."""

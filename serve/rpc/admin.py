@@ -1,4 +1,4 @@
-"""packhorse.v1.Admin: the same calls on the operators' facade as HTTP's."""
+"""packhorse.v1.Admin: a method per call, each on the same Admin as HTTP's endpoints."""
 
 from __future__ import annotations
 
@@ -8,28 +8,15 @@ from typing import Any
 
 from packhorse.serve.adapters.base import AdapterCard
 from packhorse.serve.api.admin import Admin
-from packhorse.serve.rpc.calls import Call, Handler
+from packhorse.serve.rpc.calls import Call
 from packhorse.serve.rpc.pb import admin_pb2 as pb
 
 
 class Operators:
-    """A method for each of Admin's."""
+    """The public methods are the service's, in snake case; server.py finds them by name."""
 
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
-
-    def handlers(self) -> dict[str, Handler]:
-        return {
-            "ListAdapters": self.list_adapters,
-            "GetAdapter": self.get_adapter,
-            "PutAdapter": self.put_adapter,
-            "PinAdapter": self.pin_adapter,
-            "RemoveAdapter": self.remove_adapter,
-            "ListRoutings": self.list_routings,
-            "ReloadRoutes": self.reload_routes,
-            "RollBackRoutes": self.roll_back_routes,
-            "FlushCache": self.flush_cache,
-        }
 
     async def list_adapters(self, call: Call[pb.ListAdaptersRequest]) -> pb.ListAdaptersResponse:
         return pb.ListAdaptersResponse(adapters=map(_adapter, self._admin.adapters()))
@@ -38,16 +25,18 @@ class Operators:
         return _adapter(self._admin.adapter(call.request.name))
 
     async def put_adapter(self, call: Call[pb.PutAdapterRequest]) -> pb.Adapter:
-        asked = call.request
-        pinned = asked.pinned if asked.HasField("pinned") else None
+        request = call.request
+        pinned = request.pinned if request.HasField("pinned") else None
         card = await self._admin.put_adapter(
-            call.caller, asked.name, asked.path, replace=asked.replace, pinned=pinned
+            call.caller, request.name, request.path, replace=request.replace, pinned=pinned
         )
         return _adapter(card)
 
     async def pin_adapter(self, call: Call[pb.PinAdapterRequest]) -> pb.Adapter:
-        asked = call.request
-        return _adapter(await self._admin.pin_adapter(call.caller, asked.name, pinned=asked.pinned))
+        request = call.request
+        return _adapter(
+            await self._admin.pin_adapter(call.caller, request.name, pinned=request.pinned)
+        )
 
     async def remove_adapter(self, call: Call[pb.RemoveAdapterRequest]) -> pb.RemoveAdapterResponse:
         await self._admin.remove_adapter(call.caller, call.request.name)
@@ -68,14 +57,14 @@ class Operators:
         return _routing(self._admin.roll_back_routes(call.caller))
 
     async def flush_cache(self, call: Call[pb.FlushCacheRequest]) -> pb.FlushCacheResponse:
-        asked = call.request
-        kind = asked.WhichOneof("scope")
-        scope = self._admin.cache_scope(**({kind: getattr(asked, kind)} if kind else {}))
-        if asked.dry_run:
-            found = await self._admin.cache_amount(scope)
+        request = call.request
+        kind = request.WhichOneof("scope")
+        scope = self._admin.cache_scope(**({kind: getattr(request, kind)} if kind else {}))
+        if request.dry_run:
+            amount = await self._admin.cache_amount(scope)
         else:
-            found = await self._admin.flush_cache(call.caller, scope)
-        return pb.FlushCacheResponse(flushed=not asked.dry_run, **asdict(found))
+            amount = await self._admin.flush_cache(call.caller, scope)
+        return pb.FlushCacheResponse(flushed=not request.dry_run, **asdict(amount))
 
 
 def _adapter(card: AdapterCard) -> pb.Adapter:

@@ -1,5 +1,5 @@
-"""Errors as gRPC has them: a status code from the one table, and google.rpc details that clients in
-every language can read.
+"""Errors as gRPC statuses: a code from the one table of errors, and google.rpc details, which
+clients in every language can read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
-from packhorse.serve.errors import Internal, ServeError
+from packhorse.serve.api.errors import error_document, retry_after_s
+from packhorse.serve.errors import ServeError
 
 DOMAIN = "packhorse"
 DETAILS = "grpc-status-details-bin"
@@ -19,7 +20,7 @@ MAX_MESSAGE_CHARACTERS = 2000
 
 
 def code_of(error: ServeError) -> grpc.StatusCode:
-    return grpc.StatusCode[error.wire.grpc]
+    return grpc.StatusCode[error.mapping.grpc]
 
 
 def message_of(error: ServeError) -> str:
@@ -27,22 +28,23 @@ def message_of(error: ServeError) -> str:
 
 
 def _text(text: str) -> str:
-    """Short enough, and without halves of characters, which protobuf refuses."""
+    """Short enough, and without lone surrogates, which protobuf refuses."""
     return text[:MAX_MESSAGE_CHARACTERS].encode(errors="replace").decode()
 
 
 def details_of(error: ServeError, request_id: str) -> bytes:
-    """A google.rpc.Status: ErrorInfo (the kind, and OpenAI's words for it), RequestInfo, RetryInfo
-    and BadRequest as fits.
+    """A serialized google.rpc.Status: ErrorInfo (the kind, and OpenAI's words for it), RequestInfo,
+    RetryInfo for errors worth a retry, BadRequest where a field is at fault.
     """
-    openai = {"openai_type": error.wire.openai_type, "openai_code": error.openai_code or ""}
+    document = error_document(error)
+    openai = {"openai_type": document["type"], "openai_code": document["code"] or ""}
     found: list[Message] = [
-        details.ErrorInfo(reason=str(error.kind).upper(), domain=DOMAIN, metadata=openai),
+        details.ErrorInfo(reason=document["kind"].upper(), domain=DOMAIN, metadata=openai),
         details.RequestInfo(request_id=request_id),
     ]
-    if error.wire.retry:
+    if (after_s := retry_after_s(error)) is not None:
         delay = Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        delay.FromMilliseconds(round(after_s * 1000))
         found.append(details.RetryInfo(retry_delay=delay))
     if error.param is not None:
         violation = details.BadRequest.FieldViolation(
@@ -55,8 +57,3 @@ def details_of(error: ServeError, request_id: str) -> bytes:
         packed.Pack(detail)
         status.details.append(packed)
     return bytes(status.SerializeToString())
-
-
-def unexpected() -> Internal:
-    """What goes out of a bug, which was logged."""
-    return Internal("The server failed on this request; the request id leads to its log.")

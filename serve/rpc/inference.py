@@ -1,174 +1,135 @@
-"""packhorse.v1.Inference: the same calls on the service as HTTP's."""
+"""packhorse.v1.Inference: a method per call, each on the same API layer as HTTP's endpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
-from packhorse.serve.api.answers import Answer, collect, headers_of
-from packhorse.serve.api.chat import ChatBody, DetokenizeBody
+from packhorse.serve.api import models, tokenize
+from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
-from packhorse.serve.api.validation import validated
-from packhorse.serve.errors import ServeError
+from packhorse.serve.api.generate import (
+    CallContext,
+    RefusalsCounted,
+    answer_metadata,
+    collect,
+    head_of,
+    requests_of,
+    total_usage,
+)
 from packhorse.serve.messages import AUTO_CACHE, GenerateRequest
-from packhorse.serve.rpc.calls import Call, Handler
+from packhorse.serve.pipeline import Pipeline, merged
+from packhorse.serve.rpc import responses
+from packhorse.serve.rpc.calls import Call
 from packhorse.serve.rpc.pb import inference_pb2 as pb
-from packhorse.serve.rpc.requests import chat_body, complete_body, tokenize_body
-from packhorse.serve.rpc.responses import ChatAnswers, CompleteAnswers, decided, opening, usage
-from packhorse.serve.service import Service
-from packhorse.serve.stream import Stream, merged
+from packhorse.serve.rpc.requests import chat_body, completion_body, detokenize_body, tokenize_body
+from packhorse.serve.rpc.responses import ChatEncoder, CompletionEncoder, Encoder
 
-Body = TypeVar("Body", ChatBody, CompletionBody)
-Asked = Call[pb.ChatRequest] | Call[pb.CompleteRequest]
+GeneratingCall = Call[pb.ChatRequest] | Call[pb.CompleteRequest]
 
 
 class Inference:
-    """A method for each of the service's."""
+    """The public methods are the service's, in snake case; server.py finds them by name."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    def handlers(self) -> dict[str, Handler]:
-        return {
-            "Chat": self.chat,
-            "ChatStream": self.chat_stream,
-            "Complete": self.complete,
-            "CompleteStream": self.complete_stream,
-            "ListModels": self.list_models,
-            "Tokenize": self.tokenize,
-            "Detokenize": self.detokenize,
-            "Route": self.route,
-        }
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
 
     async def chat(self, call: Call[pb.ChatRequest]) -> pb.ChatResponse:
-        body, asked = self._checked(call, chat_body, stream=False)
-        answers = ChatAnswers(body)
-        return answers.whole(*await self._whole(call, asked, answers.prefix))
+        body, requests = self._chat(call, stream=False)
+        response: pb.ChatResponse = await self._whole(call, requests, ChatEncoder(body))
+        return response
 
     async def chat_stream(self, call: Call[pb.ChatRequest]) -> None:
-        body, asked = self._checked(call, chat_body, stream=True)
-        await self._stream(call, asked, ChatAnswers(body))
+        body, requests = self._chat(call, stream=True)
+        await self._stream(call, requests, ChatEncoder(body))
 
     async def complete(self, call: Call[pb.CompleteRequest]) -> pb.CompleteResponse:
-        body, asked = self._checked(call, complete_body, stream=False)
-        answers = CompleteAnswers(body)
-        return answers.whole(*await self._whole(call, asked, answers.prefix))
+        body, requests = self._completion(call, stream=False)
+        response: pb.CompleteResponse = await self._whole(call, requests, CompletionEncoder(body))
+        return response
 
     async def complete_stream(self, call: Call[pb.CompleteRequest]) -> None:
-        body, asked = self._checked(call, complete_body, stream=True)
-        await self._stream(call, asked, CompleteAnswers(body))
-
-    def _checked(
-        self, call: Asked, read: Callable[..., Body], *, stream: bool
-    ) -> tuple[Body, list[GenerateRequest]]:
-        try:
-            body = read(call.request, stream=stream)
-            return body, self._asked(call, body)
-        except ServeError as error:
-            self._service.refused(call.request_id, error, call.caller)
-            raise
-
-    def _asked(self, call: Asked, body: ChatBody | CompletionBody) -> list[GenerateRequest]:
-        """The shorter of the field's time and the call's own counts; a call may have longer than
-        the server gives.
-        """
-        timeout_s = body.timeout_s
-        if call.timeout_s is not None:
-            left_s = min(max(call.timeout_s, 0.001), self._service.max_request_timeout_s)
-            timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
-        policy = body.cache.policy() if body.cache else AUTO_CACHE
-        default = self._service.models.default(call.caller)
-        asked = body.to_requests(
-            call.request_id, call.caller, timeout_s, policy, default_model=default
-        )
-        return [replace(one, trace=call.trace) for one in asked] if call.trace else asked
-
-    async def _whole(
-        self, call: Asked, asked: Sequence[GenerateRequest], prefix: str
-    ) -> tuple[pb.Opening, dict[int, Answer], Sequence[Stream]]:
-        streams = await self._service.start_all(asked)
-        self._mark(call, streams)
-        try:
-            found = await collect(streams)
-        finally:
-            for stream in streams:
-                await stream.close()
-        return opening(prefix, call.request_id, streams), found, streams
-
-    async def _stream(
-        self,
-        call: Asked,
-        asked: Sequence[GenerateRequest],
-        answers: ChatAnswers | CompleteAnswers,
-    ) -> None:
-        streams = await self._service.start_all(asked)
-        self._mark(call, streams)
-        choices = asked[0].sampling.n
-        try:
-            opened = opening(answers.prefix, call.request_id, streams)
-            await call.send(answers.opened(opened, streams[0].prompt))
-            if len(streams) == 1:
-                prompt = streams[0].prompt
-                async with aclosing(aiter(streams[0])) as chunks:
-                    async for chunk in chunks:
-                        await call.send(answers.piece(chunk.index, chunk, prompt))
-            else:
-                async with aclosing(merged(streams)) as pieces:
-                    async for number, chunk in pieces:
-                        index = number * choices + chunk.index
-                        await call.send(answers.piece(index, chunk, streams[number].prompt))
-            await call.send(answers.ended(usage(streams)))
-        finally:
-            for stream in streams:
-                await stream.close()
-
-    def _mark(self, call: Asked, streams: Sequence[Stream]) -> None:
-        """What HTTP says in headers, in trailers."""
-        service = self._service
-        call.marks |= headers_of(
-            streams, has_adapters=service.models.has_adapters, has_cache=service.has_cache
-        )
+        body, requests = self._completion(call, stream=True)
+        await self._stream(call, requests, CompletionEncoder(body))
 
     async def list_models(self, call: Call[pb.ListModelsRequest]) -> pb.ListModelsResponse:
-        service = self._service
-        return pb.ListModelsResponse(
-            models=[
-                pb.Model(
-                    id=name,
-                    created=service.created_s,
-                    max_model_len=service.engine.max_model_len,
-                    parent=None if name == service.model else service.model,
-                )
-                for name in service.models.names(call.caller)
-            ]
-        )
+        cards = models.list_models(self._pipeline, call.caller)
+        return pb.ListModelsResponse(models=map(responses.model, cards))
 
     async def tokenize(self, call: Call[pb.TokenizeRequest]) -> pb.TokenizeResponse:
-        service, body = self._service, tokenize_body(call.request)
-        asked = body.to_request(call.request_id, service.models.default(call.caller))
-        asked = replace(asked, caller=call.caller)
-        token_ids = list(await service.tokenize(asked))
+        body = tokenize_body(call.request)
+        tokens = await tokenize.tokenize(self._pipeline, body, call.context)
         return pb.TokenizeResponse(
-            count=len(token_ids),
-            max_model_len=service.engine.max_model_len,
-            tokens=token_ids,
-            token_strs=(
-                await service.engine.token_strings(token_ids) if body.return_token_strs else ()
-            ),
+            count=tokens.count,
+            max_model_len=tokens.max_model_len,
+            tokens=tokens.tokens,
+            token_strs=tokens.token_strs or (),
         )
 
     async def detokenize(self, call: Call[pb.DetokenizeRequest]) -> pb.DetokenizeResponse:
-        asked = {"tokens": list(call.request.tokens)}
-        if call.request.HasField("model"):
-            asked["model"] = call.request.model  # type: ignore[assignment]
-        body = validated(asked, DetokenizeBody)
-        service = self._service
-        model = body.model or service.models.default(call.caller)
-        service.models.check(model, call.caller)
-        return pb.DetokenizeResponse(prompt=await service.engine.detokenize(body.tokens))
+        body = detokenize_body(call.request)
+        text = await tokenize.detokenize(self._pipeline, body, call.context)
+        return pb.DetokenizeResponse(prompt=text)
 
     async def route(self, call: Call[pb.ChatRequest]) -> pb.RouteResponse:
-        _, (asked,) = self._checked(call, chat_body, stream=False)
-        return decided(self._service.models.decide(asked), self._service.model)
+        with RefusalsCounted(self._pipeline, call.request_id, call.caller):
+            body = chat_body(call.request, stream=False)
+        return responses.route(models.decide_route(self._pipeline, body, call.context))
+
+    def _chat(
+        self, call: Call[pb.ChatRequest], *, stream: bool
+    ) -> tuple[ChatBody, list[GenerateRequest]]:
+        with RefusalsCounted(self._pipeline, call.request_id, call.caller):
+            body = chat_body(call.request, stream=stream)
+            return body, requests_of(self._pipeline, body, self._context(call, body))
+
+    def _completion(
+        self, call: Call[pb.CompleteRequest], *, stream: bool
+    ) -> tuple[CompletionBody, list[GenerateRequest]]:
+        with RefusalsCounted(self._pipeline, call.request_id, call.caller):
+            body = completion_body(call.request, stream=stream)
+            return body, requests_of(self._pipeline, body, self._context(call, body))
+
+    def _context(self, call: GeneratingCall, body: ChatBody | CompletionBody) -> CallContext:
+        """The shorter of the field's time and the call's deadline counts. A deadline may be longer
+        than the server allows.
+        """
+        timeout_s = body.timeout_s
+        if call.timeout_s is not None:
+            left_s = min(max(call.timeout_s, 0.001), self._pipeline.max_request_timeout_s)
+            timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
+        policy = body.cache.policy() if body.cache else AUTO_CACHE
+        return CallContext(call.request_id, call.caller, timeout_s, policy, call.trace)
+
+    async def _whole(
+        self, call: GeneratingCall, requests: Sequence[GenerateRequest], encoder: Encoder
+    ) -> Any:
+        streams = await self._pipeline.start_all(requests)
+        call.trailers |= answer_metadata(self._pipeline, streams)
+        choices = await collect(streams)
+        return encoder.whole(call.request_id, streams, choices)
+
+    async def _stream(
+        self, call: GeneratingCall, requests: Sequence[GenerateRequest], encoder: Encoder
+    ) -> None:
+        streams = await self._pipeline.start_all(requests)
+        call.trailers |= answer_metadata(self._pipeline, streams)
+        per_prompt = requests[0].sampling.n
+        try:
+            head = head_of(encoder.id_prefix, call.request_id, streams)
+            await call.send(encoder.opening(head, streams[0].context.prompt))
+            if len(streams) == 1:
+                prompt = streams[0].context.prompt
+                async with aclosing(aiter(streams[0])) as chunks:
+                    async for chunk in chunks:
+                        await call.send(encoder.chunk(chunk.index, chunk, prompt))
+            else:
+                async with aclosing(merged(streams)) as numbered:
+                    async for number, chunk in numbered:
+                        index = number * per_prompt + chunk.index
+                        await call.send(encoder.chunk(index, chunk, streams[number].context.prompt))
+            await call.send(encoder.usage(total_usage(streams)))
+        finally:
+            for stream in streams:
+                await stream.close()

@@ -1,8 +1,8 @@
-"""Calls that need no key: health and reflection. Few at once, small messages, and nobody waits for
-one of their clients.
+"""Health and reflection, which need no key: bounded in number and message size, and no client can
+delay another.
 
-grpc_health's own servicer writes to its watchers while it holds their lock: one that does not read
-would keep the others from hearing anything, and the server from stopping.
+grpc_health's own servicer writes to its watchers while it holds their lock: a watcher that does not
+read would block the others, and the server's stop.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
-from packhorse.serve.rpc.lazy_messages import Context, Reading
+from packhorse.serve.rpc.lazy_messages import Context, MessageReader
 
-# Health watches last: they must not take the places of all other calls.
+# Health watches last long: they must not use up the calls that a server may have.
 MAX_CALLS = 256
 WRITE_TIMEOUT_S = 20.0
 
 Method = Callable[[Context], Awaitable[Any]]
 
 
-class OpenCalls:
-    """Of one server. `tell` sets what health says of all `names`."""
+class PublicCalls:
+    """Health and reflection of one server. `report` sets the health of all `names`."""
 
-    def __init__(self, reading: Reading, names: Iterable[str], *, reflects: bool) -> None:
-        self._reading = reading
+    def __init__(self, reader: MessageReader, names: Iterable[str], *, reflects: bool) -> None:
+        self._reader = reader
         self._names = frozenset(names)
         self._serves = False
         self._changed = asyncio.Event()
@@ -41,7 +41,7 @@ class OpenCalls:
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         methods = {
-            # Never refused for others' watches: it decides whether this server lives.
+            # Never refused because of others' watches: orchestrators restart a server without it.
             "Check": self._method(
                 self._check, health_pb2.HealthCheckRequest, streams=False, lasts=False
             ),
@@ -49,13 +49,13 @@ class OpenCalls:
         }
         made = [grpc.method_handlers_generic_handler(health.SERVICE_NAME, methods)]
         if self._reflection is not None:
-            asked = reflection_pb2.ServerReflectionRequest
-            info = {"ServerReflectionInfo": self._method(self._reflect, asked, streams=True)}
+            kind = reflection_pb2.ServerReflectionRequest
+            info = {"ServerReflectionInfo": self._method(self._reflect, kind, streams=True)}
             made.append(grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, info))
         return tuple(made)
 
-    def tell(self, *, serves: bool, finally_: bool = False) -> None:
-        """What health says from now on; `finally_`: whatever is told later."""
+    def report(self, *, serves: bool, finally_: bool = False) -> None:
+        """Set the health from now on; with `finally_`, later reports are ignored."""
         if self._is_final:
             return
         self._is_final = finally_
@@ -93,7 +93,7 @@ class OpenCalls:
         return made(run, request_deserializer=bytes, response_serializer=_serialized)
 
     async def _check(self, context: Context) -> Any:
-        name = await self._asked(context)
+        name = await self._name(context)
         if name not in self._names:
             await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service here.")
         return health_pb2.HealthCheckResponse(status=self._status())
@@ -103,7 +103,7 @@ class OpenCalls:
         return known.SERVING if self._serves else known.NOT_SERVING
 
     async def _watch(self, context: Context) -> None:
-        is_known = await self._asked(context) in self._names
+        is_known = await self._name(context) in self._names
         last = None
         while True:
             changed = self._changed
@@ -115,8 +115,8 @@ class OpenCalls:
             last = status
             await changed.wait()
 
-    async def _asked(self, context: Context) -> str:
-        raw = await self._reading.of_anybody(context)
+    async def _name(self, context: Context) -> str:
+        raw = await self._reader.of_anybody(context)
         if raw is grpc.aio.EOF:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The call has no message.")
         name: str = health_pb2.HealthCheckRequest.FromString(raw).service
@@ -125,11 +125,11 @@ class OpenCalls:
     async def _reflect(self, context: Context) -> None:
         assert self._reflection is not None
 
-        async def asked() -> AsyncIterator[Any]:
-            while (raw := await self._reading.of_anybody(context)) is not grpc.aio.EOF:
+        async def requests() -> AsyncIterator[Any]:
+            while (raw := await self._reader.of_anybody(context)) is not grpc.aio.EOF:
                 yield reflection_pb2.ServerReflectionRequest.FromString(raw)
 
-        async for answer in self._reflection.ServerReflectionInfo(asked(), context):
+        async for answer in self._reflection.ServerReflectionInfo(requests(), context):
             await self._write(context, answer)
 
     async def _write(self, context: Context, message: Any) -> None:

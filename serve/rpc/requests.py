@@ -1,5 +1,5 @@
-"""Requests: protobuf messages to the same bodies that HTTP validates, so that limits and errors are
-the same.
+"""Protobuf messages of requests to the bodies of api/, so that gRPC has the limits and errors of
+HTTP.
 """
 
 from __future__ import annotations
@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from packhorse.serve.api.chat import ChatBody, TokenizeChatBody, TokenizeTextBody
+from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.fields import refuse_half_characters
+from packhorse.serve.api.tokenize import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from packhorse.serve.api.validation import validated
 from packhorse.serve.errors import Invalid
 from packhorse.serve.rpc.pb import inference_pb2 as pb
@@ -19,8 +20,8 @@ TOOL_CHOICES = ("none", "auto", "required")
 
 def chat_body(request: pb.ChatRequest, *, stream: bool) -> ChatBody:
     """Raises Invalid."""
-    body = _set(request, "model", "parallel_tool_calls", "logprobs", "top_logprobs")
-    body |= _set(request, "include_reasoning", "reasoning_effort")
+    body = sent_fields(request, "model", "parallel_tool_calls", "logprobs", "top_logprobs")
+    body |= sent_fields(request, "include_reasoning", "reasoning_effort")
     body |= _conversation(request) | _options(request.options)
     if request.HasField("tool_choice"):
         choice = request.tool_choice
@@ -31,9 +32,9 @@ def chat_body(request: pb.ChatRequest, *, stream: bool) -> ChatBody:
     return validated({**body, "stream": stream}, ChatBody)
 
 
-def complete_body(request: pb.CompleteRequest, *, stream: bool) -> CompletionBody:
+def completion_body(request: pb.CompleteRequest, *, stream: bool) -> CompletionBody:
     """Raises Invalid."""
-    body = _set(request, "model", "echo", "logprobs") | _options(request.options)
+    body = sent_fields(request, "model", "echo", "logprobs") | _options(request.options)
     prompts = [
         list(prompt.token_ids.ids) if prompt.WhichOneof("kind") == "token_ids" else prompt.text
         for prompt in request.prompts
@@ -50,14 +51,20 @@ def complete_body(request: pb.CompleteRequest, *, stream: bool) -> CompletionBod
 
 def tokenize_body(request: pb.TokenizeRequest) -> TokenizeChatBody | TokenizeTextBody:
     """Raises Invalid."""
-    body = _set(request, "model", "add_special_tokens", "return_token_strs")
+    body = sent_fields(request, "model", "add_special_tokens", "return_token_strs")
     if request.WhichOneof("input") == "conversation":
         return validated(body | _conversation(request.conversation), TokenizeChatBody)
     return validated(body | {"prompt": request.prompt}, TokenizeTextBody)
 
 
-def _set(message: Any, *names: str) -> dict[str, Any]:
-    """These fields, as far as they were sent; those without presence always."""
+def detokenize_body(request: pb.DetokenizeRequest) -> DetokenizeBody:
+    """Raises Invalid."""
+    body = sent_fields(request, "model") | {"tokens": list(request.tokens)}
+    return validated(body, DetokenizeBody)
+
+
+def sent_fields(message: Any, *names: str) -> dict[str, Any]:
+    """Those of the fields that were sent; fields without presence count as sent."""
     fields = message.DESCRIPTOR.fields_by_name
     return {
         name: getattr(message, name)
@@ -67,8 +74,8 @@ def _set(message: Any, *names: str) -> dict[str, Any]:
 
 
 def _conversation(request: Any) -> dict[str, Any]:
-    """What ChatRequest and Conversation share."""
-    body = _set(request, "add_generation_prompt", "continue_final_message")
+    """The fields that ChatRequest and Conversation share."""
+    body = sent_fields(request, "add_generation_prompt", "continue_final_message")
     body["messages"] = [_message(message) for message in request.messages]
     if request.tools:
         body["tools"] = [_tool(tool, number) for number, tool in enumerate(request.tools)]
@@ -79,9 +86,9 @@ def _conversation(request: Any) -> dict[str, Any]:
 
 
 def _message(message: pb.Message) -> dict[str, Any]:
-    made = _set(message, "role", "content", "name", "reasoning", "tool_call_id")
+    document = sent_fields(message, "role", "content", "name", "reasoning", "tool_call_id")
     if message.tool_calls:
-        made["tool_calls"] = [
+        document["tool_calls"] = [
             {
                 "id": call.id,
                 "type": "function",
@@ -89,11 +96,11 @@ def _message(message: pb.Message) -> dict[str, Any]:
             }
             for call in message.tool_calls
         ]
-    return made
+    return document
 
 
 def _tool(tool: pb.Tool, number: int) -> dict[str, Any]:
-    function = _set(tool, "name", "description", "strict")
+    function = sent_fields(tool, "name", "description", "strict")
     if tool.HasField("parameters_json"):
         place = f"tools.{number}.parameters_json"
         function["parameters"] = _object(tool.parameters_json, place)
@@ -109,7 +116,7 @@ def _options(options: pb.Options) -> dict[str, Any]:
         elif name == "structured_outputs":
             body[name] = _constraint(value)
         elif name == "cache":
-            body[name] = _set(value, "mode", "max_age_s")
+            body[name] = sent_fields(value, "mode", "max_age_s")
         elif field.is_repeated:
             body[name] = list(value)
         else:
@@ -126,7 +133,7 @@ def _constraint(outputs: pb.StructuredOutputs) -> dict[str, Any]:
 
 
 def _object(text: str, name: str) -> dict[str, Any]:
-    """Raises Invalid unless it is a JSON object."""
+    """The JSON object in a text field. Raises Invalid when it is none."""
     try:
         found = json.loads(text)
         refuse_half_characters(found)

@@ -1,20 +1,21 @@
-"""Answers: chunks, and answers put together from them, to protobuf messages."""
+"""Protobuf messages of answers: whole, and as chunks of a stream. The data comes from api/."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
-from packhorse.serve.api.answers import Answer, names_of, sum_of
-from packhorse.serve.api.chat import ChatBody
-from packhorse.serve.api.completions import CompletionBody
-from packhorse.serve.messages import Chunk, Prompt, TokenLogprob, ToolCall
-from packhorse.serve.routing.base import Decision
+from packhorse.serve.api.chat import ChatBody, ChatChoice, ChatResponder
+from packhorse.serve.api.completions import CompletionBody, CompletionChoice, CompletionResponder
+from packhorse.serve.api.generate import AnswerHead, CollectedChoice
+from packhorse.serve.api.logprobs import PromptLogprobs, ReportedLogprob
+from packhorse.serve.api.models import ModelCard, RouteDecision
+from packhorse.serve.messages import Chunk, FinishReason, Prompt, ToolCall, Usage
+from packhorse.serve.pipeline import Stream
 from packhorse.serve.rpc.pb import inference_pb2 as pb
-from packhorse.serve.stream import Stream
 
-REASONS = {
+FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -22,31 +23,161 @@ REASONS = {
 }
 
 
-def opening(prefix: str, request_id: str, streams: Sequence[Stream]) -> pb.Opening:
-    """What is equal in all of a call's chunks, said once."""
-    return pb.Opening(id=prefix + request_id, created=int(time.time()), model=names_of(streams))
+class Encoder(Protocol):
+    """Encodes the answers of one call. A stream has an opening, a message per chunk, and usage."""
+
+    id_prefix: str
+
+    def opening(self, head: AnswerHead, prompt: Prompt) -> Any:
+        """The first message of a stream."""
+        ...
+
+    def chunk(self, index: int, chunk: Chunk, prompt: Prompt) -> Any:
+        """The message for a chunk of choice `index`."""
+        ...
+
+    def usage(self, usage: Usage) -> Any:
+        """The last message of a stream."""
+        ...
+
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
+    ) -> Any:
+        """The message of a whole answer."""
+        ...
 
 
-def usage(streams: Sequence[Stream]) -> pb.Usage:
-    total = sum_of([stream.usage for stream in streams])
-    return pb.Usage(
-        prompt_tokens=total.prompt_tokens,
-        completion_tokens=total.completion_tokens,
-        total_tokens=total.prompt_tokens + total.completion_tokens,
-        cached_tokens=total.cached_tokens,
-        reasoning_tokens=total.reasoning_tokens,
+class ChatEncoder:
+    """Chat and ChatStream."""
+
+    id_prefix = ChatResponder.id_prefix
+
+    def __init__(self, body: ChatBody) -> None:
+        self._responder = ChatResponder(body)
+
+    def opening(self, head: AnswerHead, prompt: Prompt) -> pb.ChatChunk:
+        opening = _opening(head)
+        opening.prompt_token_ids.extend(self._responder.prompt_token_ids(prompt) or ())
+        return pb.ChatChunk(opening=opening)
+
+    def chunk(self, index: int, chunk: Chunk, prompt: Prompt) -> pb.ChatChunk:
+        if self._responder.all_plain and chunk.is_plain and chunk.finish_reason is None:
+            return pb.ChatChunk(index=index, content=chunk.text)
+        piece = self._responder.piece(index, chunk, prompt)
+        return pb.ChatChunk(
+            index=index,
+            content=piece.content or "",
+            reasoning=piece.reasoning,
+            tool_calls=map(_call_piece, piece.tool_calls),
+            finish_reason=FINISH_REASONS[piece.finish_reason],
+            stop_reason=_stop_reason(piece.stop_reason) if piece.finish_reason else None,
+            logprobs=_logprobs(piece.logprobs),
+            token_ids=piece.token_ids or (),
+        )
+
+    def usage(self, usage: Usage) -> pb.ChatChunk:
+        return pb.ChatChunk(usage=_usage(usage))
+
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
+    ) -> pb.ChatResponse:
+        answer = self._responder.whole(request_id, streams, choices)
+        return pb.ChatResponse(
+            id=answer.head.id,
+            created=answer.head.created,
+            model=answer.head.model,
+            usage=_usage(answer.usage),
+            choices=map(_chat_choice, answer.choices),
+            prompt_token_ids=answer.prompt_token_ids or (),
+            prompt_logprobs=_prompt_logprobs(answer.prompt_logprobs),
+        )
+
+
+class CompletionEncoder:
+    """Complete and CompleteStream."""
+
+    id_prefix = CompletionResponder.id_prefix
+
+    def __init__(self, body: CompletionBody) -> None:
+        self._responder = CompletionResponder(body)
+
+    def opening(self, head: AnswerHead, prompt: Prompt) -> pb.CompleteChunk:
+        return pb.CompleteChunk(opening=_opening(head))
+
+    def chunk(self, index: int, chunk: Chunk, prompt: Prompt) -> pb.CompleteChunk:
+        if self._responder.all_plain and chunk.is_plain and chunk.finish_reason is None:
+            return pb.CompleteChunk(index=index, text=chunk.text)
+        piece = self._responder.piece(index, chunk, prompt)
+        return pb.CompleteChunk(
+            index=index,
+            text=piece.text,
+            finish_reason=FINISH_REASONS[piece.finish_reason],
+            stop_reason=_stop_reason(piece.stop_reason) if piece.finish_reason else None,
+            logprobs=_logprobs(piece.logprobs and piece.logprobs.entries),
+            token_ids=piece.token_ids or (),
+            prompt_token_ids=piece.prompt_token_ids or (),
+        )
+
+    def usage(self, usage: Usage) -> pb.CompleteChunk:
+        return pb.CompleteChunk(usage=_usage(usage))
+
+    def whole(
+        self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
+    ) -> pb.CompleteResponse:
+        answer = self._responder.whole(request_id, streams, choices)
+        return pb.CompleteResponse(
+            id=answer.head.id,
+            created=answer.head.created,
+            model=answer.head.model,
+            usage=_usage(answer.usage),
+            choices=map(_completion_choice, answer.choices),
+        )
+
+
+def _chat_choice(choice: ChatChoice) -> pb.ChatChoice:
+    message = pb.Message(
+        role="assistant",
+        content=choice.content,
+        reasoning=choice.reasoning,
+        tool_calls=[
+            pb.ToolCall(id=call.id or "", name=call.name or "", arguments=call.arguments)
+            for call in choice.tool_calls
+        ],
+    )
+    return pb.ChatChoice(
+        index=choice.index,
+        message=message,
+        finish_reason=FINISH_REASONS[choice.finish_reason],
+        stop_reason=_stop_reason(choice.stop_reason),
+        logprobs=_logprobs(choice.logprobs),
+        token_ids=choice.token_ids or (),
     )
 
 
-def logprob(entry: TokenLogprob, num_top: int) -> pb.TokenLogprob:
-    """With its num_top likeliest; -1: all that the engine told."""
-    top = entry.top if num_top < 0 else entry.top[:num_top]
-    return pb.TokenLogprob(
-        token=entry.token,
-        token_id=entry.token_id,
-        logprob=entry.logprob,
-        rank=entry.rank,
-        top=[logprob(other, 0) for other in top],
+def _completion_choice(choice: CompletionChoice) -> pb.CompleteChoice:
+    return pb.CompleteChoice(
+        index=choice.index,
+        text=choice.text,
+        finish_reason=FINISH_REASONS[choice.finish_reason],
+        stop_reason=_stop_reason(choice.stop_reason),
+        logprobs=_logprobs(choice.logprobs and choice.logprobs.entries),
+        token_ids=choice.token_ids or (),
+        prompt_token_ids=choice.prompt_token_ids or (),
+        prompt_logprobs=_prompt_logprobs(choice.prompt_logprobs),
+    )
+
+
+def _opening(head: AnswerHead) -> pb.Opening:
+    return pb.Opening(id=head.id, created=head.created, model=head.model)
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
     )
 
 
@@ -58,161 +189,36 @@ def _stop_reason(reason: str | int | None) -> pb.StopReason | None:
     return pb.StopReason(text=reason)
 
 
-class ChatAnswers:
-    """Chat's messages, for one call."""
-
-    prefix = "chatcmpl-"
-
-    def __init__(self, body: ChatBody) -> None:
-        self._body = body
-        self._num_top = body.top_logprobs or 0
-
-    def opened(self, opened: pb.Opening, prompt: Prompt) -> pb.ChatChunk:
-        if self._body.return_token_ids:
-            opened.prompt_token_ids.extend(prompt.token_ids)
-        return pb.ChatChunk(opening=opened)
-
-    def ended(self, total: pb.Usage) -> pb.ChatChunk:
-        return pb.ChatChunk(usage=total)
-
-    def piece(self, index: int, chunk: Chunk, prompt: Prompt) -> pb.ChatChunk:
-        if chunk.is_plain and chunk.finish_reason is None and not self._body.return_token_ids:
-            return pb.ChatChunk(index=index, content=chunk.text)
-        return pb.ChatChunk(
-            index=index,
-            content=chunk.text,
-            reasoning=chunk.reasoning,
-            tool_calls=[_call_piece(call) for call in chunk.tool_calls],
-            finish_reason=REASONS[chunk.finish_reason],
-            stop_reason=_stop_reason(chunk.stop_reason) if chunk.finish_reason else None,
-            logprobs=[logprob(entry, self._num_top) for entry in chunk.logprobs or ()],
-            token_ids=chunk.token_ids if self._body.return_token_ids else (),
-        )
-
-    def whole(
-        self, opened: pb.Opening, answers: dict[int, Answer], streams: Sequence[Stream]
-    ) -> pb.ChatResponse:
-        body = self._body
-        made = pb.ChatResponse(
-            id=opened.id, created=opened.created, model=opened.model, usage=usage(streams)
-        )
-        for index in sorted(answers):
-            answer = answers[index]
-            text = "".join(answer.parts)
-            message = pb.Message(
-                role="assistant",
-                content=None if answer.tool_calls and not text else text,
-                reasoning="".join(answer.reasoning) if answer.reasoning else None,
-                tool_calls=[
-                    pb.ToolCall(id=call.id or "", name=call.name or "", arguments=call.arguments)
-                    for call in answer.tool_calls
-                ],
-            )
-            made.choices.append(
-                pb.ChatChoice(
-                    index=index,
-                    message=message,
-                    finish_reason=REASONS[answer.finish_reason],
-                    stop_reason=_stop_reason(answer.stop_reason),
-                    logprobs=[logprob(entry, self._num_top) for entry in answer.logprobs or ()],
-                    token_ids=answer.token_ids if body.return_token_ids else (),
-                )
-            )
-        if body.return_token_ids:
-            made.prompt_token_ids.extend(streams[0].prompt.token_ids)
-        if body.prompt_logprobs is not None:
-            entries = answers[0].prompt_logprobs or ()
-            made.prompt_logprobs.extend(logprob(entry, -1) for entry in entries)
-        return made
-
-
-class CompleteAnswers:
-    """Completions' messages, for one call."""
-
-    prefix = "cmpl-"
-
-    def __init__(self, body: CompletionBody) -> None:
-        self._body = body
-        self._num_top = body.logprobs or 0
-        self._begun: set[int] = set()
-
-    def opened(self, opened: pb.Opening, prompt: Prompt) -> pb.CompleteChunk:
-        return pb.CompleteChunk(opening=opened)
-
-    def ended(self, total: pb.Usage) -> pb.CompleteChunk:
-        return pb.CompleteChunk(usage=total)
-
-    def piece(self, index: int, chunk: Chunk, prompt: Prompt) -> pb.CompleteChunk:
-        body = self._body
-        special = body.return_token_ids or body.echo or body.logprobs is not None
-        if chunk.is_plain and chunk.finish_reason is None and not special:
-            return pb.CompleteChunk(index=index, text=chunk.text)
-        answer = Answer()
-        answer.add(chunk)
-        first = index not in self._begun
-        self._begun.add(index)
-        choice = self._choice(index, answer, prompt, with_prompt=first)
-        return pb.CompleteChunk(
-            index=index,
-            text=choice.text,
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason if chunk.finish_reason else None,
-            logprobs=choice.logprobs,
-            token_ids=choice.token_ids,
-            prompt_token_ids=choice.prompt_token_ids,
-        )
-
-    def whole(
-        self, opened: pb.Opening, answers: dict[int, Answer], streams: Sequence[Stream]
-    ) -> pb.CompleteResponse:
-        per_prompt = len(answers) // len(streams)
-        return pb.CompleteResponse(
-            id=opened.id,
-            created=opened.created,
-            model=opened.model,
-            usage=usage(streams),
-            choices=[
-                self._choice(
-                    index, answers[index], streams[index // per_prompt].prompt, with_prompt=True
-                )
-                for index in sorted(answers)
-            ],
-        )
-
-    def _choice(
-        self, index: int, answer: Answer, prompt: Prompt, *, with_prompt: bool
-    ) -> pb.CompleteChoice:
-        body = self._body
-        text = "" if body.echo_only else "".join(answer.parts)
-        logprobs = [] if body.echo_only else list(answer.logprobs or ())
-        if with_prompt and body.echo:
-            text = (prompt.text or "") + text
-            logprobs = [*(answer.prompt_logprobs or ()), *logprobs]
-        wanted = body.logprobs is not None
-        prompt_entries = answer.prompt_logprobs or ()
-        return pb.CompleteChoice(
-            index=index,
-            text=text,
-            finish_reason=REASONS[answer.finish_reason],
-            stop_reason=_stop_reason(answer.stop_reason),
-            logprobs=[logprob(entry, self._num_top) for entry in logprobs] if wanted else (),
-            token_ids=answer.token_ids if body.return_token_ids else (),
-            prompt_token_ids=prompt.token_ids if body.return_token_ids and with_prompt else (),
-            prompt_logprobs=(
-                [logprob(entry, -1) for entry in prompt_entries]
-                if body.prompt_logprobs is not None
-                else ()
-            ),
-        )
-
-
 def _call_piece(call: ToolCall) -> pb.ToolCallPiece:
     return pb.ToolCallPiece(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
 
 
-def decided(decision: Decision, base: str) -> pb.RouteResponse:
+def _logprobs(entries: Iterable[ReportedLogprob] | None) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token=entry.name,
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            rank=entry.rank,
+            top=_logprobs(entry.top),
+        )
+        for entry in entries or ()
+    ]
+
+
+def _prompt_logprobs(logprobs: PromptLogprobs | None) -> list[pb.TokenLogprob]:
+    return _logprobs(None if logprobs is None else logprobs.entries)
+
+
+def model(card: ModelCard) -> pb.Model:
+    return pb.Model(
+        id=card.id, created=card.created, max_model_len=card.max_model_len, parent=card.parent
+    )
+
+
+def route(decision: RouteDecision) -> pb.RouteResponse:
     return pb.RouteResponse(
-        model=decision.adapter or base,
+        model=decision.model,
         adapter=decision.adapter,
         stage=decision.stage,
         margin=decision.margin,

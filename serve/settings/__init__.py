@@ -1,7 +1,8 @@
-"""All settings: one frozen tree of sections. The only file that reads the environment and YAML.
+"""All settings: one frozen tree of sections, each in a file named after its owner. This file alone
+reads the environment and YAML.
 
 Sources, strongest first: command-line flags, environment (`PACKHORSE_HTTP__PORT=8001`), the YAML
-file given with `--config`, the defaults below. Unknown names are errors, in every source.
+file given with `--config`, the sections' defaults. Unknown names are errors in every source.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packhorse.serve.errors import StartupError
-from packhorse.serve.settings.sections import (
-    AdapterSettings,
-    AdmissionSettings,
-    AuthSettings,
-    CacheSettings,
-    EngineSettings,
-    HttpSettings,
-    RoutingSettings,
-    RpcSettings,
-    Section,
-    ServiceSettings,
-    SupervisorSettings,
-    TracingSettings,
-)
+from packhorse.serve.settings.adapters import AdapterSettings
+from packhorse.serve.settings.admission import AdmissionSettings
+from packhorse.serve.settings.auth import AuthSettings
+from packhorse.serve.settings.cache import CacheSettings
+from packhorse.serve.settings.engine import EngineSettings
+from packhorse.serve.settings.http import HttpSettings
+from packhorse.serve.settings.renamed import RENAMED, Renames
+from packhorse.serve.settings.routing import RoutingSettings
+from packhorse.serve.settings.rpc import RpcSettings
+from packhorse.serve.settings.section import Section
+from packhorse.serve.settings.service import ServiceSettings
+from packhorse.serve.settings.supervisor import SupervisorSettings
+from packhorse.serve.settings.tracing import TracingSettings
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -49,9 +50,9 @@ class Settings(BaseSettings):
     model: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
-    """Of all lines but those of requests, which are JSON always."""
+    """Format of the log lines; those of requests are JSON in both."""
     log_prompts: bool = False
-    """Write requests' texts into the log, for debugging."""
+    """Write the texts of requests into the log, for debugging."""
     http: HttpSettings = HttpSettings()
     rpc: RpcSettings = RpcSettings()
     service: ServiceSettings = ServiceSettings()
@@ -66,12 +67,15 @@ class Settings(BaseSettings):
 
 
 def load(config: Path | None, flags: dict[str, Any]) -> Settings:
-    """Settings from all sources. `flags` is nested like the tree and holds only what was typed.
+    """Settings from all sources. `flags` is nested like the tree and holds only the flags that were
+    typed. Earlier names of settings are taken, with a warning on the log.
 
     Raises StartupError with every offending name, its value and what is allowed.
     """
     if config is not None and not config.is_file():
         raise StartupError(f"--config {config}: no such file.")
+
+    renames = Renames()
 
     class Sources(Settings):
         @classmethod
@@ -83,10 +87,10 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return (
-                init_settings,
-                env_settings,
-                YamlConfigSettingsSource(settings_cls, yaml_file=config),
+            yaml_settings = YamlConfigSettingsSource(settings_cls, yaml_file=config)
+            return tuple(
+                _Renaming(settings_cls, source, renames)
+                for source in (init_settings, env_settings, yaml_settings)
             )
 
     _refuse_unknown_environment()
@@ -95,6 +99,8 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}{_shown(e)}: {e['msg']}" for e in error.errors()]
         raise StartupError("These settings are not valid:\n" + "\n".join(lines)) from error
+    except StartupError:
+        raise
     except Exception as error:
         where = f"--config {config}" if config else "The settings"
         raise StartupError(f"{where} cannot be read: {error}") from error
@@ -106,9 +112,28 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
     return settings
 
 
+class _Renaming(PydanticBaseSettingsSource):
+    """A source whose values come under the settings' new names."""
+
+    def __init__(
+        self,
+        settings_cls: type[BaseSettings],
+        source: PydanticBaseSettingsSource,
+        renames: Renames,
+    ) -> None:
+        super().__init__(settings_cls)
+        self._source, self._renames = source, renames
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._source.get_field_value(field, field_name)
+
+    def __call__(self) -> dict[str, Any]:
+        return self._renames.applied(self._source())
+
+
 def _shown(fault: ErrorDetails) -> str:
-    """The value at fault, unless it is a secret or may be one under a mistyped name, or a whole
-    section.
+    """The offending value for a message; empty for a whole section, for a secret, and for a value
+    under a mistyped name, which may be one.
     """
     secrets = {"auth", "cache", "tracing", "hf_token"}
     secretive = fault["type"] == "extra_forbidden" or secrets & {*fault["loc"]}
@@ -118,12 +143,14 @@ def _shown(fault: ErrorDetails) -> str:
 
 
 def shown(settings: Settings) -> dict[str, Any]:
-    """What operators may see: all of it, without secrets."""
+    """The whole tree for operators, without secrets."""
     return _masked(settings.model_dump(mode="json"))
 
 
 def _masked(section: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's own engine arguments are taken as they come, tokens among them."""
+    """The section without secrets. The engine section may hold any of vLLM's arguments, tokens
+    among them, so names decide.
+    """
     return {
         name: _masked(value)
         if isinstance(value, dict)
@@ -135,15 +162,21 @@ def _masked(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown_environment() -> None:
-    """pydantic-settings passes over unknown names; a typing mistake should be told."""
+    """Raises StartupError for an unknown PACKHORSE_ name, which pydantic-settings would ignore."""
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             known |= {f"{ENV_PREFIX}{name}__{inner}".upper() for inner in section.model_fields}
+    earlier = {
+        f"{ENV_PREFIX}{section}__{old}".upper()
+        for section, names in RENAMED.items()
+        for old in names
+    }
     given = {name for name in os.environ if name.upper().startswith(ENV_PREFIX)}
-    # PACKHORSE_BUILD is make setup's.
-    unknown = sorted(name for name in given if name.upper() not in known | {"PACKHORSE_BUILD"})
+    # PACKHORSE_BUILD is read by `make setup`.
+    taken = known | earlier | {"PACKHORSE_BUILD"}
+    unknown = sorted(name for name in given if name.upper() not in taken)
     if unknown:
         close = difflib.get_close_matches(unknown[0].upper(), known, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; see docs/settings.md."
@@ -151,18 +184,18 @@ def _refuse_unknown_environment() -> None:
 
 
 def cache_home() -> Path:
-    """Where what can be made again is kept."""
+    """Folder for files that can be made again."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path("~/.cache").expanduser()) / "packhorse"
 
 
-# vLLM's own that decide nothing of an answer.
+# Words of vLLM's variables that do not change answers.
 _HARMLESS = {"HOST", "PORT", "LOGGING", "USAGE", "TRACE", "ASSETS", "DEBUG", "KEY", "ROOT"}
 
 
 def answer_environment() -> dict[str, str]:
-    """What of the environment may change the engine's answers: all that vLLM reads under its own
-    name, but for what is known to be harmless.
+    """The variables that may change the engine's answers: all VLLM_ ones but those that are known
+    to be harmless.
     """
     return {
         name: value
@@ -172,17 +205,16 @@ def answer_environment() -> dict[str, str]:
 
 
 def prepare_environment() -> None:
-    """Set what vLLM reads from the environment at import; what the user has set stays.
-
-    Must run before the first import of vllm: no usage reports, quiet logs, spawn instead of fork
-    (threads run here).
+    """Set the variables that vLLM reads at import: no usage reports, quiet logs, spawn instead of
+    fork (this process has threads). Those that the user has set stay. Call it before the first
+    import of vllm.
     """
-    # Engines are ended at once and we free what they shared; Python's tracker would complain.
+    # Engines are killed at once and we free their shared memory; Python's tracker would complain.
     quiet = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    # Engines are no forks of this process, and gRPC's threads need not stop for what is one.
+    # Engines are not forked from this process, so gRPC's threads need not stop for forks.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -1,5 +1,5 @@
-"""Hosts, origins and addresses, as text: what is one, and which are the same. Knows no settings and
-no protocol; `sections` checks settings with it, `exposure` calls.
+"""Hosts, origins and IP addresses as text: parsing, normal forms, comparison. Knows no settings and
+no protocol. Used by settings/http.py to check settings, and by access/exposure.py to check calls.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import re
 
 _NAME = r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+"
 _HOST = re.compile(rf"({_NAME})(?::([0-9]{{1,5}}))?")
-# As browsers send them (RFC 6454): without a path, and for http and https in lower case and without
-# the default port. Of other schemes the host stays as it is (safari-web-extension:// has capitals).
+# Origins as browsers send them (RFC 6454): without a path; for http and https in lower case and
+# without the default port. Other schemes keep capitals (safari-web-extension:// has some).
 _ORIGIN = re.compile(
     r"(?!https?://[^A-Z]*[A-Z])(?!http://.*:80$)(?!https://.*:443$)"
     rf"[a-z][a-z0-9+.-]*://({_NAME})(:[0-9]{{1,5}})?"
@@ -19,12 +19,12 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def is_origin(text: str) -> bool:
-    """Whether a browser, or an app made of one, can send this as `Origin`."""
+    """Whether a browser, or an app built on one, can send this text as `Origin`."""
     return text in ("null", "file://") or _ORIGIN.fullmatch(text) is not None
 
 
 def parse_host(text: str) -> tuple[str, int | None] | None:
-    """Name and port of a `Host`, in the one way of writing; None for what is none."""
+    """Name (in canonical form) and port of a `Host` header; None if it is not a valid one."""
     found = _HOST.fullmatch(text)
     if found is None:
         return None
@@ -40,7 +40,7 @@ def canonical(name: str) -> str:
 
 
 def is_same_origin(origin: str, scheme: str, host: str) -> bool:
-    """Whether a page of this origin came from the server that was called as `host`."""
+    """Whether this origin is that of the server that was called as `scheme`://`host`."""
     page_scheme, _, page = origin.partition("://")
     ours, theirs = parse_host(host), parse_host(page)
     if page_scheme != scheme or ours is None or theirs is None:
@@ -50,7 +50,7 @@ def is_same_origin(origin: str, scheme: str, host: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether this is an address, and one of its own machine alone."""
+    """Whether the text is an IP address of the loopback interface."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

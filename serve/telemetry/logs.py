@@ -1,8 +1,8 @@
-"""What log lines look like, and the one line that every request leaves.
+"""The format of log lines, and the one line of every request.
 
-A request's line is always one JSON object, so that it can be searched and counted; all other lines
-are text or, with `log_format: json`, objects too. Prompts are in none of them, unless `log_prompts`
-says so. Called by `main` (set-up), `service` and `stream` (a line a request).
+A request's line is always one JSON object, so that it can be searched and counted. All other lines
+are text or, with `log_format: json`, JSON objects too. No line contains prompts, unless
+`log_prompts` is set. Called by `server` (set-up) and by `accounting` (a line per request).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def set_up(level: str, form: Literal["text", "json"], *, prompts: bool) -> None:
-    """Log to stderr, from now on; says so, loudly, when prompts are logged."""
+    """Log to stderr from now on. Warns when prompts are logged."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines(as_json=form == "json"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # What vllm says while it is imported, before it reads its own log level.
+    # vLLM logs while it is imported, before it reads its own log level.
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    # Its "Started server process" lines repeat ours.
+    # uvicorn's "Started server process" lines repeat ours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    # The hub's client: a line for each file, and its addresses may be signed, which is as a token.
+    # The hub's client logs the URL of each file; a signed URL is as secret as a token.
     for name in ("httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if prompts:
@@ -39,7 +39,7 @@ def set_up(level: str, form: Literal["text", "json"], *, prompts: bool) -> None:
 
 
 class Lines(logging.Formatter):
-    """Requests as JSON; everything else as text, or as JSON too."""
+    """Formats lines of requests as JSON, and other lines as text or JSON."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__(TEXT)
@@ -60,14 +60,14 @@ class Lines(logging.Formatter):
 
 
 class RequestLog:
-    """The lines of requests."""
+    """Writes the lines of requests."""
 
     def __init__(self, *, prompts: bool = False) -> None:
-        """`prompts`: with their text."""
+        """`prompts`: include their texts."""
         self._prompts = prompts
 
     def ended(self, request: GenerateRequest, outcome: str, **fields: Any) -> None:
-        """One that had come as far as the service."""
+        """The line of a request that the pipeline has accepted."""
         if request.trace is not None:
             fields["trace_id"] = request.trace.trace_id
         if self._prompts:
@@ -75,6 +75,7 @@ class RequestLog:
         self.line(request.request_id, request.caller, outcome, **fields)
 
     def line(self, request_id: str, caller: Caller, outcome: str, **fields: Any) -> None:
+        """The line of any request, also of one with a bad body."""
         line = {
             "request_id": request_id,
             "key": caller.name,

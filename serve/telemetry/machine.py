@@ -1,5 +1,5 @@
-"""What the server's processes, its machine and its GPUs do: read when somebody scrapes, and not in
-between. Called by `metrics`, which declares nothing of this, and by `main` (the event loop's lag).
+"""Metrics of the server's processes, its machine and its GPUs, read at each scrape; and the event
+loop's lag. `metrics` registers the collectors, `app` runs LoopLag.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from prometheus_client.registry import Collector
 
 LOOK_EVERY_S = 0.25
 LAG_WINDOW_S = 60.0
-# Who is below us is read from the list of all processes of the machine, which may be thousands.
+# Finding child processes means reading the list of all processes of the machine, perhaps thousands.
 SEARCH_EVERY_S = 30.0
 
 
 class Machine(Collector):
-    """Processes: `server` is this one, `engine` all that it has started. Counters go on when an
-    engine is replaced.
+    """The processes and the machine. Process `server` is this one, `engine` all of its descendants.
+    Counters go on when an engine is replaced.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Machine(Collector):
         cpu.add_metric(["engine"], engine_s)
         times = psutil.cpu_times()
         idle_s = times.idle + getattr(times, "iowait", 0.0)
-        # A guest's time is in its user's already.
+        # The user's time already contains the guests'.
         guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
         host_cpu.add_metric(["idle"], idle_s)
         host_cpu.add_metric(["busy"], sum(times) - idle_s - guests)
@@ -92,18 +92,18 @@ class Machine(Collector):
         )
 
     def _engine(self, own: psutil.Process) -> tuple[int, float]:
-        """Bytes and CPU seconds of all below; seconds of those that are gone, too."""
+        """Resident bytes of all descendants, and their CPU seconds with those of ended ones."""
         if time.monotonic() > self._searched_s + SEARCH_EVERY_S:
             self._search(own)
         try:
             found = {process: _usage(process) for process in self._below}
-        except psutil.Error:  # one has ended, and another may have been started in its place
+        except psutil.Error:  # one has ended, and another may have replaced it
             self._search(own)
             found = {}
             for process in self._below:
                 with contextlib.suppress(psutil.Error):
                     found[process] = _usage(process)
-        # What one did between the last look and its end is lost.
+        # CPU time between the last scrape and a process's end is lost.
         self._gone_s += sum(s for process, s in self._used_s.items() if process not in found)
         self._used_s = {process: seconds for process, (_, seconds) in found.items()}
         resident = sum(resident for resident, _ in found.values())
@@ -115,13 +115,13 @@ class Machine(Collector):
 
 
 def _usage(process: psutil.Process) -> tuple[int, float]:
-    """Bytes, CPU seconds."""
+    """Resident bytes and CPU seconds."""
     with process.oneshot():
         return process.memory_info().rss, sum(process.cpu_times()[:2])
 
 
 class Gpus(Collector):
-    """By NVML; without a driver there are none, and no series."""
+    """The GPUs, read by NVML; no series without NVIDIA's driver."""
 
     def __init__(self) -> None:
         self._is_there: bool | None = None
@@ -139,8 +139,8 @@ class Gpus(Collector):
         with contextlib.suppress(pynvml.NVMLError):  # a container may lose its devices
             count = pynvml.nvmlDeviceGetCount()
         for number in range(count):
-            # One that has fallen off the bus must not take the others' figures with it; and some
-            # models do not tell everything.
+            # A GPU that fell off the bus must not hide the others; and some models lack some
+            # values.
             gpu = str(number)
             with contextlib.suppress(pynvml.NVMLError):
                 handle = pynvml.nvmlDeviceGetHandleByIndex(number)
@@ -183,17 +183,17 @@ class Gpus(Collector):
 
 
 class LoopLag:
-    """How much later than asked the event loop does what it is to do: what every stream waits.
+    """How late the event loop runs a timer; every stream is delayed by as much.
 
-    Several may scrape, some of them every 50 ms: reading takes nothing away.
+    Reading has no side effect, since several scrapers may read, some of them every 50 ms.
     """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, float]] = deque()
-        """(when, how late), each later than all after it."""
+        """(time, lag), with falling lags: the maximum of the window is first."""
 
     async def watch(self) -> None:
-        """Look for ever."""
+        """Measure for ever."""
         loop = asyncio.get_running_loop()
         while True:
             due_s = loop.time() + LOOK_EVERY_S
@@ -201,7 +201,7 @@ class LoopLag:
             self.note(loop.time(), loop.time() - due_s)
 
     def note(self, now_s: float, late_s: float) -> None:
-        """Keep what may yet be the worst."""
+        """Add a lag; drop earlier ones that are lower, and those older than the window."""
         while self._seen and self._seen[-1][1] <= late_s:
             self._seen.pop()
         self._seen.append((now_s, late_s))
@@ -209,7 +209,7 @@ class LoopLag:
             self._seen.popleft()
 
     def worst(self) -> float:
-        """In seconds, of the last minute."""
+        """The longest lag of the last minute, in seconds."""
         try:
             return self._seen[0][1]
         except IndexError:  # nothing yet

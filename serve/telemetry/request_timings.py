@@ -1,18 +1,19 @@
-"""When the steps of one request were taken: told at its end, as spans and as fields of its line.
+"""The times of the steps of one request; exported at its end, as spans and as fields of its log
+line.
 
-Nothing is told on the way, so that a request that nobody traces pays for a few readings of the
-clock. Times are time.monotonic()'s; 0.0 is for steps that were not taken.
+Nothing is exported earlier, so a request without a trace pays only for reading the clock. All times
+are those of time.monotonic(); 0.0 means that the step was not taken.
 """
 
 from __future__ import annotations
 
 import time
 
-from packhorse.serve.messages import CacheMark, EngineTimes, GenerateRequest, Route, Trace, Usage
+from packhorse.serve.messages import CacheStatus, EngineTimes, GenerateRequest, Route, Trace, Usage
 
 
-class Timeline:
-    """Made when the request arrives at the service. Whoever takes a step writes its time here."""
+class RequestTimings:
+    """Made when the request arrives at the pipeline. The code of each step writes its time here."""
 
     __slots__ = (
         "arrived_s",
@@ -31,19 +32,20 @@ class Timeline:
         self.arrived_s = time.monotonic()
         self.routed_s = 0.0
         self.render_s = 0.0
-        """Begun; `rendered_s` is its end, and so below."""
+        """The begin of rendering; `rendered_s` is its end. `lookup_s` and `looked_up_s` likewise.
+        """
         self.rendered_s = 0.0
         self.lookup_s = 0.0
         self.looked_up_s = 0.0
         self.prepared_s = 0.0
-        """All that needs no place in the engine is done."""
+        """The request is ready for admission."""
         self.launched_s = 0.0
-        """It has its place, and its turn on the adapter: the engine gets it now."""
+        """The request was admitted, has passed the LoRA queue, and goes to the engine now."""
         self.first_s = 0.0
         self.engine: EngineTimes | None = None
 
     def fields(self) -> dict[str, float]:
-        """For the request's line, in seconds; only what happened."""
+        """Durations in seconds for the request's log line; only of steps that were taken."""
         found = {"route_s": self.routed_s - self.arrived_s}
         if self.launched_s:
             found["before_engine_s"] = self.launched_s - self.arrived_s
@@ -54,10 +56,15 @@ class Timeline:
         found["total_s"] = time.monotonic() - self.arrived_s
         return {name: round(max(seconds, 0.0), 6) for name, seconds in found.items()}
 
-    def tell(
-        self, request: GenerateRequest, route: Route, mark: CacheMark, usage: Usage, outcome: str
+    def export_spans(
+        self,
+        request: GenerateRequest,
+        route: Route,
+        status: CacheStatus,
+        usage: Usage,
+        outcome: str,
     ) -> None:
-        """The spans, under the call's own; for a request that has ended now."""
+        """Export the spans of a request that has ended now, below the span of its call."""
         trace, now_s = request.trace, time.monotonic()
         if trace is None:
             return
@@ -75,16 +82,16 @@ class Timeline:
         if self.lookup_s:
             trace.span(
                 "cache", self.lookup_s, self.looked_up_s or now_s,
-                **named, **{"packhorse.cache": mark},
+                **named, **{"packhorse.cache": status},
             )  # fmt: skip
-        if self.prepared_s and (self.launched_s or mark in ("miss", "bypass")):
+        if self.prepared_s and (self.launched_s or status in ("miss", "bypass")):
             trace.span("admission", self.prepared_s, self.launched_s or now_s, **named)
         if self.launched_s:
-            self._tell_engine(trace, request, route, usage, outcome, now_s)
-        elif mark == "coalesced":
+            self._export_engine_spans(trace, request, route, usage, outcome, now_s)
+        elif status == "coalesced":
             trace.span("shared_generation", self.prepared_s or self.arrived_s, now_s, **named)
 
-    def _tell_engine(
+    def _export_engine_spans(
         self,
         trace: Trace,
         request: GenerateRequest,

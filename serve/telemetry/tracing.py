@@ -1,11 +1,11 @@
 """OpenTelemetry: the spans of a call, exported by OTLP. The only user of opentelemetry.
 
-Off unless `tracing.endpoint` is set; then nothing of this is imported or run. The process's own
-tracer provider is left alone, and vLLM's tracer stays off: it would set that provider, and its
-spans come from `RequestOutput` as well. Spans are made when a call ends, from times that were
-written down; the exporter has a thread of its own, and a collector that is down costs spans only.
+Imported only if `tracing.endpoint` is set. It does not change the process's tracer provider. vLLM's
+tracer stays off: it would set that provider, and `RequestOutput` has the same times. Spans are made
+when a call ends, from recorded times. The exporter has its own thread, and a collector that is down
+costs only spans.
 
-Called by `main` (set-up), `rest` and `rpc` (a span a call).
+Called by `app` (set-up), `rest` and `rpc` (a span per call).
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
-    from packhorse.serve.settings.sections import TracingSettings
+    from packhorse.serve.settings.tracing import TracingSettings
 
 _CONTEXT = TraceContextTextMapPropagator()
-# It quotes what it does not understand of tracestate, which anybody may send.
+# The SDK would log invalid tracestate headers, which any client may send.
 logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
 LAST_SPANS_S = 2.0
-# As HTTP has them, and gRPC.
+# Header names as HTTP (str, bytes) and gRPC have them.
 _CARRIED = {
     name: field for field in ("traceparent", "tracestate") for name in (field, field.encode())
 }
 
 
 class Span:
-    """One span; satisfies messages.Trace. Those below it are made with `span`."""
+    """One span; satisfies messages.Trace. `span` makes a child."""
 
     __slots__ = ("_offset_ns", "_span", "_tracer")
 
@@ -81,7 +81,7 @@ class CallSpan(Span):
         return carrier["traceparent"]
 
     def end(self, name: str, *, failed: bool, **attributes: Any) -> None:
-        """It is over. `failed`: by the server's fault."""
+        """End the span. `failed`: by the server's fault."""
         self._span.update_name(name)
         self._span.set_attributes({k: v for k, v in attributes.items() if v is not None})
         if failed:
@@ -93,7 +93,7 @@ class Tracing:
     """Makes the spans of calls."""
 
     def __init__(self, exporter: SpanExporter, *, sample_ratio: float, service_name: str) -> None:
-        """Of the calls that bring no decision with them, `sample_ratio` are traced (0 to 1)."""
+        """`sample_ratio` (0 to 1): the share of traced calls among those without a traceparent."""
         resource = {"service.name": service_name, "service.version": version("packhorse")}
         self._provider = TracerProvider(
             sampler=ParentBasedTraceIdRatio(sample_ratio),
@@ -106,8 +106,8 @@ class Tracing:
     def begin(
         self, name: str, sent_with: Iterable[tuple[str | bytes, str | bytes]], **attributes: Any
     ) -> CallSpan:
-        """A call has come. `sent_with`: its headers or metadata, of which traceparent and
-        tracestate are read; damaged ones are passed over.
+        """Begin the span of a call. `sent_with` are its headers or metadata; traceparent and
+        tracestate are read from them, and invalid ones are ignored.
         """
         span = self._tracer.start_span(
             name,
@@ -118,14 +118,16 @@ class Tracing:
         return CallSpan(self._tracer, span, time.time_ns() - time.monotonic_ns())
 
     async def close(self) -> None:
-        """Export what is left, for a moment at most: the exporter itself would try for longer."""
+        """Export the remaining spans, within LAST_SPANS_S: the exporter would try for longer."""
         last = threading.Thread(target=self._provider.force_flush, daemon=True)
         last.start()
         await asyncio.to_thread(last.join, LAST_SPANS_S)
 
 
 def _carrier(sent_with: Iterable[tuple[str | bytes, str | bytes]]) -> dict[str, str]:
-    """W3C: a list may come in several headers, and two parents are none."""
+    """The trace headers. By W3C's rules a list may be in several headers, and two traceparents are
+    invalid.
+    """
     carrier: dict[str, str] = {}
     for name, value in sent_with:
         field = _CARRIED.get(name)
@@ -136,7 +138,7 @@ def _carrier(sent_with: Iterable[tuple[str | bytes, str | bytes]]) -> dict[str, 
 
 
 def tracing_of(settings: TracingSettings) -> Tracing:
-    """What the settings ask for; they have an endpoint."""
+    """The tracing of these settings, whose endpoint is set."""
     headers = {name: value.get_secret_value() for name, value in settings.headers.items()}
     endpoint = settings.endpoint or ""
     exporter: SpanExporter

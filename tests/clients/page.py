@@ -13,14 +13,36 @@ REASON_CHARS = 150
 
 HEAD = """# Clients
 
-Libraries and programs that people use, tried against this server and against plain vLLM {vllm} on
-the same INT8 checkpoint of the demo model, in one run. Made by `bench/clients.py`; do not edit.
+Client libraries and programs, tried against this server and against plain vLLM {vllm} on
+the same INT8 checkpoint of the demo model, in one run. `bench/clients.py` writes this page; do not
+edit it.
 
-To run it (loopback only): `make demo`, `make clients`, `.venv/bin/python bench/clients.py`.
-`tests/e2e/test_clients.py` asks the same of this server: openai for Python, Java, curl, wget and
-bare sockets in `make test`, all of them in `make test-all`.
+## To check a client of your own
 
-`yes` or `no` says it of both servers, `yes / no` of this one and of plain vLLM. Of {calls} calls
+```sh
+packhorse serve out/demo-int8
+curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
+    -d '{{"model": "demo-int8", "prompt": "Hello!", "topk": 5}}' \\
+    --dump-header - --output /dev/null | grep -i x-packhorse-ignored      # fields without effect
+```
+
+```python
+from openai import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+print([model.id for model in client.models.list()])
+```
+
+Any other client needs the same two settings: the base URL, with `/v1`, and some key.
+
+To repeat the table (loopback only): `make demo`, `make clients`,
+`.venv/bin/python bench/clients.py`.
+`tests/e2e/test_clients.py` makes the same calls to this server: openai for Python, Java, curl, wget
+and bare sockets in `make test`, all of them in `make test-all`.
+
+## What was tried
+
+`yes` or `no` holds for both servers, `yes / no` for this one and plain vLLM. Of {calls} calls
 this server answers {packhorse} as they should be, plain vLLM {plain}.
 
 - **chat**, **stream** (more than one part, then usage), **structured** (a JSON schema, read back by

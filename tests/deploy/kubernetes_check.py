@@ -14,7 +14,7 @@ import kubernetes_validate
 import yaml
 from jsonschema import Draft202012Validator
 from packhorse.serve import metrics
-from packhorse.serve.rest.access import scope_of
+from packhorse.serve.rest.middleware import scope_of
 
 from tests.deploy.kubernetes_pod_check import check_pod
 from tests.deploy.kubernetes_schemas import CUSTOM

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import promql_parser
-from packhorse.serve import metrics
 from packhorse.serve.errors import ErrorKind
-from prometheus_client import REGISTRY
+from packhorse.serve.metrics import ModelMetrics, ServerMetrics
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 VLLM_METRICS = Path(__file__).parent / "vllm_metrics.txt"
@@ -76,17 +76,25 @@ def recorded() -> dict[str, Family]:
 
 
 def declared() -> dict[str, Family]:
-    """Ours, with series or without."""
+    """Ours, with series or without. The label `model` comes with the scrape."""
+    server = ServerMetrics()
+    server.watch_machine()
+    found = {
+        **_declared_in(server.registry, frozenset()),
+        **_declared_in(ModelMetrics().registry, frozenset({"model"})),
+    }
+    assert {"packhorse_ready", "packhorse_requests_total"} <= found.keys()
+    return found
+
+
+def _declared_in(registry: CollectorRegistry, common: frozenset[str]) -> dict[str, Family]:
     found = {}
-    for owner in set(REGISTRY._collector_to_names):
-        described = owner.describe() if hasattr(owner, "describe") else ()
-        for family in described:
-            if family.name.startswith("packhorse_"):
-                name = family.name + ("_total" if family.type == "counter" else "")
-                # A metric keeps its labels itself, a collector's families keep theirs.
-                labels = getattr(owner, "_labelnames", None) or getattr(family, "_labelnames", ())
-                found[name] = Family(name, family.type, frozenset(labels))
-    assert metrics.READY._name in found
+    for owner in registry._collector_to_names:
+        for family in owner.describe():
+            name = family.name + ("_total" if family.type == "counter" else "")
+            # A metric keeps its labels itself, a collector's families keep theirs.
+            labels = getattr(owner, "_labelnames", None) or getattr(family, "_labelnames", ())
+            found[name] = Family(name, family.type, frozenset(labels) | common)
     return found
 
 

@@ -39,7 +39,8 @@ def panels(dashboard: dict[str, Any] = DASHBOARD) -> list[dict[str, Any]]:
 
 def plain(expression: str) -> str:
     """With Grafana's variables replaced by something of their kind."""
-    for name, value in (("$__rate_interval", "1m"), ("$__range", "1h"), ("$instance", ".*")):
+    values = {"$__rate_interval": "1m", "$__range": "1h", "$instance": ".*", "$model": ".*"}
+    for name, value in values.items():
         expression = expression.replace(name, value)
     return expression
 
@@ -71,15 +72,15 @@ def problems(dashboard: dict[str, Any], known: promql.Known) -> list[str]:
             for y in range(place["y"], place["y"] + place["h"]):
                 if (other := cells.setdefault((x, y), title)) != title:
                     found.append(f"{title}: on top of {other}")
-        for part in (panel, *panel["targets"], dashboard["templating"]["list"][1]):
+        for part in (panel, *panel["targets"], *dashboard["templating"]["list"][1:]):
             if part["datasource"] != {"type": "prometheus", "uid": "${datasource}"}:
                 found.append(f"{title}: not the chosen data source")
         for target in panel["targets"]:
-            found += [f"{title}: {text}" for text in _target_problems(target)]
+            found += [f"{title}: {text}" for text in _target_problems(target, known)]
     return found
 
 
-def _target_problems(target: dict[str, Any]) -> Iterator[str]:
+def _target_problems(target: dict[str, Any], known: promql.Known) -> Iterator[str]:
     expression, legend = target["expr"], target["legendFormat"]
     if not legend:
         yield f"no legend for {expression}"
@@ -88,6 +89,10 @@ def _target_problems(target: dict[str, Any]) -> Iterator[str]:
             yield f"the legend names {label}, which {expression} does not keep"
     if expression.count("{") != expression.count('instance=~"$instance"'):
         yield f"not only of the chosen servers: {expression}"
+    for name, matchers in re.findall(r"([\w:]+)\{([^}]*)\}", expression):
+        for label in known.get(name, frozenset()) & {"model", "model_name"}:
+            if f'{label}=~"$model"' not in matchers:
+                yield f"not only of the chosen models: {name}{{{matchers}}}"
     if re.search(r"\[(?!\$__rate_interval\]|\$__range\])", expression):
         yield f"an interval that Grafana cannot choose: {expression}"
 
@@ -115,7 +120,9 @@ def test_the_dashboard_asks_for_what_servers_export() -> None:
         ('"legendFormat": "p95"', '"legendFormat": ""', "no legend"),
         ('"unit": "reqps"', '"unit": "rps"', "the unit 'rps'"),
         ("[$__rate_interval]", "[5m]", "an interval that Grafana cannot choose"),
-        (r"{instance=~\"$instance\"}", "{}", "not only of the chosen servers"),
+        (r"ready{instance=~\"$instance\"}", "ready{}", "not only of the chosen servers"),
+        (r", model=~\"$model\"", "", "not only of the chosen models"),
+        (r", model_name=~\"$model\"", "", "not only of the chosen models"),
         ('"uid": "${datasource}"', '"uid": "abc"', "not the chosen data source"),
         ('"x": 8', '"x": 7', "on top of"),
     ],
@@ -134,15 +141,18 @@ def test_prometheus_parses_every_expression(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
-def test_the_menus_choose_data_source_and_servers() -> None:
-    source, instance = DASHBOARD["templating"]["list"]
+def test_the_menus_choose_data_source_servers_and_models() -> None:
+    source, *menus = DASHBOARD["templating"]["list"]
     assert (source["name"], source["type"], source["query"]) == (
         "datasource", "datasource", "prometheus",
     )  # fmt: skip
-    assert (instance["name"], instance["allValue"], instance["multi"]) == ("instance", ".*", True)
-    metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", instance["definition"]).groups()  # type: ignore[union-attr]
-    assert metric in promql.known()
-    assert label in promql.TARGET_LABELS
+    for menu, name in zip(menus, ("instance", "model"), strict=True):
+        assert (menu["name"], menu["allValue"], menu["multi"]) == (name, ".*", True)
+        found = re.fullmatch(r"label_values\((\w+)(?:{[^}]*})?, (\w+)\)", menu["definition"])
+        assert found is not None
+        assert menu["definition"] == menu["query"]["query"]
+        assert found[2] == name
+        assert name in promql.known()[found[1]] | promql.TARGET_LABELS
 
 
 def test_gpu_panels_are_folded_at_the_end_and_no_other() -> None:

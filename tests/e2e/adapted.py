@@ -126,5 +126,5 @@ async def scraped_with(http: httpx.AsyncClient, pattern: str) -> str:
 def steps_with_two(server: Server) -> float:
     """Steps of the engine in which two adapters had requests."""
     with httpx.Client(base_url=server.url) as http:
-        name = "packhorse_step_adapters_bucket"
+        name = "packhorse_active_loras_per_step_bucket"
         return metric(http, name + '{le="2.0"}') - metric(http, name + '{le="1.0"}')

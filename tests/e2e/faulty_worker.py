@@ -9,14 +9,14 @@ import os
 import time
 from typing import Any
 
-from packhorse.serve.engines.vllm.patches.cpu_worker import MendedWorker
+from packhorse.serve.engines.vllm.patches.cpu_worker import PatchedCPUWorker
 
 POISON = [301, 302, 303, 304]
 SLOW = [305, 306, 307, 308]
 SLOW_S = 8
 
 
-class FaultyWorker(MendedWorker):
+class FaultyWorker(PatchedCPUWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         for new in scheduler_output.scheduled_new_reqs:
             if new.prompt_token_ids[:4] == POISON:

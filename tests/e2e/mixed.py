@@ -25,7 +25,7 @@ from tests.conftest import Server
 from tests.deploy.scraping import Prometheus
 from tests.e2e.adapted import ADAPTERS, ROUTED, prompts
 from tests.e2e.test_caching import end_engine
-from tests.twins import as_message, method
+from tests.protocol_parity import as_message, method
 
 Series = tuple[str, frozenset[tuple[str, str]]]
 
@@ -224,11 +224,11 @@ def _compare(
         "refused": (grown("packhorse_requests_total", outcome="invalid"), done["bad"]),
         "request_seconds": (grown("packhorse_request_seconds_count"), done["ok"] + done["left"]),
         "first_token_seconds": (
-            grown("packhorse_first_token_seconds_count"),
+            grown("packhorse_time_to_first_token_seconds_count"),
             done["streams"] + done["left"],
         ),
         "in the engine": (
-            grown("packhorse_before_engine_seconds_count"),
+            grown("packhorse_frontend_seconds_count"),
             grown("vllm:e2e_request_latency_seconds_count") + done["left"],
         ),
         "lost": (0, done["lost"]),

@@ -34,7 +34,7 @@ from tests.e2e.conformance_good import CUT_SHORT, GOOD, STREAMED
 from tests.e2e.conformance_lenient import OURS, SAME
 from tests.e2e.conformance_prompts import PROMPTS, TEXTS
 from tests.e2e.recording import Recording
-from tests.twins import (
+from tests.protocol_parity import (
     DROPPED,
     NotExpressible,
     Said,

@@ -23,7 +23,8 @@ from typing import Any
 
 import httpx
 import pytest
-from packhorse.quantize.quality.evaluate import Message, Question
+from packhorse.quantize.calibration.dataset import Message
+from packhorse.quantize.quality.evaluate import Question
 
 from tests.client import CHAT, TEXT, request_lines, wait_for
 from tests.conftest import DEMO, Server, running_server

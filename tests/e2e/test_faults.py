@@ -69,7 +69,7 @@ def config(folder: Path, engine: dict[str, Any]) -> Path:
         f"engine: {json.dumps({**faulty, **engine})}\n"
         "supervisor: {max_restarts: 100, backoff_s: 0}\n"
         "service: {drain_timeout_s: 60}\n"
-        "admission: {max_running: 40}\n"
+        "admission: {max_in_engine: 40}\n"
         f"auth: {{keys_file: {folder / 'keys.yaml'}}}\n"
     )
     write_keys(folder, KEYS)
@@ -275,7 +275,7 @@ def test_the_engines_own_metrics_outlive_it(server: Server) -> None:
         if line.startswith("vllm:generation_tokens_total{")
     )
     assert generated > 32 * TOKENS, "more than one load's, though each lost its engine"
-    assert "packhorse_requests_held 0.0" in text
+    assert 'packhorse_requests_waiting_for_engine{model="model"} 0.0' in text
 
 
 async def test_wrong_keys_and_scopes_are_refused(server: Server) -> None:

@@ -16,10 +16,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.client import TEXT, events, wait_for
 from tests.conftest import DEMO, Server, running_server
 from tests.e2e.test_caching import end_engine, metric_sum
-from tests.twins import Failed, as_message, failed_in_grpc, method, said_in_json, said_in_messages
+from tests.protocol_parity import (
+    Failed,
+    as_message,
+    failed_in_grpc,
+    method,
+    said_in_json,
+    said_in_messages,
+)
 
 SETTINGS = """
-admission: {max_running: 6}
+admission: {max_in_engine: 6}
 supervisor: {backoff_s: 0}
 rpc: {port: 0}
 service: {drain_timeout_s: 60}

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.quality import dequantized
-from packhorse.quantize.quality.evaluate import apart, read_texts
+from packhorse.quantize.quality.evaluate import apart
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import CHANNEL, Settings
 from safetensors.torch import save_file

@@ -19,7 +19,7 @@ from tests.conftest import Server, running_server
 from tests.deploy.scraping import needs_prometheus, running_prometheus
 from tests.e2e import mixed
 from tests.e2e.adapted import ZENTROL, arguments, make_folder
-from tests.twins import as_message, metadata, method
+from tests.protocol_parity import as_message, metadata, method
 
 PHASE_S = 6
 

@@ -12,11 +12,11 @@ from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.rpc.server import RpcServer
-from packhorse.serve.settings.sections import RpcSettings
+from packhorse.serve.settings.rpc import RpcSettings
 
 from tests.client import CHAT, TEXT, events
 from tests.integration.serving import Served, serving
-from tests.twins import (
+from tests.protocol_parity import (
     Failed,
     as_message,
     failed_in_grpc,
@@ -71,8 +71,10 @@ async def twins(
     admin = Admin(cache=results, model="echo")
     async with serving(keys=keys, admin=admin, cache=results, **options) as served:
         settings = RpcSettings(**{"port": 0, **(rpc or {})})
-        known, tracing = Keys(keys) if keys else None, options.get("tracing")
-        server = RpcServer(served.service, admin, known, settings, tracing)
+        known, tracing = None, options.get("tracing")
+        if keys:
+            known = Keys(keys, metrics=served.metrics)
+        server = RpcServer(served.pipeline, admin, known, settings, tracing, metrics=served.metrics)
         await server.start()
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:

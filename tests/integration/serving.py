@@ -18,15 +18,15 @@ from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.limits.admission import Admission
+from packhorse.serve.metrics import ModelMetrics, ServerMetrics
+from packhorse.serve.models import Model, Models
+from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.rest.app import build_admin_app, build_app
 from packhorse.serve.rest.server import Listeners
-from packhorse.serve.service import Service
-from packhorse.serve.settings.sections import (
-    AdmissionSettings,
-    AuthSettings,
-    EngineSettings,
-    HttpSettings,
-)
+from packhorse.serve.settings.admission import AdmissionSettings
+from packhorse.serve.settings.auth import AuthSettings
+from packhorse.serve.settings.engine import EngineSettings
+from packhorse.serve.settings.http import HttpSettings
 from packhorse.serve.telemetry.tracing import Tracing
 
 
@@ -35,9 +35,10 @@ class Served:
     """A server that runs, and a client of it."""
 
     listeners: Listeners
-    service: Service
+    pipeline: Pipeline
     engine: EchoEngine
     http: httpx.AsyncClient
+    metrics: ServerMetrics
 
     @property
     def address(self) -> tuple[str, int]:
@@ -57,30 +58,42 @@ async def serving(
     clock: Callable[[], float] | None = None,
     admin: Admin | None = None,
     tracing: Tracing | None = None,
-    **service_options: Any,
+    adapters: Any = None,
+    routing: Any = None,
+    cache: Any = None,
+    metrics: ModelMetrics | None = None,
+    **options: Any,
 ) -> AsyncIterator[Served]:
     """`limits` are admission's settings, `http` those of that section; `clock` is for keys and
-    quotas.
+    quotas, `options` are the pipeline's.
     """
     settings = HttpSettings(**{"port": 0, **(http or {})})
     clocked: dict[str, Any] = {"clock": clock} if clock else {}
-    known = Keys(keys, **clocked) if keys else None
-    admission = Admission(AdmissionSettings(**(limits or {})), **clocked)
-    service = Service("echo", admission=admission, **service_options)
+    of_server, counted = ServerMetrics(), metrics or ModelMetrics("echo")
+    known = Keys(keys, metrics=of_server, **clocked) if keys else None
+    admission = Admission(
+        AdmissionSettings(**(limits or {})), metrics=counted, server_metrics=of_server, **clocked
+    )
+    model = Model(
+        "echo", adapters=adapters, routing=routing, cache=cache, admission=admission,
+        metrics=counted,
+    )  # fmt: skip
+    pipeline = Pipeline(Models(model), **options)
     engine = engine or EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s))
     listeners = Listeners(
         settings,
-        build_app(service, settings, known, admin, tracing),
-        build_admin_app(service, settings, known, admin),
+        build_app(pipeline, settings, known, admin, tracing, metrics=of_server),
+        build_admin_app(pipeline, settings, known, admin, metrics=of_server),
+        metrics=of_server,
     )
     listeners.start()
-    service.attach(engine)
+    model.attach(engine)
     limit = httpx.Limits(max_connections=None)
     try:
         async with httpx.AsyncClient(
             base_url=listeners.url, timeout=30, verify=verify, limits=limit
         ) as client:
-            yield Served(listeners, service, engine, client)
+            yield Served(listeners, pipeline, engine, client, of_server)
     finally:
         await listeners.stop()
 
@@ -116,7 +129,7 @@ async def until_there(made: Callable[[], Awaitable[bool]], timeout_s: float = 30
 
 def nothing_left(server: Served) -> Callable[[], bool]:
     """Whether no request is counted anywhere, nor in the engine; for `until`."""
-    counted = server.service.admission
+    counted = server.pipeline.admission
 
     def check() -> bool:
         counts = (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache.result_cache import ResultCache
-from packhorse.serve.settings.sections import AuthSettings
+from packhorse.serve.settings.auth import AuthSettings
 
 from tests.integration.serving import Served, serving
 

@@ -19,7 +19,7 @@ import trustme
 from openai import AsyncOpenAI, AuthenticationError
 from packhorse.serve.errors import StartupError
 from packhorse.serve.rest.server import Listeners
-from packhorse.serve.settings.sections import HttpSettings
+from packhorse.serve.settings.http import HttpSettings
 
 from tests.client import CHAT, hello, request_lines
 from tests.conftest import BIN, running_server

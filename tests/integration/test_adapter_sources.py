@@ -12,18 +12,20 @@ from typing import Any
 
 import grpc
 import httpx
-from packhorse.serve import metrics
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
+from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.rpc.pb import admin_pb2
 from packhorse.serve.rpc.server import RpcServer
-from packhorse.serve.settings.sections import AuthSettings, RpcSettings
+from packhorse.serve.settings.auth import AuthSettings
+from packhorse.serve.settings.rpc import RpcSettings
+from prometheus_client import generate_latest
 
 from tests.client import CHAT, hello
 from tests.conftest import DEMO, running_server
 from tests.integration.serving import Held, Served, bearer, until
 from tests.integration.test_adapters import ADAPTERS, adapted
-from tests.twins import failed_in_grpc, metadata
+from tests.protocol_parity import failed_in_grpc, metadata
 
 ADMIN = bearer("all")
 
@@ -41,9 +43,9 @@ async def test_a_path_outside_the_allowed_roots_is_refused_on_both_protocols(
     (tmp_path / "allowed" / "out").symlink_to(outside)
     inside = str(tmp_path / "allowed" / "clinic")
     async with adapted(tmp_path) as served:
-        admin = Admin(served.service.models._adapters)
+        admin = Admin(served.pipeline.models.first.adapters)
         keys = Keys(AuthSettings(keys_file=tmp_path / "keys.yaml"))
-        rpc = RpcServer(served.service, admin, keys, RpcSettings(port=0))
+        rpc = RpcServer(served.pipeline, admin, keys, RpcSettings(port=0))
         await rpc.start()
         try:
             async with grpc.aio.insecure_channel(rpc.address) as channel:
@@ -125,9 +127,10 @@ def test_a_server_allows_its_watched_folder_and_the_hubs_cache(tmp_path: Path) -
     }  # fmt: skip
 
 
-def series(name: str) -> list[str]:
-    """Those of /metrics that are about an adapter of that name."""
-    lines = metrics.exposition()[0].decode().splitlines()
+def series(served: Served, name: str) -> list[str]:
+    """The model's series that are about an adapter of that name."""
+    registry = served.pipeline.models.first.metrics.registry
+    lines = generate_latest(registry).decode().splitlines()
     return [line for line in lines if f'adapter="{name}"' in line]
 
 
@@ -143,10 +146,10 @@ async def test_an_adapter_that_is_gone_leaves_no_series(tmp_path: Path) -> None:
             await put(served.http, name, str(ADAPTERS / "clinic"))
             answer = await served.http.post(CHAT, json=hello(model=name), headers=ADMIN)
             assert answer.status_code == 200
-            assert len(series(name)) >= 2, "waiting, and routes"
+            assert len(series(served, name)) >= 2, "waiting, and routes"
             await removed(served, name)
-            await until(lambda name=name: not series(name))  # type: ignore[misc]
-        assert series("clinic"), "that of others stay"
+            await until(lambda name=name: not series(served, name))  # type: ignore[misc]
+        assert series(served, "clinic"), "that of others stay"
 
 
 async def test_a_late_request_brings_no_series_back(tmp_path: Path) -> None:
@@ -159,19 +162,20 @@ async def test_a_late_request_brings_no_series_back(tmp_path: Path) -> None:
         await removed(served, "late")
         refused = await served.http.post(CHAT, json=body, headers=ADMIN)
         assert refused.status_code == 404
-        assert series("late"), "one request is there"
+        assert series(served, "late"), "one request is there"
         engine.go.set()
         assert (await asking).status_code == 200
-        await until(lambda: not series("late"))
+        await until(lambda: not series(served, "late"))
         refused = await served.http.post(CHAT, json=body, headers=ADMIN)
         assert refused.status_code == 404
-        assert series("late") == []
+        assert series(served, "late") == []
 
 
 def test_every_metric_by_adapter_is_forgotten_with_it() -> None:
+    metrics = ModelMetrics()
     found = {
         metric
         for metric in vars(metrics).values()
         if "adapter" in getattr(metric, "_labelnames", ())
     }
-    assert found == set(metrics.BY_ADAPTER)
+    assert found == set(metrics.by_adapter)

@@ -13,11 +13,12 @@ import httpx
 from packhorse.serve.adapters.base_layers import linear_layers
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
-from packhorse.serve.adapters.store import Store
+from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.engines.echo import EchoEngine
+from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.routing.router import Router
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 
 from tests.client import CHAT, TEXT, hello
 from tests.conftest import DEMO
@@ -48,22 +49,24 @@ async def adapted(
     from `folder`/allowed.
     """
     engine = engine or EchoEngine(EngineSettings(kind="echo"))
-    with closing(Store(folder / "store")) as store:
+    metrics = ModelMetrics("echo")
+    with closing(AdapterStore(folder / "store")) as store:
         registry = Registry(
             store, max_registered=10, max_resident=4, taken=frozenset({"echo"}),
-            allowed_roots=(DEMO, folder / "allowed"),
+            allowed_roots=(DEMO, folder / "allowed"), metrics=metrics,
         )  # fmt: skip
         layers = linear_layers(DEMO / "model")
         limits = AdapterLimits(max_rank=16, layers=layers, max_bytes=2**24)
         await registry.start(engine, limits, slots=2)
         for name in ("clinic", "code"):
             await registry.put(name, ADAPTERS / name, replace=False)
-        router = Router(write_routes(folder, forbidden), registry.folders, registry)
+        routes = write_routes(folder, forbidden)
+        router = Router(routes, registry.folders, registry, metrics=metrics)
         await router.start()
         keys = write_keys(folder / "keys.yaml", **KEYS)
         async with serving(
             engine=engine, keys=keys, adapters=registry, routing=router,
-            admin=Admin(registry, router),
+            admin=Admin(registry, router), metrics=metrics,
         ) as served:  # fmt: skip
             yield served
         await registry.settle()

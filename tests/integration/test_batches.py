@@ -11,9 +11,9 @@ import pytest
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import Invalid, Unavailable
 from packhorse.serve.messages import GenerateRequest, Sampling
-from packhorse.serve.service import Service
-from packhorse.serve.settings.sections import EngineSettings
-from packhorse.serve.stream import merged
+from packhorse.serve.models import Model, Models
+from packhorse.serve.pipeline import Pipeline, merged
+from packhorse.serve.settings.engine import EngineSettings
 
 from tests.client import TEXT, events, metric, wait_for
 from tests.conftest import Server
@@ -93,47 +93,47 @@ def requests(*prompts: str) -> list[GenerateRequest]:
     ]
 
 
-def slow_service() -> tuple[Service, SlowEngine]:
+def slow_pipeline() -> tuple[Pipeline, SlowEngine]:
     engine = SlowEngine()
-    service = Service("echo")
-    service.attach(engine)
-    return service, engine
+    model = Model("echo")
+    model.attach(engine)
+    return Pipeline(Models(model)), engine
 
 
 async def test_a_ready_prompt_does_not_wait_for_a_slow_one() -> None:
-    service, engine = slow_service()
-    streams = await service.start_all(requests("slow one", "fast"))
+    pipeline, engine = slow_pipeline()
+    streams = await pipeline.start_all(requests("slow one", "fast"))
     chunks = merged(streams)
     assert (await anext(chunks))[0] == 1
     engine.go.set()
     assert [chunk.text async for _, chunk in chunks] == ["slow", " one"]
-    assert await service.drain(10)
+    assert await pipeline.drain(10)
 
 
 async def test_a_bad_prompt_is_found_before_any_is_generated() -> None:
-    service, engine = slow_service()
+    pipeline, engine = slow_pipeline()
     with pytest.raises(Invalid):
-        await service.start_all(requests("fast", "slow", "w " * 3000))
+        await pipeline.start_all(requests("fast", "slow", "w " * 3000))
     assert engine.running == 0
-    assert await service.drain(10)
+    assert await pipeline.drain(10)
 
 
 async def test_a_caller_that_leaves_while_a_batch_starts_leaves_nothing() -> None:
-    service, engine = slow_service()
-    starting = asyncio.create_task(service.start_all(requests("slow one", "slow two")))
+    pipeline, engine = slow_pipeline()
+    starting = asyncio.create_task(pipeline.start_all(requests("slow one", "slow two")))
     await until(lambda: engine.slow == 2)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert await service.drain(10)
+    assert await pipeline.drain(10)
 
 
 async def test_a_stream_that_fails_to_open_ends_the_others() -> None:
-    service, engine = slow_service()
-    streams = await service.start_all(requests("fast one", "slow one", "!dead-later"))
+    pipeline, engine = slow_pipeline()
+    streams = await pipeline.start_all(requests("fast one", "slow one", "!dead-later"))
     with pytest.raises(Unavailable):
         [item async for item in merged(streams)]
     for stream in streams:
         await stream.close()
     assert engine.running == 0
-    assert await service.drain(10)
+    assert await pipeline.drain(10)

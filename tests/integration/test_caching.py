@@ -20,8 +20,9 @@ from packhorse.serve.cache.result_cache import STALE_S
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import ServeError
 from packhorse.serve.messages import AdapterVersion, Caller, Chunk, GenerateRequest, Prompt, Route
-from packhorse.serve.service import Service
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.models import Model, Models
+from packhorse.serve.pipeline import Pipeline
+from packhorse.serve.settings.engine import EngineSettings
 from packhorse.serve.tenancy import Tenancy
 
 from tests.client import CHAT, TEXT, events, hello
@@ -132,7 +133,7 @@ async def test_a_client_that_leaves_ends_nothing_for_the_others() -> None:
             parts = leader.aiter_bytes()
             await anext(parts)
             follower = asyncio.create_task(served.http.post(CHAT, json=greedy(text)))
-            await until(lambda: served.service._in_flight == 2)
+            await until(lambda: served.pipeline._in_flight == 2)
         assert (await follower).json()["choices"][0]["message"]["content"] == text
         assert served.engine.aborted == 0
         other = greedy(text + " k", stream=True)
@@ -279,16 +280,16 @@ async def test_of_mixed_requests_none_is_answered_wrong(
     rng = random.Random(7)
     with running_store(kind, tmp_path) as store_server:
         engine, adapters = Witness(), Adapters()
-        caches, services, watching = [], [], []
+        caches, pipelines, watching = [], [], []
         for _ in range(2):
             store = STORES[kind](store_server.url, "test", 0.5)
             cache = a_cache(store=store)
             await cache.start()
             tenancy = Tenancy(b"s" * 32)
-            service = Service("echo", cache=cache, tenancy=tenancy, adapters=adapters)  # type: ignore[arg-type]
-            service.attach(engine)
+            model = Model("echo", cache=cache, adapters=adapters)  # type: ignore[arg-type]
+            model.attach(engine)
             caches.append(cache)
-            services.append(service)
+            pipelines.append(Pipeline(Models(model), tenancy=tenancy))
             watching.append(asyncio.create_task(cache.watch()))
         callers = [Caller(f"key-{n}", f"tenant-{n % 2}", frozenset()) for n in range(20)]
         wrong: list[Any] = []
@@ -310,9 +311,9 @@ async def test_of_mixed_requests_none_is_answered_wrong(
                 ),
                 caller=rng.choice(callers),
             )
-            era, service = settled_era, rng.choice(services)
+            era, pipeline = settled_era, rng.choice(pipelines)
             try:
-                stream = await service.start(request)
+                stream = await pipeline.start(request)
                 if rng.random() < 0.05:
                     await stream.close()
                     return
@@ -320,11 +321,11 @@ async def test_of_mixed_requests_none_is_answered_wrong(
             except ServeError:
                 failed += 1
                 return
-            marks[stream.mark] += 1
+            marks[stream.context.cache_status] += 1
             text, _, of_era = said.partition(" ")
-            expected = Witness.says(request, stream.prompt, stream.route)
+            expected = Witness.says(request, stream.context.prompt, stream.context.route)
             if text != expected or int(of_era) < era:
-                wrong.append((said, expected, era, stream.mark))
+                wrong.append((said, expected, era, stream.context.cache_status))
 
         async def disturb() -> None:
             done = 0

@@ -36,7 +36,7 @@ async def test_every_answer_of_a_drain_closes_its_connection(connect: Connect) -
         whole = await connect(server, post(hello()))
         stream = await connect(server, post(hello(stream=True)))
         await until(lambda: engine.held == 2 and connections(server) == 5)
-        server.service.stop_admitting()
+        server.pipeline.stop_admitting()
         server.listeners.drain()
         idle[1].write(GET_LIVE)
         status, headers, _ = await answer_of(idle)
@@ -64,7 +64,7 @@ async def test_a_stream_that_has_begun_ends_its_connection_while_draining(connec
         ends = await connect(server, post(hello("word " * 20, stream=True)))
         async with asyncio.timeout(WAIT_S):
             await ends[0].readuntil(b"data: ")
-        server.service.stop_admitting()
+        server.pipeline.stop_admitting()
         server.listeners.drain()
         assert (await rest_of(ends)).endswith(b"0\r\n\r\n")
 

@@ -13,15 +13,17 @@ import pytest
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache.result_cache import ResultCache
+from packhorse.serve.models import Model, Models
+from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.rest.app import build_app
 from packhorse.serve.rpc.pb import admin_pb2, inference_pb2
-from packhorse.serve.service import Service
-from packhorse.serve.settings.sections import AuthSettings, HttpSettings
+from packhorse.serve.settings.auth import AuthSettings
+from packhorse.serve.settings.http import HttpSettings
 
 from tests.client import CHAT, hello, request_lines
 from tests.integration.grpc_serving import Twins, chat, twins
 from tests.integration.strangers import keyless, own_address, raw, status_of
-from tests.twins import Failed
+from tests.protocol_parity import Failed
 
 EVIL = "http://evil.example"
 PAGE = "https://chat.example.org"
@@ -217,7 +219,7 @@ async def test_this_machine_is_its_loopback_addresses(client: Any, status: int) 
     settings = HttpSettings()
     cache = ResultCache(b"s" * 32, memory_bytes=2**20, max_entry_bytes=2**16, ttl_s=60)
     admin = Admin(cache=cache, model="echo")
-    app = build_app(Service("echo"), settings, Keys(AuthSettings()), admin)
+    app = build_app(Pipeline(Models(Model("echo"))), settings, Keys(AuthSettings()), admin)
     transport = httpx.ASGITransport(app, client=client)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         assert (await http.get("/admin/cache")).status_code == status

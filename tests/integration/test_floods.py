@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 import trustme
-from packhorse.serve import metrics
 from packhorse.serve.rest import server as listen
 
 from tests.client import CHAT, hello
@@ -30,6 +29,7 @@ from tests.integration.raw_http import (
 )
 from tests.integration.serving import (
     Held,
+    Served,
     bearer,
     nothing_left,
     serving,
@@ -38,19 +38,19 @@ from tests.integration.serving import (
 )
 
 
-def cut(reason: str) -> float:
-    counter: Any = metrics.CONNECTIONS_CUT.labels(reason)
+def cut(server: Served, reason: str) -> float:
+    counter: Any = server.metrics.connections_cut.labels(reason)
     return float(counter._value.get())
 
 
 async def test_connections_that_ask_nothing_make_room(connect: Connect) -> None:
     async with serving(http={"max_connections": 4}) as server:
-        before = cut("made_room")
+        before = cut(server, "made_room")
         idle = [await connect(server, sent) for sent in (b"", b"POST", b"GET / HTTP/1.1\r\na", b"")]
         await until(lambda: connections(server) == 4)
         assert (await server.http.post(CHAT, json=hello())).status_code == 200
         assert await rest_of(idle[0]) == b""
-        assert cut("made_room") == before + 1
+        assert cut(server, "made_room") == before + 1
         # The others are still there, and the second is answered once it has asked.
         idle[1][1].write(post(hello())[4:])
         assert (await answer_of(idle[1]))[0] == 200
@@ -134,7 +134,7 @@ async def test_a_body_that_nobody_wants_is_not_waited_for(tmp_path: Path, connec
         assert not kept.cycle.body
         ends[1].write(b"x" * 1000)
         assert await rest_of(ends) == b""
-        assert server.service.admission.bodies.held == 0
+        assert server.pipeline.admission.bodies.held == 0
 
 
 async def test_the_connection_goes_on_after_a_body_that_nobody_wanted(
@@ -155,7 +155,7 @@ async def test_the_connection_goes_on_after_a_body_that_nobody_wanted(
 @pytest.mark.parametrize("what", ["one", "many", "target", "unfinished"])
 async def test_headers_above_the_limit(what: str, pieces: int, connect: Connect) -> None:
     async with serving(http={"max_header_bytes": 4096}) as server:
-        before = cut("large")
+        before = cut(server, "large")
         lines = {
             "one": b"GET / HTTP/1.1\r\na: " + b"x" * 9000 + b"\r\n\r\n",
             "many": b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1500 + b"\r\n",
@@ -175,7 +175,7 @@ async def test_headers_above_the_limit(what: str, pieces: int, connect: Connect)
         said = await rest_of(ends)
         assert said.startswith(b"HTTP/1.1 431 ") or not said  # a reset may overtake it
         await until(lambda: connections(server) == 0)
-        assert cut("large") == before + 1
+        assert cut(server, "large") == before + 1
         fits = {"a": "x" * 3500}
         assert (await server.http.get("/health/live", headers=fits)).status_code == 200
 
@@ -187,11 +187,11 @@ CHUNKED = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\
 async def test_what_follows_a_body_without_an_end(end: bytes, connect: Connect) -> None:
     """Trailers and chunks' extensions: nobody reads them, and the parser would keep the first."""
     async with serving(http={"max_header_bytes": 4096}) as server:
-        before = cut("large")
+        before = cut(server, "large")
         ends = await connect(server, CHUNKED + b"2\r\n{}\r\n" + end)
         line = b"a: b\r\n" * 100 if end == b"0\r\n" else b"x" * 600
         with contextlib.suppress(ConnectionError):
-            while cut("large") == before:
+            while cut(server, "large") == before:
                 ends[1].write(line)
                 await ends[1].drain()
                 await asyncio.sleep(0)
@@ -211,7 +211,7 @@ async def test_trailers_are_no_headers(connect: Connect) -> None:
 async def test_answers_to_requests_at_once_must_be_read() -> None:
     """Each waits for the one before it, which waits for its reader."""
     async with serving(http={"stalled_client_timeout_s": 0.3}) as server:
-        before = cut("unread")
+        before = cut(server, "unread")
         with socket.socket() as bare:
             bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             bare.connect(server.address)
@@ -223,7 +223,7 @@ async def test_answers_to_requests_at_once_must_be_read() -> None:
             await until(lambda: connections(server) == 0)
             with contextlib.suppress(ConnectionError):
                 await sending
-        assert cut("unread") == before + 1
+        assert cut(server, "unread") == before + 1
         await until(nothing_left(server))
 
 
@@ -255,7 +255,7 @@ async def test_one_keys_bodies_leave_room_for_anothers(tmp_path: Path, connect: 
     keys = write_keys(tmp_path / "keys.yaml", greedy={}, good={})
     limits = {"max_bodies_bytes": 2**20}
     async with serving(keys=keys, limits=limits) as server:
-        bodies = server.service.admission.bodies
+        bodies = server.pipeline.admission.bodies
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer key-greedy\r\n".encode()
         held = []
         for number in range(5):
@@ -284,12 +284,12 @@ async def test_a_compressed_body_holds_what_comes_out_of_it() -> None:
         headers = {"content-type": "application/json", "content-encoding": "gzip"}
         first = asyncio.create_task(server.http.post(CHAT, content=packed, headers=headers))
         await until(lambda: engine.held == 1)
-        assert server.service.admission.bodies.held > 400_000
+        assert server.pipeline.admission.bodies.held > 400_000
         second = await server.http.post(CHAT, content=packed, headers=headers)
         assert second.status_code == 429
         engine.go.set()
         assert (await first).status_code == 200
-        await until(lambda: not server.service.admission.bodies.held)
+        await until(lambda: not server.pipeline.admission.bodies.held)
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n"])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from packhorse.serve.metrics import ModelMetrics
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests import gateways
@@ -69,9 +70,15 @@ def test_several_series_would_mislead_a_router() -> None:
 
 
 def test_adapters_that_are_held_are_seen_by_every_router() -> None:
-    from packhorse.serve.engines.vllm.patches.lasting_metrics import _AdapterInfo
+    from packhorse.serve.engines.vllm.patches.lasting_metrics import (
+        _AdapterInfo,
+        _Engine,
+        _ModelSeries,
+    )
 
-    info: Any = _AdapterInfo(4)
+    loaded: dict[int, Any] = {}
+    engine = _Engine(ModelMetrics("m"), loaded, lambda: None)
+    info = _AdapterInfo("m", 4, _ModelSeries(engine))
     registry = CollectorRegistry()
     registry.register(info)
 
@@ -81,14 +88,13 @@ def test_adapters_that_are_held_are_seen_by_every_router() -> None:
         return [gateways.llm_d(page), gateways.inference_extension(page)]
 
     for held in (["clinic"], ["clinic", "code"], ["code"]):  # loaded, one more, one unloaded
-        info.loaded = {
-            number: SimpleNamespace(lora_name=f"{name}@0123456789ab")
-            for number, name in enumerate(held)
-        }
+        loaded.clear()
+        for number, name in enumerate(held):
+            loaded[number] = SimpleNamespace(lora_name=f"{name}@0123456789ab")
         for picker in pickers():
             assert picker.adapters == set(held)
             assert (picker.adapters_waiting, picker.max_adapters) == (set(), 4)
-    info.loaded = {}
+    loaded.clear()
     assert [picker.adapters for picker in pickers()] == [set(), set()]
 
 
@@ -137,7 +143,7 @@ async def test_no_engine_sleeps() -> None:
 
 async def test_probes_need_no_key_and_tell_alive_from_ready(tmp_path: Path) -> None:
     async with serving(keys=write_keys(tmp_path / "keys.yaml", only={})) as served:
-        http, service = served.http, served.service
+        http, service = served.http, served.pipeline
 
         async def probes() -> tuple[int, int]:
             live, ready = [await http.get(f"/health/{what}") for what in ("live", "ready")]

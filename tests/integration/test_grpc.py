@@ -15,12 +15,12 @@ from packhorse.serve.errors import StartupError
 from packhorse.serve.rpc.pb import admin_pb2
 from packhorse.serve.rpc.pb import inference_pb2 as pb
 from packhorse.serve.rpc.server import RpcServer
-from packhorse.serve.settings.sections import RpcSettings
+from packhorse.serve.settings.rpc import RpcSettings
 
 from tests.client import CHAT, TEXT
 from tests.integration.grpc_serving import chat, text, twins
 from tests.integration.serving import Held, bearer, until, write_keys
-from tests.twins import (
+from tests.protocol_parity import (
     Failed,
     as_message,
     metadata,
@@ -93,7 +93,7 @@ async def test_bad_requests_are_refused_alike(path: str, body: dict[str, Any]) -
         assert refused.openai == over_http.openai
         assert refused.openai is not None
         assert (await both.ask(*chat())).choices[0].text == "one two three"
-        assert await both.served.service.drain(10)
+        assert await both.served.pipeline.drain(10)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ async def test_admin_without_adapters() -> None:
 
 async def test_admin_can_be_elsewhere() -> None:
     async with twins() as both:
-        rpc = RpcServer(both.served.service, None, None, RpcSettings(port=0))
+        rpc = RpcServer(both.served.pipeline, None, None, RpcSettings(port=0))
         await rpc.start()
         async with grpc.aio.insecure_channel(rpc.address) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -277,9 +277,9 @@ async def test_deadlines() -> None:
 
 async def test_overload() -> None:
     engine = Held()
-    async with twins(engine=engine, limits={"max_running": 2}) as both:
+    async with twins(engine=engine, limits={"max_in_engine": 2}) as both:
         busy = [asyncio.create_task(both.ask(*chat("a b", n=1, user=str(n)))) for n in range(2)]
-        await until(lambda: both.served.service.admission.running == 2)
+        await until(lambda: both.served.pipeline.admission.running == 2)
         refused = await both.ask(*chat())
         http = await both.ask_http(*chat())
         assert (refused.code, refused.kind) == ("RESOURCE_EXHAUSTED", http.kind)
@@ -301,7 +301,7 @@ async def test_health_follows_readiness() -> None:
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         both.served.engine.dead = False
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
-        both.served.service.stop_admitting()
+        both.served.pipeline.stop_admitting()
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         refused = await both.ask(*chat())
         assert (refused.code, refused.kind) == ("UNAVAILABLE", "unavailable")
@@ -348,10 +348,10 @@ async def test_what_cannot_be_listened_on(tmp_path: Path) -> None:
         port = int(both.rpc.address.rpartition(":")[2])
         admin = Admin()
         with pytest.raises(StartupError, match="gRPC"):
-            RpcServer(both.served.service, admin, None, RpcSettings(port=port))
+            RpcServer(both.served.pipeline, admin, None, RpcSettings(port=port))
         files = {"tls_key": tmp_path / "none", "tls_certificate": tmp_path / "none"}
         with pytest.raises(StartupError, match="none cannot be read"):
-            RpcServer(both.served.service, admin, None, RpcSettings(port=0, **files))
+            RpcServer(both.served.pipeline, admin, None, RpcSettings(port=0, **files))
         (tmp_path / "none").write_text("no certificate")
         with pytest.raises(StartupError, match="certificate"):
-            RpcServer(both.served.service, admin, None, RpcSettings(port=0, **files))
+            RpcServer(both.served.pipeline, admin, None, RpcSettings(port=0, **files))

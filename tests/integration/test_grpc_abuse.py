@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.grpc_serving import chat, text, twins
 from tests.integration.serving import until
-from tests.twins import (
+from tests.protocol_parity import (
     as_message,
     failed_in_grpc,
     method,
@@ -73,8 +73,8 @@ async def test_abuse_leaves_nothing_behind() -> None:
         for _ in range(10):
             await asyncio.gather(*(abandon() for _ in range(20)))
         await until(lambda: both.served.engine.running == 0)
-        assert await both.served.service.drain(10)
-        assert both.served.service.admission.in_flight == 0
+        assert await both.served.pipeline.drain(10)
+        assert both.served.pipeline.admission.in_flight == 0
         gc.collect()
         await until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
         assert psutil.Process().memory_info().rss < memory + 60 * 2**20
@@ -88,8 +88,8 @@ async def test_a_client_that_reads_nothing_is_cut_off() -> None:
         message = as_message(*text("word " * 1500, max_tokens=400, n=64, temperature=1.0))[1]
         writer.write(hello_and_ask("/packhorse.v1.Inference/CompleteStream", message))
         await writer.drain()
-        await until(lambda: both.served.service._in_flight == 1)
-        await until(lambda: both.served.service._in_flight == 0, 20)
+        await until(lambda: both.served.pipeline._in_flight == 1)
+        await until(lambda: both.served.pipeline._in_flight == 0, 20)
         await until(lambda: both.served.engine.running == 0)
         writer.close()
         del reader

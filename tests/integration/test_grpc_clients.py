@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from tests.client import CHAT
 from tests.conftest import ROOT, Server, running_server
 from tests.integration.grpc_serving import chat
-from tests.twins import NotExpressible, as_message, method, said_in_messages
+from tests.protocol_parity import NotExpressible, as_message, method, said_in_messages
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from packhorse.serve.rpc.lazy_messages import OPEN_READS
 from tests.integration.grpc_serving import Twins, chat, twins
 from tests.integration.serving import Held, nothing_left, until, write_keys
 from tests.integration.test_grpc_abuse import hello_and_ask
-from tests.twins import as_message, method, said_in_messages
+from tests.protocol_parity import as_message, method, said_in_messages
 
 CHAT = "/packhorse.v1.Inference/Chat"
 CHECK = "/grpc.health.v1.Health/Check"
@@ -64,13 +64,13 @@ async def test_strangers_are_refused_before_their_message_is_read(
         assert await code_of(unsent(both, path, "wrong")) == "UNAUTHENTICATED"
         operators = unsent(both, "/packhorse.v1.Admin/FlushCache", "good")
         assert await code_of(operators) == "PERMISSION_DENIED"
-        assert both.served.service.admission.bodies.held == 0
+        assert both.served.pipeline.admission.bodies.held == 0
 
 
 async def test_above_the_limit_calls_are_refused_before_their_message_is_read() -> None:
     async with twins(limits={"max_in_flight": 2}) as both:
         held = [unsent(both) for _ in range(2)]
-        await until(lambda: both.served.service.admission.in_flight == 2)
+        await until(lambda: both.served.pipeline.admission.in_flight == 2)
         assert await code_of(unsent(both)) == "RESOURCE_EXHAUSTED"
         for call in held:
             call.cancel()
@@ -84,7 +84,7 @@ async def test_a_message_that_does_not_come_in_time() -> None:
         assert await code_of(call) == "DEADLINE_EXCEEDED"
         assert "0.2 s" in await call.details()
         await until(nothing_left(both.served))
-        assert not both.served.service.admission.bodies.held
+        assert not both.served.pipeline.admission.bodies.held
 
 
 async def test_a_call_without_a_message() -> None:
@@ -108,7 +108,7 @@ async def test_one_keys_messages_leave_room_for_anothers(
     limits = {"max_bodies_bytes": 9 * 2**20}
     async with twins(keys=keys, limits=limits, rpc={"max_message_bytes": 1024}) as both:
         held = [unsent(both, key="greedy") for _ in range(4)]
-        await until(lambda: both.served.service.admission.bodies.held > 4 * 2**20)
+        await until(lambda: both.served.pipeline.admission.bodies.held > 4 * 2**20)
         refused = unsent(both, key="greedy")
         assert await code_of(refused) == "RESOURCE_EXHAUSTED"
         assert str(9 * 2**20) in await refused.details()
@@ -121,7 +121,7 @@ async def test_one_keys_messages_leave_room_for_anothers(
         for call in held:
             call.cancel()
         await until(nothing_left(both.served))
-        await until(lambda: not both.served.service.admission.bodies.held)
+        await until(lambda: not both.served.pipeline.admission.bodies.held)
 
 
 async def test_health_and_reflection_answer_while_others_send_nothing() -> None:
@@ -172,11 +172,11 @@ async def test_a_watch_that_is_not_read_keeps_nobody_from_hearing() -> None:
             "/grpc.health.v1.Health/Watch", health_pb2.HealthCheckRequest(), window=0
         )
         _, writer = await peer_reads(both, silent)
-        await until(lambda: both.rpc._open._calls == 1)
+        await until(lambda: both.rpc._public._calls == 1)
         health = health_pb2_grpc.HealthStub(both.channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
-        both.served.service.stop_admitting()
+        both.served.pipeline.stop_admitting()
         async with asyncio.timeout(20):
             assert (await watch.read()).status == NOT_SERVING
             await both.rpc.stop(0)
@@ -246,7 +246,7 @@ async def test_a_drain_tells_clients_to_leave_and_lets_calls_end(
         await until(lambda: engine.held == 1)
         watch = health_pb2_grpc.HealthStub(both.channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
-        both.served.service.stop_admitting()
+        both.served.pipeline.stop_admitting()
         draining = asyncio.create_task(both.rpc.drain())
         # Health first, and while it is told calls are refused by us, with all that we say.
         assert (await watch.read()).status == NOT_SERVING

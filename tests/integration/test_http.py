@@ -258,7 +258,7 @@ def test_the_drain_ends_after_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
 # The command, and forks of one process that has imported what a start imports.
 FORKS = """
 import json, os, sys
-from packhorse.serve import app as main
+from packhorse.serve import server as main
 from packhorse.serve.cli import app
 
 for line in sys.stdin:
@@ -325,17 +325,19 @@ def test_the_command_itself_exits_2(run_command: Any) -> None:
 
 
 DYING = """
-from packhorse.serve import app as main, engines
+from packhorse.serve import engine_builder, server as main
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import EngineDied
-from packhorse.serve.settings.sections import EngineSettings, HttpSettings, SupervisorSettings
+from packhorse.serve.settings.engine import EngineSettings
+from packhorse.serve.settings.http import HttpSettings
+from packhorse.serve.settings.supervisor import SupervisorSettings
 from packhorse.serve.settings import Settings
 
 class Dying(EchoEngine):
     async def check(self):
         raise EngineDied("The engine has stopped.", retry_after_s=1)
 
-engines.ENGINES["echo"] = lambda model, name, settings: Dying(settings)
+engine_builder.ENGINES["echo"] = lambda model, name, settings, metrics: Dying(settings)
 main.run(
     Settings(
         engine=EngineSettings(kind="echo"),

@@ -13,12 +13,11 @@ import httpx
 import pytest
 import uvloop
 from openai import AsyncOpenAI, InternalServerError
-from packhorse.serve import metrics
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import Overloaded
 from packhorse.serve.messages import Chunk
 from packhorse.serve.rest.errors import error_response
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.serving import (
@@ -54,7 +53,7 @@ async def post_head(server: Served, length: int, body: bytes = b"") -> Any:
 
 async def test_above_the_limit_calls_are_refused_before_their_bodies_are_read() -> None:
     async with serving(limits={"max_in_flight": 2}) as server:
-        counted = server.service.admission
+        counted = server.pipeline.admission
         held = [await post_head(server, 100) for _ in range(2)]
         await until(lambda: counted.in_flight == 2)
         reader, writer = await post_head(server, 1000, b"{ this is not even JSON")
@@ -112,7 +111,7 @@ async def test_what_was_not_used_is_given_back(tmp_path: Path) -> None:
 
 
 async def test_a_burst_is_answered_or_refused_and_nothing_else() -> None:
-    async with serving(limits={"max_running": 8}, delay_s=0.01) as server:
+    async with serving(limits={"max_in_engine": 8}, delay_s=0.01) as server:
         kinds = [number % 2 == 0 for number in range(100)]
         calls = [server.http.post(CHAT, json=hello("a b c", stream=stream)) for stream in kinds]
         responses = await asyncio.gather(*calls)
@@ -129,7 +128,7 @@ async def test_a_burst_is_answered_or_refused_and_nothing_else() -> None:
 
 
 async def test_the_engine_never_has_more_than_its_limit() -> None:
-    async with serving(limits={"max_running": 8}, delay_s=0.01) as server:
+    async with serving(limits={"max_in_engine": 8}, delay_s=0.01) as server:
         most = 0
 
         async def watch() -> None:
@@ -151,8 +150,8 @@ async def test_the_gauges_tell_what_waits() -> None:
         call = asyncio.create_task(server.http.post(CHAT, json=hello("a b c")))
         await until(lambda: server.engine.running == 1)
         text = (await server.http.get("/metrics")).text
-        assert "packhorse_requests_waiting 1.0" in text
-        assert "packhorse_queued_tokens 3.0" in text
+        assert 'packhorse_requests_waiting{model="echo"} 1.0' in text
+        assert 'packhorse_queued_tokens{model="echo"} 3.0' in text
         call.cancel()
         await until(nothing_left(server))
 
@@ -183,7 +182,6 @@ async def test_a_request_that_waits_past_its_deadline_is_a_504(
 
 
 async def test_openais_client_does_not_send_a_deadline_again() -> None:
-    before = metrics.REQUESTS.labels("deadline")._value.get()
     async with (
         serving(delay_s=30) as server,
         AsyncOpenAI(base_url=server.listeners.url + "/v1", api_key="-", max_retries=2) as client,
@@ -193,7 +191,8 @@ async def test_openais_client_does_not_send_a_deadline_again() -> None:
                 model="echo", prompt="one", extra_body={"timeout_s": 0.1}
             )
     assert failed.value.status_code == 504
-    assert metrics.REQUESTS.labels("deadline")._value.get() == before + 1
+    counted = server.pipeline.models.first.metrics.requests.labels("deadline")
+    assert counted._value.get() == 1
 
 
 class Halting(EchoEngine):
@@ -291,17 +290,7 @@ class Flood(EchoEngine):
             self.running -= 1
 
 
-def stalled_clients() -> float:
-    return sum(
-        sample.value
-        for metric in metrics.STALLED_CLIENTS.collect()
-        for sample in metric.samples
-        if sample.name.endswith("_total")
-    )
-
-
 async def stall(prompt: str | list[str], *, requests: int = 1) -> None:
-    before = stalled_clients()
     engine = Flood(EngineSettings(kind="echo"))
     async with serving(engine=engine, http={"stalled_client_timeout_s": 0.2}) as server:
         reader, writer = await asyncio.open_connection(*server.address, limit=1024)
@@ -312,7 +301,7 @@ async def stall(prompt: str | list[str], *, requests: int = 1) -> None:
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         await until(lambda: engine.running > 0)
         await until(nothing_left(server))
-        assert stalled_clients() == before + 1
+        assert server.metrics.stalled_clients._value.get() == 1
         assert (await server.http.get("/health/live")).status_code == 200
         # Really cut off: what was buffered is still there, and then no more.
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
@@ -331,13 +320,12 @@ def test_a_client_that_stops_reading_is_cut_off(
 
 
 async def test_a_client_that_reads_slowly_is_not_cut_off() -> None:
-    before = stalled_clients()
     async with serving(delay_s=0.05, http={"stalled_client_timeout_s": 0.04}) as server:
         text = " ".join(["word"] * 6)
         response = await server.http.post(CHAT, json=hello(text, stream=True))
         said = "".join(event["choices"][0]["delta"]["content"] for event in events(response))
         assert said == text
-        assert stalled_clients() == before
+        assert server.metrics.stalled_clients._value.get() == 0
 
 
 def test_retry_after_is_never_rounded_down() -> None:

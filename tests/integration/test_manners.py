@@ -179,7 +179,7 @@ async def test_a_client_that_leaves_while_it_is_told_to_wait_ends_its_request() 
     async with serving(engine=engine, http={"heartbeat_s": 0.05}) as server:
         async with server.http.stream("POST", CHAT, json=hello(stream=True)) as response:
             assert await lines_of(response, 1) == [": waiting"]
-        await until(lambda: server.service.admission.running == 0)
+        await until(lambda: server.pipeline.admission.running == 0)
         assert engine.running == 0
 
 

@@ -121,4 +121,4 @@ def test_settings_are_shown_without_secrets(monkeypatch: pytest.MonkeyPatch) -> 
     assert "hidden" not in str(told)
     assert told["http"]["port"] == 1234
     assert told["engine"]["max_num_seqs"] == 8
-    assert told["adapters"]["turn_tokens"] == 4096
+    assert told["adapters"]["quantum_tokens"] == 4096

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from packhorse.serve.access.keys import Keys
-from packhorse.serve.rest.access import Access
-from packhorse.serve.service import Service
-from packhorse.serve.settings.sections import AuthSettings
+from packhorse.serve.models import Model, Models
+from packhorse.serve.pipeline import Pipeline
+from packhorse.serve.rest.middleware import Access
+from packhorse.serve.settings.auth import AuthSettings
 
 from tests.client import CHAT
 from tests.integration.serving import Served, bearer, serving, write_keys
@@ -109,7 +110,7 @@ async def test_what_is_no_request_is_not_passed_on(tmp_path: Path, *, with_keys:
     async def receive() -> Any:
         return {"type": "websocket.connect"}
 
-    app = Access(inner, Service("echo"), Keys(auth))
+    app = Access(inner, Pipeline(Models(Model("echo"))), Keys(auth))
     for path in ("/admin/cache", "/health", "/metrics", CHAT):
         scope = {"type": "websocket", "path": path, "headers": [], "subprotocols": []}
         await app(scope, receive, send)

@@ -16,7 +16,7 @@ from packhorse.serve.cache.base import Store, StoreError
 from packhorse.serve.cache.key import Key
 from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.cache.single_flight import Flight
-from packhorse.serve.cache.store_keys import name_of
+from packhorse.serve.cache.store_keys import store_key
 from packhorse.serve.errors import Unavailable
 from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route
 
@@ -322,7 +322,7 @@ async def test_a_value_cut_short_is_a_miss(redis: StoreServer) -> None:
         await keep(one)
         made = key_of(one, ask("one", tenant="acme"), "one")
         assert made is not None
-        name = name_of("test", made)
+        name = store_key("test", made)
         redis_cli(redis, "setrange", name, "30", "garbage")
         assert await find(one) is None
         await keep(one)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import grpc
 import httpx
 import pytest
-from packhorse.serve.settings.sections import TracingSettings
+from packhorse.serve.settings.tracing import TracingSettings
 from packhorse.serve.telemetry.tracing import Tracing, tracing_of
 from pydantic import SecretStr
 
@@ -21,7 +21,7 @@ from tests.collector import Collected, grpc_collector, http_collector
 from tests.conftest import running_server
 from tests.integration.grpc_serving import twins
 from tests.integration.serving import serving
-from tests.twins import as_message, metadata, method
+from tests.protocol_parity import as_message, metadata, method
 
 PARENT = "4bf92f3577b34da6a3ce929d0e0e4736"
 SENT = {"traceparent": f"00-{PARENT}-00f067aa0ba902b7-01", "tracestate": "vendor=1"}

@@ -7,14 +7,14 @@ from http import HTTPStatus
 import grpc
 import pytest
 from packhorse.serve import errors
-from packhorse.serve.errors import WIRE, ErrorKind, ServeError
+from packhorse.serve.errors import ERROR_MAPPINGS, ErrorKind, ServeError
 
 
 @pytest.mark.parametrize("kind", ErrorKind)
 def test_every_kind_is_in_the_table_and_has_a_class(kind: ErrorKind) -> None:
-    wire = WIRE[kind]
-    assert wire.http == 499 or HTTPStatus(wire.http)
-    assert wire.grpc in grpc.StatusCode.__members__
+    mapping = ERROR_MAPPINGS[kind]
+    assert mapping.http == 499 or HTTPStatus(mapping.http)
+    assert mapping.grpc in grpc.StatusCode.__members__
     assert sum(error.kind is kind for error in ServeError.__subclasses__()) == 1
 
 
@@ -24,6 +24,6 @@ def test_every_error_is_in_the_tree_at_the_top_of_the_file(error: type[ServeErro
 
 
 def test_retries_are_for_what_may_pass_later() -> None:
-    assert {kind for kind in ErrorKind if WIRE[kind].retry} == {
+    assert {kind for kind in ErrorKind if ERROR_MAPPINGS[kind].retry} == {
         ErrorKind.OVERLOADED, ErrorKind.UNAVAILABLE,
     }  # fmt: skip

@@ -6,12 +6,11 @@ import ast
 import subprocess
 import sys
 
-from packhorse.serve import metrics
-from packhorse.serve.telemetry.machine import Gpus, Machine
+from packhorse.serve.metrics import RENAMED, ModelMetrics, ServerMetrics
 from prometheus_client import Counter
-from prometheus_client.metrics import MetricWrapperBase
 
 from tests.conftest import ROOT
+from tools.make_metrics_docs import declared
 
 # Every label there is, and why its values are a closed set.
 LABELS = {
@@ -21,6 +20,7 @@ LABELS = {
     "gpu": "numbers",
     "kind": "total, available or used",
     "mode": "busy, idle",
+    "model": "served names",
     "outcome": "kinds of error, kinds of look-up",
     "process": "server, engine",
     "reason": "words of the declaration",
@@ -38,25 +38,26 @@ def test_the_page_is_what_is_declared() -> None:
 
 
 def test_names_say_what_they_are_and_their_unit() -> None:
-    found = 0
-    for collector in vars(metrics).values():
-        if not isinstance(collector, MetricWrapperBase | Machine | Gpus):
-            continue
-        for family in collector.describe():
-            found += 1
-            assert family.name.startswith("packhorse_")
-            assert family.documentation.endswith((".", "rebuild that failed).")), family.name
-            if family.type == "histogram":
-                assert family.name.endswith(("_seconds", "_adapters"))
-            names = getattr(collector, "_labelnames", getattr(family, "_labelnames", ()))
-            assert set(names) <= set(LABELS), family.name
-    assert found > 50
+    found = list(declared())
+    for name, kind, labels, text, _ in found:
+        assert name.startswith("packhorse_")
+        assert text.endswith((".", "rebuild that failed).")), name
+        if kind == "histogram":
+            assert name.endswith(("_seconds", "_per_step"))
+        assert set(labels) <= set(LABELS), name
+    assert len(found) > 50
+    assert len({name for name, *_ in found}) == len(found)
 
 
 def test_what_the_code_emits_is_there_from_the_start() -> None:
     """Literal values of labels that are a closed set; the others are kinds of error."""
-    closed = {name: set(metrics.CLOSED[found]) for name, found in vars(metrics).items()
-              if isinstance(found, Counter) and found in metrics.CLOSED}  # fmt: skip
+    owners = (ServerMetrics(), ModelMetrics())
+    closed = {
+        name: owner.closed[found]
+        for owner in owners
+        for name, found in vars(owner).items()
+        if isinstance(found, Counter) and found in owner.closed
+    }
     seen = 0
     for path in (ROOT / "serve").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -68,3 +69,9 @@ def test_what_the_code_emits_is_there_from_the_start() -> None:
                     assert value in closed[name], f"{path}: {name} has no {value!r}"
                     seen += 1
     assert seen >= 6
+
+
+def test_renamed_ones_have_new_names_that_are_declared() -> None:
+    names = {name for name, *_ in declared()}
+    assert set(RENAMED) <= names
+    assert not set(RENAMED.values()) & names

@@ -9,7 +9,7 @@ from types import ModuleType
 import grpc
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
-from packhorse.serve.errors import WIRE
+from packhorse.serve.errors import ERROR_MAPPINGS
 from packhorse.serve.rpc.pb import admin_pb2, inference_pb2
 
 from tests.conftest import ROOT
@@ -87,5 +87,6 @@ def test_every_scalar_option_tells_zero_from_unset() -> None:
 
 
 def test_every_kind_of_error_has_a_code_that_grpc_knows() -> None:
-    assert {wire.grpc for wire in WIRE.values()} <= {code.name for code in grpc.StatusCode}
+    known = {code.name for code in grpc.StatusCode}
+    assert {mapping.grpc for mapping in ERROR_MAPPINGS.values()} <= known
     assert admin_pb2.DESCRIPTOR.package == "packhorse.v1"

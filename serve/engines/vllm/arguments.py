@@ -1,4 +1,4 @@
-"""Our engine settings as vLLM's arguments, and what is refused before vLLM would crash on it."""
+"""Engine settings as vLLM's arguments; combinations that vLLM would crash on are refused."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import vllm.envs
-from packhorse.serve.engines.vllm.patches import json_whitespace
-from packhorse.serve.engines.vllm.patches.avx2_int4 import without_avx512
+from packhorse.serve.engines.vllm import patches
+from packhorse.serve.engines.vllm.patches.cpu_features import has_amx, without_avx512
 from packhorse.serve.engines.vllm.plugin import NAME as PLUGIN
 from packhorse.serve.errors import StartupError
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
-from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
 logger = logging.getLogger("packhorse.engine")
 
 GIB = 1024**3
-# By name: they are imported in vllm's child.
-WORKER = "packhorse.serve.engines.vllm.patches.cpu_worker.MendedWorker"
-IN_CORE = "packhorse.serve.engines.vllm.patches.cpu_worker.InCore"
+# By name: they are imported in the engine core's process.
+WORKER = "packhorse.serve.engines.vllm.patches.cpu_worker.PatchedCPUWorker"
+IN_WORKER = ("amx", "cpu_lora_math")  # patches that it installs
+EXECUTOR = "packhorse.serve.engines.vllm.patches.in_process_executor.InProcessCPUExecutor"
 SCHEDULER = "packhorse.serve.engines.vllm.patches.lora_time_slicing.scheduler"
-# Ours under vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
+# Settings that have vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
 SHARED = (
     "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
     "enforce_eager", "seed",
@@ -34,7 +34,7 @@ SHARED = (
 LORA = ("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank")
 # MODEL and its name are the command line's; without a tokenizer nothing here works.
 TAKEN = {"model", "served_model_name", "skip_tokenizer_init"}
-# It would set the process's tracer provider.
+# vLLM would set the process's tracer provider.
 TRACERS = {"otlp_traces_endpoint", "collect_detailed_traces"}
 
 
@@ -48,13 +48,14 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         if given["enforce_eager"] is None:
             given["enforce_eager"] = True
         given["kv_cache_memory_bytes"] = given["kv_cache_memory_bytes"] or GIB
-        given["worker_cls"] = WORKER
-        if _fits_in_core(settings.model_extra or {}):
-            given["distributed_executor_backend"] = IN_CORE
+        if any(patches.reason(name) is None for name in IN_WORKER):
+            given["worker_cls"] = WORKER
+        if _runs_in_process(settings.model_extra or {}):
+            given["distributed_executor_backend"] = EXECUTOR
     given = {field: value for field, value in given.items() if value is not None}
     if settings.enable_lora:
         given |= {field: getattr(settings, field) for field in LORA}
-        if loras_at_work(settings) > settings.max_loras:
+        if max_active_loras(settings) > settings.max_loras:
             given["scheduler_cls"] = SCHEDULER
     if settings.reasoning_parser:
         given["reasoning_parser"] = settings.reasoning_parser
@@ -62,11 +63,11 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         given["hf_token"] = settings.hf_token.get_secret_value()
     free = dict(settings.model_extra or {})
     _refuse_unknown(free)
-    if settings.max_json_whitespace is not None:
-        free["additional_config"] = {
-            **(free.get("additional_config") or {}),
-            json_whitespace.KEY: settings.max_json_whitespace,
-        }
+    bound = settings.max_json_whitespace
+    if patches.use("json_whitespace", needed=bound is not None):
+        from packhorse.serve.engines.vllm.patches.json_whitespace import KEY
+
+        free["additional_config"] = {**(free.get("additional_config") or {}), KEY: bound}
     if free.get("fully_sharded_loras") and current_platform.is_cpu():
         raise StartupError(
             "engine.fully_sharded_loras: on a CPU vLLM's layers for it give requests without an "
@@ -80,16 +81,24 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         raise StartupError(f"vLLM does not take these engine settings: {error}") from error
 
 
-def loras_at_work(settings: EngineSettings) -> int:
+def max_active_loras(settings: EngineSettings) -> int:
     """How many adapters may have requests in the engine: those in a batch, and as many more as
-    take turns with them. Raises StartupError for turns under somebody else's scheduler.
+    share its slots by time slicing. Raises StartupError for time slicing with a scheduler of the
+    user's choice.
     """
-    per_slot = settings.loras_per_slot
+    wanted = _wanted_active_loras(settings)
+    if wanted > settings.max_loras and not patches.use("lora_time_slicing"):
+        return settings.max_loras
+    return wanted
+
+
+def _wanted_active_loras(settings: EngineSettings) -> int:
+    per_slot = settings.lora_oversubscription
     if "scheduler_cls" in (settings.model_extra or {}):
         if per_slot not in (None, 1):
             raise StartupError(
-                f"engine.loras_per_slot is {per_slot}, which needs Packhorse's own scheduler, and "
-                "engine.scheduler_cls names another; remove one of the two."
+                f"engine.lora_oversubscription is {per_slot}, which needs Packhorse's own "
+                "scheduler, and engine.scheduler_cls names another; remove one of the two."
             )
         per_slot = 1
     if per_slot is not None:
@@ -99,18 +108,14 @@ def loras_at_work(settings: EngineSettings) -> int:
     return min(usual, max(settings.max_loras, settings.max_cpu_loras // 2))
 
 
-def _fits_in_core(free: dict[str, Any]) -> bool:
-    """Whether the CPU's one worker can be in the core's own process, which saves a process, the
-    messages between the two and the CPU that vLLM keeps free for the second. Not where vLLM has to
-    bind threads to CPUs: on several memory nodes, or because the user says so.
-    """
-    several = {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
-    return (
-        all(free.get(name) in (None, 1) for name in several)
-        and not free.get("kv_transfer_config")
-        and not vllm.envs.is_set("VLLM_CPU_OMP_THREADS_BIND")
-        and len({cpu.numa_node for cpu in get_allowed_cpu_list()}) == 1
-    )
+def _runs_in_process(settings: dict[str, Any]) -> bool:
+    """Whether the CPU's one worker runs in the engine core's process."""
+    is_possible = True
+    if patches.reason("in_process_executor") is None:
+        from packhorse.serve.engines.vllm.patches import in_process_executor
+
+        is_possible = in_process_executor.is_possible(settings)
+    return patches.use("in_process_executor", needed=is_possible)
 
 
 def _refuse_unknown(names: dict[str, Any]) -> None:
@@ -134,6 +139,26 @@ def _refuse_unknown(names: dict[str, Any]) -> None:
             )
 
 
+def refuse_unpatched(settings: EngineSettings) -> None:
+    """Raises StartupError for settings that need a patch of vLLM which does not fit this version,
+    and without which answers would be wrong or the engine would die.
+    """
+    on_cpu = current_platform.is_cpu()
+    patches.require(
+        "amx",
+        needed=on_cpu and has_amx(),
+        what="An engine on this CPU, which has AMX,",
+        instead="Install the vLLM that this Packhorse was made for, or serve on another machine.",
+    )
+    patches.require(
+        "cpu_lora_math",
+        needed=on_cpu and settings.enable_lora,
+        what="Serving adapters on a CPU",
+        instead="Serve without adapters (neither adapters.folder nor adapters.store, "
+        "engine.enable_lora false), or install the vLLM that this Packhorse was made for.",
+    )
+
+
 def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
     """Raises StartupError for what vLLM's CPU build finds out too late: float16 under W8A8 aborts
     the whole process; without AVX-512 4-bit weights have no kernel but ours, at their first use,
@@ -154,6 +179,13 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
             f"{folder} has 8-bit weights and activations, which vLLM's CPU kernel runs in bfloat16 "
             f"only, not in {dtype}; pass --dtype bfloat16."
         )
+    packs = _packs(quantization)
+    patches.require(
+        "avx2_int4",
+        needed=without_avx512() and packs,
+        what="Serving 4-bit weights on a CPU without AVX-512",
+        instead="Serve it on another machine, or quantize with --method int8.",
+    )
     if not without_avx512():
         return
     if rounds_inputs:
@@ -162,7 +194,7 @@ def refuse_what_would_crash(folder: Path, settings: EngineSettings) -> None:
             "are less exact here than elsewhere; the original in bfloat16 is not concerned",
             folder.name,
         )
-    if _packs(quantization):
+    if packs:
         _refuse_without_kernel(folder, config, quantization)
         logger.warning(
             "This CPU has no AVX-512, and vLLM no kernel for 4-bit weights on it: those of %s are "
@@ -196,7 +228,7 @@ def _packs(quantization: dict[str, Any]) -> bool:
 def _refuse_without_kernel(
     folder: Path, config: dict[str, Any], quantization: dict[str, Any]
 ) -> None:
-    """Raises StartupError for packed weights that unpacked.py cannot stand in for."""
+    """Raises StartupError for packed weights that the patch avx2_int4 has no kernel for either."""
     has = None
     bits = quantization.get("bits") or quantization.get("w_bit") or 4
     if bits != 4:

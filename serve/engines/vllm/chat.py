@@ -1,21 +1,25 @@
-"""Chat as vLLM's own server does it: messages to a prompt, the answer's text to reasoning and tool
-calls.
+"""Chat as vLLM's own server does it: messages become a prompt, the answer's text becomes reasoning,
+content and tool calls.
 
-Rendering goes through vLLM's renderer, parsing through its parser classes. Those take vLLM's own
-request object, which is built only for requests with tools or on a server with a reasoning parser.
+Rendering goes through vLLM's renderer, parsing through its parser classes. The parsers take vLLM's
+own request object, which is built only for requests with tools or on a server with a reasoning
+parser.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+import jinja2.meta
+import jinja2.sandbox
 import msgspec
 from packhorse.serve.engines.vllm.constraints import check_integers, check_tools
 from packhorse.serve.engines.vllm.sampling import invalid
 from packhorse.serve.errors import Invalid, StartupError
 from packhorse.serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 from pydantic import ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -24,11 +28,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.exceptions import VLLMClientError
 from vllm.parser import ParserManager
 from vllm.renderers.chat_utils import load_chat_template, make_tool_call_id
-from vllm.renderers.hf import (
-    HfRenderer,
-    _cached_resolve_chat_template_kwargs,
-    resolve_chat_template,
-)
+from vllm.renderers.hf import AssistantTracker, HfRenderer, resolve_chat_template
 from vllm.renderers.params import ChatParams, merge_kwargs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,17 +36,30 @@ from vllm.v1.engine.async_llm import AsyncLLM
 # Template variables that other fields of a request, or the tokenizer, decide.
 OURS = frozenset(("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"))
 PATHS = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path")
-# What a template can call that does not answer the same each time.
+# Functions of a template whose result changes from call to call.
 CHANGING = ("strftime_now", "lipsum", "| random", "|random")
 
 
 def template_of(settings: EngineSettings) -> str | None:
-    """The chat template that the settings name. Raises StartupError when it is not there."""
+    """The chat template that the settings name. Raises StartupError when it cannot be found."""
     try:
         template: str | None = load_chat_template(settings.chat_template)
     except (ValueError, VLLMClientError) as error:
         raise StartupError(f"engine.chat_template: {invalid(error).message}") from error
     return template
+
+
+@lru_cache
+def template_variables(template: str) -> frozenset[str]:
+    """The variables that a chat template uses and does not set itself. As vLLM finds those that it
+    passes on.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[AssistantTracker, "jinja2.ext.loopcontrols"],
+    )
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
 
 
 def parser_class(
@@ -68,7 +81,7 @@ def parser_class(
 
 
 class Chat:
-    """What an engine knows about chatting: its template, its parsers."""
+    """The chat template and the parsers of one engine."""
 
     def __init__(self, llm: AsyncLLM, settings: EngineSettings) -> None:
         """Raises StartupError for a parser that vLLM does not have or the tokenizer cannot feed."""
@@ -99,7 +112,7 @@ class Chat:
         }
 
     def is_lasting(self, request: GenerateRequest) -> bool:
-        """Whether the request's messages become the same prompt at any time."""
+        """Whether the same messages always become the same prompt: the template reads no clock."""
         with_tools = bool(request.chat.tools)  # there may be a template of their own
         if with_tools not in self._is_lasting:
             # Other renderers write the date in code of their own.
@@ -120,7 +133,7 @@ class Chat:
         return template
 
     def params(self, request: GenerateRequest) -> tuple[ChatParams, tuple[str, ...]]:
-        """What the renderer needs to know, and the fields that this template has no use for.
+        """The renderer's parameters, and the request's fields that this template does not use.
         Raises Invalid for documents that it would leave out.
         """
         options = request.chat
@@ -157,7 +170,7 @@ class Chat:
         asked = set(options.template_variables)
         if not (asked or options.reasoning_effort or options.documents):
             return ()
-        known = set(_cached_resolve_chat_template_kwargs(self._resolved(options) or ""))
+        known = set(template_variables(self._resolved(options) or ""))
         if (options.documents or "documents" in asked) and "documents" not in known:
             raise Invalid(
                 "The model's chat template has no place for documents, and would answer without "
@@ -177,7 +190,7 @@ class Chat:
         params: ChatParams,
         prompt_token_ids: list[int],
     ) -> AnswerReader | None:
-        """What reads the answer, or None when it is plain text. Raises Invalid."""
+        """The reader of the answer, or None when the answer is plain text. Raises Invalid."""
         options = request.chat
         calls = options.tool_choice != "none"
         if calls and not self._parses_tools:
@@ -207,7 +220,7 @@ class Chat:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON: of a token its text."""
+    """The value as JSON; a token as its text."""
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -253,8 +266,8 @@ class AnswerReader:
         self._num_sent = [0] * request.sampling.n
 
     def piece(self, chunk: Chunk) -> Chunk | None:
-        """A streamed chunk, read; None when the parser holds it back. Its tokens then come with the
-        next.
+        """A streamed chunk, parsed; None when the parser holds it back: its tokens then come with
+        the next chunk.
         """
         parser = self._parser(chunk.index)
         finished = chunk.finish_reason is not None
@@ -297,7 +310,7 @@ class AnswerReader:
         )
 
     def whole(self, chunk: Chunk) -> Chunk:
-        """A whole answer, read."""
+        """A whole answer, parsed."""
         parser = self._parser(chunk.index)
         parser.set_prompt_token_ids(self._prompt_token_ids)
         reasoning, content, calls = parser.parse(
@@ -328,7 +341,9 @@ class AnswerReader:
         )
 
     def _parser(self, index: int) -> Any:
-        """Made when the choice has its first chunk: a hundred at once would hold up the loop."""
+        """The choice's parser, made at its first chunk: a hundred at once would block the event
+        loop.
+        """
         if index not in self._parsers:
             self._parsers[index] = self._chat.make_parser(self._request, self._params)
         return self._parsers[index]
@@ -341,7 +356,7 @@ class AnswerReader:
 def _vllm_request(
     request: GenerateRequest, structured: StructuredOutputsParams | None
 ) -> ChatCompletionRequest:
-    """vLLM's own request object, with what its parsers look at."""
+    """vLLM's own request object, with the fields that its parsers read."""
     options = request.chat
     choice: Any = options.tool_choice
     if choice == "named":

@@ -1,5 +1,5 @@
-"""Bounds on structured outputs: what is too large is refused before the engine, which all requests
-share, would compile it.
+"""Bounds on structured outputs: a constraint that is too large is refused before the engine, which
+all requests share, would compile it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from packhorse.serve.errors import Invalid
 from packhorse.serve.messages import Constraint
 from vllm.sampling_params import StructuredOutputsParams
 
-# Beyond these a constraint takes the engine seconds or gigabytes to compile, for everybody.
+# Beyond these, compiling a constraint takes seconds or gigabytes, and all requests wait for it.
 MAX_CONSTRAINT_CHARS = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
 MAX_CHOICES = 1000

@@ -1,8 +1,8 @@
-"""The real engine: vLLM's AsyncLLM in this process, its EngineCore in a child.
+"""The real engine: vLLM's AsyncLLM in this process, its engine core in a child process.
 
 Prompts go through vLLM's own renderer, so they equal those of plain vLLM. Closing the generator
-aborts the request. Checked against vLLM 0.32; `tests/e2e` is the contract test of every symbol used
-here.
+aborts the request. Uses vLLM's public API alone, and runs without any patch; `patches` are asked
+for by name where they are of use. `tests/e2e` is the contract test of every symbol used here.
 """
 
 from __future__ import annotations
@@ -11,36 +11,33 @@ import asyncio
 import copy
 import itertools
 import logging
+import threading
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import vllm.envs
-from packhorse.serve import metrics
 from packhorse.serve.engines.base import Capacity, answer_budget
+from packhorse.serve.engines.vllm import patches
 from packhorse.serve.engines.vllm.arguments import (
     engine_args,
-    loras_at_work,
+    max_active_loras,
+    refuse_unpatched,
     refuse_what_would_crash,
     warn_of_missing_scales,
 )
 from packhorse.serve.engines.vllm.chat import AnswerReader, Chat, parser_class, template_of
 from packhorse.serve.engines.vllm.constraints import structured_outputs
-from packhorse.serve.engines.vllm.health import Health, has_died
+from packhorse.serve.engines.vllm.health import Health, Heartbeat, has_died
 from packhorse.serve.engines.vllm.loras import Loras
-from packhorse.serve.engines.vllm.patches.fast_outputs import (
-    ChunkCollector,
-    ChunkProcessor,
-    chunks_of,
-    refuse_failure,
-)
-from packhorse.serve.engines.vllm.patches.forkserver import engine_is_born_here
-from packhorse.serve.engines.vllm.patches.lasting_metrics import LastingStats
+from packhorse.serve.engines.vllm.outputs import PlainOutputs, chunks_of, refuse_failure
+from packhorse.serve.engines.vllm.patches.forkserver import engines_are_forked
 from packhorse.serve.engines.vllm.sampling import invalid, sampling_params, settled
 from packhorse.serve.errors import EngineDied, Invalid, Overloaded, StartupError
 from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.metrics import ModelMetrics
+from packhorse.serve.settings.engine import EngineSettings
 from vllm import SamplingParams
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
@@ -50,9 +47,16 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+if TYPE_CHECKING:  # a patch is imported when it is known to fit
+    from packhorse.serve.engines.vllm.patches.engine_watch import EngineWatch
+    from packhorse.serve.engines.vllm.patches.fast_outputs import ChunkCollector, FastOutputs
+
 logger = logging.getLogger("packhorse.engine")
 
 DEAD = "The engine has stopped."
+
+# vLLM sets process-wide state while it makes an engine.
+_making = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,46 +71,77 @@ class Rendered:
 class VllmEngine:
     """Satisfies the Engine protocol. Constructing it takes seconds: use a worker thread."""
 
-    def __init__(self, folder: Path, name: str, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        settings: EngineSettings,
+        *,
+        metrics: ModelMetrics | None = None,
+    ) -> None:
+        """`name` is the served one. Raises StartupError."""
+        self._metrics = metrics or ModelMetrics(name)
+        refuse_unpatched(settings)
         refuse_what_would_crash(folder, settings)
         args = engine_args(folder, name, settings)
         # Mistakes that need no engine to be told.
         template_of(settings)
         parser_class(settings)
+        self._heartbeat = Heartbeat()
+        self._fast: FastOutputs | None = None
+        self._watch: EngineWatch | None = None
+        self._health: Health | None = None
+        loaded: dict[int, LoRARequest] = {}
         try:
-            with engine_is_born_here():
+            with _making, engines_are_forked():
                 self._llm = AsyncLLM.from_engine_args(
                     # The context decides the batch limits: as `vllm serve` has them.
                     args,
                     usage_context=UsageContext.OPENAI_API_SERVER,
-                    stat_loggers=[LastingStats],
+                    stat_loggers=[self._stat_logger(loaded)],
                 )
         except Exception as error:
             # vLLM raises many classes here, its child's failure among them.
             raise StartupError(f"vLLM could not load {folder}: {error}") from error
         self._closed = False
+        self._closing: asyncio.Future[None] | None = None  # made with the first PlainOutputs
         self._numbers = itertools.count()
         try:
-            self._set_up(settings)
+            self._set_up(settings, loaded)
             warn_of_missing_scales(folder, settings)
         except Exception:
+            if self._health is not None:
+                self._health.end_processes()
             self._llm.shutdown()
             raise
         self._report()
 
-    def _set_up(self, settings: EngineSettings) -> None:
-        """What we need of the engine that is there now."""
+    def _stat_logger(self, loaded: dict[int, LoRARequest]) -> Any:
+        """What vLLM reports its statistics to; `loaded` are the adapters, as they will be."""
+        if not patches.use("lasting_metrics"):
+            return self._heartbeat.stat_logger
+        from packhorse.serve.engines.vllm.patches.lasting_metrics import stat_logger
+
+        return stat_logger(self._metrics, loaded, self._heartbeat.step)
+
+    def _set_up(self, settings: EngineSettings, loaded: dict[int, LoRARequest]) -> None:
+        """What this class needs of vLLM's engine, which is there now."""
         self._chat = Chat(self._llm, settings)
-        # Before the first request, which starts the handler that uses it.
-        self._llm.output_processor = ChunkProcessor.in_place_of(self._llm.output_processor)
-        vllm.envs.enable_envs_cache()  # else vLLM asks the environment once a token
+        if patches.use("fast_outputs"):
+            from packhorse.serve.engines.vllm.patches.fast_outputs import FastOutputs
+
+            self._fast = FastOutputs(self._llm)
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._vocab_size: int = self._llm.model_config.get_vocab_size()
         self._defaults: dict[str, Any] = self._llm.model_config.get_diff_sampling_param()
         self._defaults.pop("max_tokens", None)  # ours to decide, see answer_budget
         scheduler = self._llm.vllm_config.scheduler_config
-        self._health = Health(self._llm, settings)
-        self._loras = Loras(self._llm)
+        if patches.use("engine_watch"):
+            from packhorse.serve.engines.vllm.patches.engine_watch import EngineWatch
+
+            self._watch = EngineWatch(self._llm)
+            self._health = Health(self._watch, self._heartbeat, settings)
+        self._loras = Loras(self._llm, loaded)
         self._by_priority = scheduler.policy == "priority"
         self._every_token = scheduler.stream_interval == 1
         cache = self._llm.vllm_config.cache_config
@@ -115,7 +150,7 @@ class VllmEngine:
             scheduler.max_num_seqs,
             (cache.num_gpu_blocks or 0) * cache.block_size,
             lora.max_loras if lora else 0,
-            loras_at_work(settings) if lora else 0,
+            max_active_loras(settings) if lora else 0,
             lora.max_cpu_loras if lora else 0,
             lora.max_lora_rank if lora else 0,
         )
@@ -145,6 +180,7 @@ class VllmEngine:
             "on" if cache.enable_prefix_caching else "off",
             "on" if config.scheduler_config.enable_chunked_prefill else "off",
         )
+        logger.info("Patches of vLLM: %s", patches.summary())
 
     async def tokenize(self, request: GenerateRequest) -> list[int]:
         engine_input, _, _ = await self._engine_input(request, max_total_tokens=None)
@@ -268,7 +304,7 @@ class VllmEngine:
             reader = rendered.reader
             while not finished:
                 output = await outputs.get()
-                if type(output) is Chunk:
+                if isinstance(output, Chunk):
                     finished = output.finish_reason is not None
                     if finished:
                         refuse_failure(output.finish_reason, constrained=constrained)
@@ -291,7 +327,7 @@ class VllmEngine:
             finished = True  # nothing is left to abort
             raise EngineDied(DEAD, retry_after_s=30) from error
         except GracefulHTTPError as error:
-            metrics.ADMISSION_REFUSALS.labels("engine_queue").inc()
+            self._metrics.admission_refusals.labels("engine_queue").inc()
             raise Overloaded(f"The engine's queue is full: {error}", retry_after_s=1) from error
         except VLLMClientError as error:
             raise invalid(error, "structured_outputs" if constrained else None) from error
@@ -304,63 +340,47 @@ class VllmEngine:
             raise EngineDied(DEAD, retry_after_s=30) from error
         finally:
             if outputs is not None and not finished:
-                await self._llm.abort(outputs.request_id, internal=True)
+                await self._abort(outputs)
 
     async def _submit(
         self, rendered: Rendered, request: GenerateRequest, lora: LoRARequest | None
-    ) -> Any:
-        """Hand the request to the engine; returns what its output can be got from."""
-        llm, params, reader = self._llm, rendered.params, rendered.reader
+    ) -> PlainOutputs | ChunkCollector:
+        """Hand the request to the engine; returns what its outputs come out of."""
+        params, reader = rendered.params, rendered.reader
         plain = params.n == 1 and params.logprobs is None and params.prompt_logprobs is None
-        ended = reader.reasoning_ended if reader else None
-        reading = reader.reasoning_kwargs if reader else None
-        if not (plain and self._every_token):
-            # Of its own, because an abort by this id ends all requests that have it.
-            external_id = f"{request.request_id}-{next(self._numbers)}"
-            try:
-                return await llm.add_request(
-                    external_id,
-                    rendered.engine_input,
-                    params,
-                    lora_request=lora,
-                    priority=request.priority if self._by_priority else 0,
-                    reasoning_ended=ended,
-                    reasoning_parser_kwargs=reading,
-                )
-            except BaseException:  # half handed over, or refused
-                await llm.abort(external_id)
-                raise
-        # The same steps as add_request's, but with a collector of our own.
-        if llm.errored:
-            raise EngineDeadError
-        made = await self._engine_request(rendered, request, lora)
-        made.reasoning_ended = ended
-        made.reasoning_parser_kwargs = reading
-        llm.input_processor.assign_request_id(made)
-        llm._run_output_handler()
-        collector = ChunkCollector(made.request_id)
-        try:
-            await llm._add_request(made, None, None, 0, collector)
-        except BaseException:  # a caller that leaves now may leave it half handed over
-            await llm.abort(made.request_id, internal=True)
-            raise
-        return collector
+        priority = request.priority if self._by_priority else 0
+        reasoning: dict[str, Any] = {}
+        if reader is not None:
+            reasoning["reasoning_ended"] = reader.reasoning_ended
+            reasoning["reasoning_parser_kwargs"] = reader.reasoning_kwargs
+        if self._fast is not None and plain and self._every_token:
+            return await self._fast.submit(
+                request.request_id,
+                rendered.engine_input,
+                params,
+                lora=lora,
+                priority=priority,
+                reasoning=reasoning,
+            )
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_future()
+        # Of its own, because an abort by this id ends all requests that have it.
+        external_id = f"{request.request_id}-{next(self._numbers)}"
+        outputs = self._llm.generate(
+            rendered.engine_input,
+            params,
+            external_id,
+            lora_request=lora,
+            priority=priority,
+            **{name: value for name, value in reasoning.items() if value is not None},
+        )
+        return PlainOutputs(outputs, partial(self._llm.abort, external_id), self._closing)
 
-    async def _engine_request(
-        self, rendered: Rendered, request: GenerateRequest, lora: LoRARequest | None
-    ) -> Any:
-        """vLLM's request, validated; in a thread where that means compiling a constraint."""
-        processor = self._llm.input_processor
-        process = processor.process_inputs
-        arguments = (request.request_id, rendered.engine_input, rendered.params)
-        keywords = {
-            "lora_request": lora,
-            "supported_tasks": await self._llm.get_supported_tasks(),
-            "priority": request.priority if self._by_priority else 0,
-        }
-        if rendered.params.structured_outputs is None:
-            return process(*arguments, **keywords)
-        return await asyncio.to_thread(process, *arguments, **keywords)
+    async def _abort(self, outputs: PlainOutputs | ChunkCollector) -> None:
+        if isinstance(outputs, PlainOutputs):
+            await outputs.abort()
+        elif self._fast is not None:
+            await self._fast.abort(outputs)
 
     async def load_adapter(self, adapter: AdapterVersion) -> None:
         await self._loras.load(adapter)
@@ -371,19 +391,22 @@ class VllmEngine:
     async def check(self) -> None:
         if self._closed or self._llm.errored:
             raise EngineDied(DEAD, retry_after_s=30)
-        self._health.look()
+        if self._health is not None:
+            self._health.look()
 
     async def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._health.end_processes()
-        # vLLM tells its callers of an engine's end, but not of one that it was asked for; and never
-        # those that wait for a reply, as the first requests do.
-        self._llm.output_processor.propagate_error(EngineDeadError())
-        for reply in self._llm.engine_core.utility_results.values():
-            if not reply.done():
-                reply.set_exception(EngineDeadError())
+        if self._health is not None:
+            self._health.end_processes()
+        # vLLM tells its callers of an engine's death, but not of an end that it was asked for.
+        if self._closing is not None:
+            self._closing.set_result(None)
+        if self._watch is not None:
+            self._watch.fail_callers()
+        elif self._fast is not None:
+            self._fast.fail_requests()
         await asyncio.to_thread(self._llm.shutdown)
 
 

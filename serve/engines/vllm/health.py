@@ -1,26 +1,27 @@
 """Whether an engine gets on, judged by what it does and not by what it says.
 
 A step of the engine may take long: a long prompt on a slow machine. So it counts as hung when
-requests wait, no step ends, and the processes that compute use no CPU either. What computes on and
-never ends a step (a kernel that spins) is found by a second, much longer limit.
+requests wait, no step ends, and the processes that compute use no CPU either. A process that
+computes on and never ends a step (a kernel that spins) is found by a second, much longer limit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any, Protocol
 
 import psutil
-from packhorse.serve.engines.processes import Activity, end, shared_memory
-from packhorse.serve.engines.vllm.patches.lasting_metrics import LastingStats
+from packhorse.serve.engines.processes import Activity, claim, end, release, shared_memory
 from packhorse.serve.errors import EngineHung
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 WORKER = "VLLM::Worker"  # as vLLM calls the process
 BUSY_SHARE = 0.05  # of one CPU: less is what a process that waits uses
 DEATH_LOOKS, DEATH_LOOK_S = 20, 0.1  # 2 s; it took 0.4
-LONGEST_LOOK_S = 1.0  # more means that the whole machine stood still, or we did
+LONGEST_LOOK_S = 1.0  # more means that the whole machine stood still, or this process
 
 
 async def has_died(llm: AsyncLLM) -> bool:
@@ -34,21 +35,51 @@ async def has_died(llm: AsyncLLM) -> bool:
     return bool(llm.errored)
 
 
-class Health:
-    """Look every second or so."""
+class Heartbeat:
+    """Counts the steps of one engine."""
 
-    def __init__(self, llm: AsyncLLM, settings: EngineSettings) -> None:
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def stat_logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        """For AsyncLLM, which makes one for each engine core."""
+        return _StepCounter(self)
+
+
+class _StepCounter(StatLoggerBase):
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self._heartbeat = heartbeat
+
+    def record(self, *_: Any, **__: Any) -> None:
+        self._heartbeat.step()
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+class Watch(Protocol):
+    """What `patches.engine_watch` sees of an engine."""
+
+    cores: list[psutil.Process]
+    """The processes of its engine cores."""
+
+    def has_work(self) -> bool: ...
+
+
+class Health:
+    """Of one engine. Call `look` every second or so."""
+
+    def __init__(self, watch: Watch, heartbeat: Heartbeat, settings: EngineSettings) -> None:
         self._settings = settings
-        self._requests = llm.output_processor
-        self._calls = llm.engine_core.utility_results  # futures of what else the core was asked
-        loggers = llm.logger_manager.stat_loggers if llm.logger_manager else ()
-        (self._stats,) = (found for found in loggers if isinstance(found, LastingStats))
-        cores = [
-            psutil.Process(process.pid)
-            for process in llm.engine_core.resources.engine_manager.processes
-        ]
+        self._watch = watch
+        self._heartbeat = heartbeat
+        cores = watch.cores
         below = [child for core in cores for child in core.children(recursive=True)]
         self._processes = [*cores, *below]
+        claim(self._processes)
         self._shared = shared_memory(self._processes)
         # The core only hands out work, and is busy even while it waits; where there is but one
         # worker, it may be the core itself.
@@ -64,11 +95,11 @@ class Health:
         since_s, self._looked_s = now_s - self._looked_s, now_s
         is_busy = self._activity.since_last_look() > BUSY_SHARE * since_s
         counted_s = min(since_s, LONGEST_LOOK_S)
-        if self._steps != self._stats.steps:
-            self._steps = self._stats.steps
+        if self._steps != self._heartbeat.steps:
+            self._steps = self._heartbeat.steps
             self._step_s = self._idle_s = 0.0
         # Without work both clocks stand still: clients that leave must not hide a hang.
-        elif self._requests.has_unfinished_requests() or self._calls:
+        elif self._watch.has_work():
             self._step_s += counted_s
             self._idle_s = 0.0 if is_busy else self._idle_s + counted_s
         step_s, idle_s = self._step_s, self._idle_s
@@ -84,7 +115,10 @@ class Health:
             )
 
     def end_processes(self) -> None:
-        """At once, whatever they do. What they share is freed, which they can't do then."""
+        """End the engine's processes at once, whatever they do, and free the memory that they
+        share, which they cannot do then.
+        """
         end(self._processes)
+        release(self._processes)
         for path in self._shared:
             path.unlink(missing_ok=True)

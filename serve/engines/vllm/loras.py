@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from packhorse.serve.engines.vllm.health import has_died
-from packhorse.serve.engines.vllm.patches.lasting_metrics import show_adapters
 from packhorse.serve.errors import EngineDied, Invalid, Unavailable
 from packhorse.serve.messages import AdapterVersion
 from vllm.lora.request import LoRARequest
@@ -12,14 +11,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class Loras:
-    """Those of one engine. vLLM would load what it does not have in the middle of a step, and die
-    of what it cannot load; so here nothing is asked for that was not loaded before.
+    """The adapters of one engine. vLLM would load an adapter that it does not have in the middle of
+    a step, and die of one that it cannot load; so no request names one that was not loaded before.
     """
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, llm: AsyncLLM, loaded: dict[int, LoRARequest]) -> None:
+        """`loaded` are the loaded adapters by number, none so far; kept up to date here."""
         self._llm = llm
-        self._loaded: dict[int, LoRARequest] = {}
-        show_adapters(llm, self._loaded)
+        self._loaded = loaded
 
     async def load(self, adapter: AdapterVersion) -> None:
         """Raises Invalid with vLLM's reason, EngineDied."""

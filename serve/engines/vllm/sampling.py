@@ -17,7 +17,7 @@ OPTIONAL = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "logprobs", "prompt_logprobs",
 )  # fmt: skip
-# Fields that are passed on when they say something.
+# Fields that are passed on when they are true or above 0.
 WHEN_SET = ("min_tokens", "ignore_eos", "include_stop_str_in_output")
 LISTS = ("stop", "bad_words", "allowed_token_ids")
 
@@ -64,8 +64,8 @@ def sampling_params(
 
 
 def settled(params: SamplingParams) -> Settled:
-    """What vLLM makes of the fields that models have defaults for. It sets what has no effect at
-    temperature 0 to a value that says so.
+    """The values that vLLM uses for the fields that models have defaults for. At temperature 0 it
+    sets fields without effect to their neutral values.
     """
     return Settled(
         params.temperature,

@@ -13,7 +13,7 @@ from packhorse.quantize.plan import host, planner
 @pytest.fixture(scope="session", autouse=True)
 def measured_host() -> Iterator[None]:
     """Runs measure this machine's speed, which takes a quarter of one on a tiny model. Here it is
-    measured once; test_host.py measures it for itself.
+    measured once; a test in test_planner.py measures it.
     """
     measured = cache(host.this_host)
     with pytest.MonkeyPatch.context() as patched:

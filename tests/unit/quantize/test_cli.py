@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from packhorse.quantize.cli import app
+from packhorse.quantize.errors import BadInput
+from packhorse.quantize.settings import Settings
 from typer.testing import CliRunner
 
 
@@ -121,3 +123,29 @@ def test_a_device_that_is_not_there_is_refused(
     )
     assert refused.exit_code == 2
     assert "--device" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [("--row-tokens", "--sequence-length", "600"), ("--spill-above", "--offload-limit", "0.5")],
+)
+def test_an_option_with_its_old_name_is_taken_with_a_warning(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, value: str
+) -> None:
+    taken: list[Settings] = []
+
+    def decide(settings: Settings) -> None:
+        taken.append(settings)
+        raise BadInput("Enough.")
+
+    monkeypatch.setattr("packhorse.quantize.run.decide", decide)
+    command = ("model", tiny_checkpoint, "--method", "gptq", "--plan")
+    renamed, current = (quantize(*command, option, value) for option in (old, new))
+    assert f"warning: {old} is now called {new}" in renamed.stderr
+    assert "warning" not in current.stderr
+    assert taken[0] == taken[1] != Settings(str(tiny_checkpoint), Path(), "gptq")
+    both = quantize(*command, new, value, old, "7")
+    assert f"warning: {old}" in both.stderr
+    assert taken[2] == taken[1], "the new name wins"
+    assert old not in quantize("model", "--help").stdout
+    assert new in quantize("model", "--help").stdout

@@ -13,10 +13,10 @@ import pytest
 import torch
 from packhorse.quantize import run as run_module
 from packhorse.quantize.calibration.block_loader import Block
-from packhorse.quantize.calibration.runner import LiveBlock, Runner
+from packhorse.quantize.calibration.runner import Runner, RunningBlock
 from packhorse.quantize.errors import BadInput, OutOfMemory, QuantizeError, Unsupported
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint
-from packhorse.quantize.model.experts import Experts, take_apart
+from packhorse.quantize.model.experts import Experts, unfuse_experts
 from packhorse.quantize.model.families import FAMILIES
 from packhorse.quantize.plan.host import Host
 from packhorse.quantize.plan.planner import plan
@@ -58,12 +58,12 @@ def test_apart_they_compute_what_they_did_together(model: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = torch.arange(3, 131).reshape(2, 64)
     wanted = whole(ids).logits
-    take_apart(whole)
+    unfuse_experts(whole)
     assert any(isinstance(part, Experts) for part in whole.modules())
     torch.testing.assert_close(whole(ids).logits, wanted, rtol=1e-4, atol=1e-5)
     for part in whole.modules():
         if isinstance(part, Experts):
-            part.is_watched = True  # the sample must not reach the output
+            part.is_recorded = True  # the sample must not reach the output
     torch.testing.assert_close(whole(ids).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -185,8 +185,8 @@ def test_experts_load_on_cpus_with_amx_only(model: Path, amx: bool) -> None:
     source = Checkpoint(model)
     family = FAMILIES[source.config["model_type"]]
     planned = plan(Settings(str(model), model, "int8"), source, family, host=host)
-    assert (planned.unprovable is None) == amx
-    assert amx or "no AMX" in str(planned.unprovable)
+    assert (planned.not_checkable_here is None) == amx
+    assert amx or "no AMX" in str(planned.not_checkable_here)
     assert any("with AMX only" in note for note in planned.notes)
 
 
@@ -201,7 +201,7 @@ def test_the_largest_block_is_tried_first_and_changes_nothing(
     enter = Runner.enter
     full = False
 
-    def watched(self: Runner, block: Block) -> LiveBlock:
+    def watched(self: Runner, block: Block) -> RunningBlock:
         entered.append(block.index)
         if full and block.index == 1:
             raise MemoryError

@@ -17,29 +17,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packhorse.quantize import formats
 from packhorse.quantize.errors import Unsupported
-from packhorse.quantize.numerics.grid import Codes, Grid, Scheme, round_to_nearest
+from packhorse.quantize.numerics.grid import (
+    QuantizationArgs,
+    QuantizedWeight,
+    Scheme,
+    round_to_nearest,
+)
 from torch import Tensor
 
-INT8 = Scheme(Grid(8), 8)
-FP8 = Scheme(Grid(8, floating=True), 8)
+INT8 = Scheme(QuantizationArgs(8), 8)
+FP8 = Scheme(QuantizationArgs(8, floating=True), 8)
 PACKED = [
-    Scheme(Grid(bits, group_size, symmetric))
+    Scheme(QuantizationArgs(bits, group_size, symmetric))
     for bits in (4, 8)
     for group_size in (32, None)
     for symmetric in (True, False)
 ]
 CASES = [
     *(("compressed-tensors", scheme) for scheme in (*PACKED, INT8, FP8)),
-    *(("gptq", scheme) for scheme in PACKED if scheme.grid.symmetric),
-    *(("awq", scheme) for scheme in PACKED if scheme.grid.bits == 4),
+    *(("gptq", scheme) for scheme in PACKED if scheme.weights.symmetric),
+    *(("awq", scheme) for scheme in PACKED if scheme.weights.bits == 4),
 ]
 
 
 def id_of(value: object) -> str:
     if isinstance(value, Scheme):
-        grid = value.grid
-        sym = "sym" if grid.symmetric else "asym"
-        return f"{value}-{grid.group_size or 'channel'}-{sym}".replace(" ", "")
+        args = value.weights
+        sym = "sym" if args.symmetric else "asym"
+        return f"{value}-{args.group_size or 'channel'}-{sym}".replace(" ", "")
     return str(value)
 
 
@@ -47,10 +52,15 @@ every_case = pytest.mark.parametrize(("name", "scheme"), CASES, ids=id_of)
 
 
 def some_codes(
-    grid: Grid, *, outputs: int = 16, inputs: int = 64, seed: int = 1, dtype: Any = torch.float32
-) -> Codes:
+    args: QuantizationArgs,
+    *,
+    outputs: int = 16,
+    inputs: int = 64,
+    seed: int = 1,
+    dtype: Any = torch.float32,
+) -> QuantizedWeight:
     weight_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
-    return round_to_nearest(weight_OI, grid, scale_dtype=dtype)
+    return round_to_nearest(weight_OI, args, scale_dtype=dtype)
 
 
 def bits_at(word: int, position: int, bits: int) -> int:
@@ -109,7 +119,7 @@ READERS: dict[str, Callable[[dict[str, Tensor], dict[str, Any], int, int], float
 
 @every_case
 def test_an_independent_reader_finds_every_weight(name: str, scheme: Scheme) -> None:
-    codes = some_codes(scheme.grid)
+    codes = some_codes(scheme.weights)
     layout = formats.make(name, scheme)
     tensors, config = layout.tensors("l", codes), layout.config(ignore=[], kv_scales=False)
     read = READERS[config["format"] if name == "compressed-tensors" else name]
@@ -124,9 +134,9 @@ def test_an_independent_reader_finds_every_weight(name: str, scheme: Scheme) -> 
 
 @every_case
 def test_shapes_and_dtypes_are_those_of_the_layout(name: str, scheme: Scheme) -> None:
-    codes = some_codes(scheme.grid, outputs=16, inputs=64, dtype=torch.bfloat16)
+    codes = some_codes(scheme.weights, outputs=16, inputs=64, dtype=torch.bfloat16)
     tensors = formats.make(name, scheme).tensors("a.l", codes)
-    bits, groups = scheme.grid.bits, 2 if scheme.grid.group_size else 1
+    bits, groups = scheme.weights.bits, 2 if scheme.weights.group_size else 1
     if name == "gptq":
         wanted = {
             "qweight": ((64 * bits // 32, 16), torch.int32), "g_idx": ((64,), torch.int32),
@@ -139,14 +149,14 @@ def test_shapes_and_dtypes_are_those_of_the_layout(name: str, scheme: Scheme) ->
             "qzeros": ((groups, 2), torch.int32),
         }  # fmt: skip
     elif scheme.activation_bits == 8:
-        kind = torch.float8_e4m3fn if scheme.grid.floating else torch.int8
+        kind = torch.float8_e4m3fn if scheme.weights.floating else torch.int8
         wanted = {"weight": ((16, 64), kind), "weight_scale": ((16, 1), torch.bfloat16)}
     else:
         wanted = {
             "weight_packed": ((16, 64 * bits // 32), torch.int32),
             "weight_scale": ((16, groups), torch.bfloat16), "weight_shape": ((2,), torch.int64),
         }  # fmt: skip
-        if not scheme.grid.symmetric:
+        if not scheme.weights.symmetric:
             wanted["weight_zero_point"] = ((16 * bits // 32, groups), torch.int32)
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     assert found == {f"a.l.{key}": value for key, value in wanted.items()}
@@ -160,7 +170,7 @@ def test_reading_gives_back_what_was_written(
     name, scheme = case
     layout = formats.make(name, scheme)
     assert (layout.name, layout.scheme) == (name, scheme)
-    codes = some_codes(scheme.grid, outputs=8 * blocks, inputs=32 * blocks, seed=seed)
+    codes = some_codes(scheme.weights, outputs=8 * blocks, inputs=32 * blocks, seed=seed)
     tensors = layout.tensors("a.b", codes)
     read_layout = formats.of(layout.config(ignore=["lm_head"], kv_scales=False))
     others = ["lm_head.weight", "a.b.bias", "a.self_attn.k_scale"]
@@ -168,7 +178,9 @@ def test_reading_gives_back_what_was_written(
     read = read_layout.read("a.b", tensors.__getitem__)
     assert read.dequantize().equal(codes.dequantize())
     if name == "awq":  # always with zero points
-        assert read_layout.scheme.grid == Grid(4, scheme.grid.group_size, symmetric=False)
+        assert read_layout.scheme.weights == QuantizationArgs(
+            4, scheme.weights.group_size, symmetric=False
+        )
     else:
         assert read_layout.scheme == scheme
         assert read.codes_OI.float().equal(codes.codes_OI.float())
@@ -176,7 +188,7 @@ def test_reading_gives_back_what_was_written(
 
 @pytest.mark.parametrize("scheme", [*PACKED, INT8, FP8], ids=id_of)
 def test_compressed_tensors_own_library_reads_config_and_weights(scheme: Scheme) -> None:
-    codes = some_codes(scheme.grid)
+    codes = some_codes(scheme.weights)
     layout = formats.make("compressed-tensors", scheme)
     config = layout.config(ignore=["lm_head"], kv_scales=False)
     parsed = QuantizationConfig.model_validate(json.loads(json.dumps(config)))
@@ -184,10 +196,10 @@ def test_compressed_tensors_own_library_reads_config_and_weights(scheme: Scheme)
     assert theirs.targets == ["Linear"]
     assert parsed.ignore == ["lm_head"]
     assert parsed.kv_cache_scheme is None
-    assert theirs.weights.num_bits == scheme.grid.bits
-    assert theirs.weights.group_size == scheme.grid.group_size
-    assert theirs.weights.symmetric == scheme.grid.symmetric
-    assert theirs.weights.type == ("float" if scheme.grid.floating else "int")
+    assert theirs.weights.num_bits == scheme.weights.bits
+    assert theirs.weights.group_size == scheme.weights.group_size
+    assert theirs.weights.symmetric == scheme.weights.symmetric
+    assert theirs.weights.type == ("float" if scheme.weights.floating else "int")
     activations = theirs.input_activations
     assert (activations is None) == (scheme.activation_bits == 16)
     if activations is not None:
@@ -198,16 +210,18 @@ def test_compressed_tensors_own_library_reads_config_and_weights(scheme: Scheme)
     tensors = {key.removeprefix("l."): value for key, value in layout.tensors("l", codes).items()}
     assert set(tensors) == set(compressor.compression_param_names(theirs))
     if codes.zeros_OG is not None:
-        half = 2 ** (scheme.grid.bits - 1)
+        half = 2 ** (scheme.weights.bits - 1)
         zeros_OG = (codes.zeros_OG.int() - half).to(torch.int8)
-        packed = pack_to_int32(zeros_OG, scheme.grid.bits, packed_dim=0)
+        packed = pack_to_int32(zeros_OG, scheme.weights.bits, packed_dim=0)
         assert tensors["weight_zero_point"].equal(packed)
     assert compressor.decompress(tensors, theirs)["weight"].float().equal(codes.dequantize())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_stores_the_middle_minus_one(bits: int) -> None:
-    tensors = formats.make("gptq", Scheme(Grid(bits))).tensors("l", some_codes(Grid(bits)))
+    tensors = formats.make("gptq", Scheme(QuantizationArgs(bits))).tensors(
+        "l", some_codes(QuantizationArgs(bits))
+    )
     assert tensors["l.qzeros"].unique().tolist() == [{4: 0x77777777, 8: 0x7F7F7F7F}[bits]]
     assert tensors["l.g_idx"].unique().tolist() == [0]
 
@@ -219,11 +233,11 @@ def test_scales_of_the_kv_cache_are_announced() -> None:
     assert (scheme.symmetric, scheme.dynamic) == (True, False)
     for name in ("gptq", "awq"):
         with pytest.raises(Unsupported, match="no place for KV scales; use --format compressed"):
-            formats.make(name, Scheme(Grid(4))).config(ignore=[], kv_scales=True)
+            formats.make(name, Scheme(QuantizationArgs(4))).config(ignore=[], kv_scales=True)
 
 
 def test_awq_refuses_to_leave_out_more_than_it_was_told() -> None:
-    layout = formats.make("awq", Scheme(Grid(4, 32, symmetric=False)))
+    layout = formats.make("awq", Scheme(QuantizationArgs(4, 32, symmetric=False)))
     ignore = ["lm_head", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.v_proj"]
     assert layout.config(ignore=ignore, kv_scales=False)["modules_to_not_convert"] == ignore
     for name, caught in (("model.layers.1.mlp.gate", "gate_proj"), ("v_proj", "qkv_proj")):
@@ -235,16 +249,20 @@ def test_awq_refuses_to_leave_out_more_than_it_was_told() -> None:
     ("name", "scheme", "message"),
     [
         ("marlin", INT8, "'marlin' is not known; known are compressed-tensors, gptq, awq"),
-        ("gptq", Scheme(Grid(4, 32, symmetric=False)), "W4A16, asymmetric"),
+        ("gptq", Scheme(QuantizationArgs(4, 32, symmetric=False)), "W4A16, asymmetric"),
         ("gptq", INT8, "gptq cannot hold W8A8"),
         ("gptq", FP8, "gptq cannot hold FP8"),
-        ("awq", Scheme(Grid(8, 32)), "awq cannot hold W8A16"),
+        ("awq", Scheme(QuantizationArgs(8, 32)), "awq cannot hold W8A16"),
         ("awq", FP8, "awq cannot hold FP8"),
-        ("compressed-tensors", Scheme(Grid(4), 8), "cannot hold W4A8"),
-        ("compressed-tensors", Scheme(Grid(8, 32), 8), "one scale a channel"),
-        ("compressed-tensors", Scheme(Grid(8, None, symmetric=False), 8), "symmetric"),
-        ("compressed-tensors", Scheme(Grid(8, 32, floating=True), 8), "cannot hold FP8"),
-        ("compressed-tensors", Scheme(Grid(3, 32)), "cannot hold W3A16"),
+        ("compressed-tensors", Scheme(QuantizationArgs(4), 8), "cannot hold W4A8"),
+        ("compressed-tensors", Scheme(QuantizationArgs(8, 32), 8), "one scale a channel"),
+        ("compressed-tensors", Scheme(QuantizationArgs(8, None, symmetric=False), 8), "symmetric"),
+        (
+            "compressed-tensors",
+            Scheme(QuantizationArgs(8, 32, floating=True), 8),
+            "cannot hold FP8",
+        ),
+        ("compressed-tensors", Scheme(QuantizationArgs(3, 32)), "cannot hold W3A16"),
     ],
 )
 def test_what_a_layout_cannot_hold_is_refused(name: str, scheme: Scheme, message: str) -> None:
@@ -287,7 +305,7 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return made
 
 
-ASYMMETRIC = Scheme(Grid(4, 32, symmetric=False))
+ASYMMETRIC = Scheme(QuantizationArgs(4, 32, symmetric=False))
 STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": False}
 AUTO_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 
@@ -296,19 +314,19 @@ AUTO_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": T
     ("config", "scheme"),
     [
         (LLM_COMPRESSOR_W4, ASYMMETRIC),
-        (changed(LLM_COMPRESSOR_W4, weights__symmetric=True), Scheme(Grid(4, 32))),
+        (changed(LLM_COMPRESSOR_W4, weights__symmetric=True), Scheme(QuantizationArgs(4, 32))),
         (
             changed(LLM_COMPRESSOR_W4, weights__strategy="channel", weights__group_size=None),
-            Scheme(Grid(4, None, symmetric=False)),
+            Scheme(QuantizationArgs(4, None, symmetric=False)),
         ),
-        (AUTO_ROUND_W4, Scheme(Grid(4, 32))),
-        (changed(AUTO_ROUND_W4, bits=8, group_size=-1), Scheme(Grid(8))),
+        (AUTO_ROUND_W4, Scheme(QuantizationArgs(4, 32))),
+        (changed(AUTO_ROUND_W4, bits=8, group_size=-1), Scheme(QuantizationArgs(8))),
         (changed(AUTO_ROUND_W4, sym=False), ASYMMETRIC),
-        (changed(AUTO_ROUND_W4, desc_act=True, group_size=-1), Scheme(Grid(4))),
-        ({**AUTO_AWQ, "version": "gemm"}, Scheme(Grid(4, 128, symmetric=False))),
+        (changed(AUTO_ROUND_W4, desc_act=True, group_size=-1), Scheme(QuantizationArgs(4))),
+        ({**AUTO_AWQ, "version": "gemm"}, Scheme(QuantizationArgs(4, 128, symmetric=False))),
         (
             {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"},
-            Scheme(Grid(4, 64, symmetric=False)),
+            Scheme(QuantizationArgs(4, 64, symmetric=False)),
         ),
     ],
 )
@@ -323,7 +341,7 @@ def test_several_groups_of_one_scheme_are_one_scheme() -> None:
     assert formats.of(config).scheme == ASYMMETRIC
     groups["group_1"]["weights"] = {**groups["group_0"]["weights"], "num_bits": 8}
     kinds = [formats.of(config).scheme_of(f"layers.0.{name}") for name in ("mlp.up", "self.q")]
-    assert [kind.grid.bits for kind in kinds] == [8, 4]
+    assert [kind.weights.bits for kind in kinds] == [8, 4]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +374,7 @@ def test_configs_that_cannot_be_read_are_refused(config: dict[str, Any], message
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_zero_points_of_both_versions_are_read(version: str, bits: int) -> None:
     """Asymmetric: not written here, nor run by vLLM, but simulated."""
-    codes = some_codes(Grid(bits, 32, symmetric=False))
+    codes = some_codes(QuantizationArgs(bits, 32, symmetric=False))
     assert codes.zeros_OG is not None
     codes.zeros_OG[0] = 0  # which version 1 stores as all ones
     less = 1 if version == "gptq" else 0
@@ -385,7 +403,7 @@ def pack_naively(rows: list[list[int]], bits: int) -> Tensor:
 
 def test_padding_of_other_tools_is_cut_off() -> None:
     """compressed-tensors fills up the last word where sizes are odd."""
-    codes = some_codes(Grid(4, None, symmetric=False), outputs=5, inputs=12)
+    codes = some_codes(QuantizationArgs(4, None, symmetric=False), outputs=5, inputs=12)
     assert codes.zeros_OG is not None
     tensors = {
         "l.weight_packed": pack_to_int32((codes.codes_OI.int() - 8).to(torch.int8), 4),

@@ -6,22 +6,22 @@ import itertools
 
 import pytest
 import torch
-from packhorse.quantize.calibration.statistics import Inputs
+from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.methods import awq, gptq, int8, smoothing
-from packhorse.quantize.methods.error_compensation import correct
+from packhorse.quantize.methods.error_compensation import compensate
 from packhorse.quantize.model.families import FAMILIES
 from packhorse.quantize.numerics import cholesky
 from packhorse.quantize.numerics.grid import (
-    Grid,
-    Placement,
+    QuantizationArgs,
+    QuantizationParameters,
     Scheme,
-    place,
+    minmax_parameters,
     round_to_nearest,
-    search_placement,
+    search_parameters,
 )
 from torch import Tensor, nn
 
-GRID = Grid(4)
+ARGS = QuantizationArgs(4)
 SCALES = torch.float32
 
 
@@ -36,19 +36,21 @@ def weight(outputs: int, inputs: int, seed: int) -> Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed + 1000))
 
 
-def solved_naively(weight_OI: Tensor, hessian_II: Tensor, placement: Placement) -> Tensor:
+def solved_naively(
+    weight_OI: Tensor, hessian_II: Tensor, parameters: QuantizationParameters
+) -> Tensor:
     """After each rounded column, the free ones are solved anew by least squares; same damping and
     order as the real one.
     """
-    grid = placement.grid
+    args = parameters.args
     damped = hessian_II.double()
     damped = damped + gptq.DAMPING[0] * damped.diagonal().mean() * torch.eye(len(damped))
     order = hessian_II.diagonal().argsort(descending=True, stable=True).tolist()
-    scale = placement.scales_OG.double()[:, 0]
+    scale = parameters.scales_OG.double()[:, 0]
     original = weight_OI.double()
     current, codes = original.clone(), torch.zeros_like(original)
     for position, column in enumerate(order):
-        codes[:, column] = (current[:, column] / scale).round().clamp(grid.low, grid.high)
+        codes[:, column] = (current[:, column] / scale).round().clamp(args.low, args.high)
         current[:, column] = codes[:, column] * scale
         fixed, free = order[: position + 1], order[position + 1 :]
         if free:
@@ -69,19 +71,21 @@ def test_gptq_equals_solving_anew_after_every_column(
 ) -> None:
     inputs = 2 + seed % 7
     weight_OI, hessian_II = weight(5, inputs, seed), hessian(inputs, seed)
-    # The largest weight lies half-way between two steps of `place`; a tie may fall either way.
-    placement = Placement(GRID, place(weight_OI, GRID, scale_dtype=SCALES).scales_OG * 1.03)
+    # The largest weight lies half-way between two steps of the range; a tie may fall either way.
+    parameters = QuantizationParameters(
+        ARGS, minmax_parameters(weight_OI, ARGS, scale_dtype=SCALES).scales_OG * 1.03
+    )
     monkeypatch.setattr(gptq, "_better_rows", lambda *given: given[3])  # as they were solved
-    codes = gptq.solve(weight_OI, hessian_II, placement).codes
-    assert torch.equal(codes.codes_OI, solved_naively(weight_OI, hessian_II, placement))
+    codes = gptq.solve(weight_OI, hessian_II, parameters).weight
+    assert torch.equal(codes.codes_OI, solved_naively(weight_OI, hessian_II, parameters))
 
 
-def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runner_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, hessian_II = weight(8, 96, 0), hessian(96, 0, tokens=512)
-    placement = place(weight_OI, GRID, scale_dtype=SCALES)
-    whole = gptq.solve(weight_OI, hessian_II, placement).codes.codes_OI
+    parameters = minmax_parameters(weight_OI, ARGS, scale_dtype=SCALES)
+    whole = gptq.solve(weight_OI, hessian_II, parameters).weight.codes_OI
     monkeypatch.setattr(gptq, "BLOCK", 16)
-    parts = gptq.solve(weight_OI, hessian_II, placement).codes.codes_OI
+    parts = gptq.solve(weight_OI, hessian_II, parameters).weight.codes_OI
     assert (whole != parts).float().mean() < 0.01  # sums in another order; ties may fall otherwise
 
 
@@ -89,14 +93,14 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_gptq_lies_between_the_optimum_and_rounding(seed: int) -> None:
     inputs = 2 + seed % 3
     weight_OI, hessian_II = weight(3, inputs, seed), hessian(inputs, seed)
-    placement = place(weight_OI, GRID, scale_dtype=SCALES)
-    found = gptq.solve(weight_OI, hessian_II, placement).codes
-    rounded = placement.round(weight_OI)
+    parameters = minmax_parameters(weight_OI, ARGS, scale_dtype=SCALES)
+    found = gptq.solve(weight_OI, hessian_II, parameters).weight
+    rounded = parameters.round(weight_OI)
     error_O = lost(weight_OI, found.dequantize(), hessian_II)
     assert (error_O <= lost(weight_OI, rounded.dequantize(), hessian_II) + 1e-9).all()
-    every = torch.tensor(list(itertools.product(range(GRID.low, GRID.high + 1), repeat=inputs)))
+    every = torch.tensor(list(itertools.product(range(ARGS.low, ARGS.high + 1), repeat=inputs)))
     for row in range(3):
-        candidates = every * placement.scales_OG[row, 0]
+        candidates = every * parameters.scales_OG[row, 0]
         best = lost(weight_OI[row].expand(len(every), -1), candidates, hessian_II).min()
         assert error_O[row] >= best - 1e-6
 
@@ -104,11 +108,11 @@ def test_gptq_lies_between_the_optimum_and_rounding(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_gptq_is_never_worse_than_rounding(seed: int) -> None:
     weight_OI, hessian_II = weight(16, 64, seed), hessian(64, seed, tokens=256)
-    placement = place(weight_OI, Grid(4, 32), scale_dtype=SCALES)
+    parameters = minmax_parameters(weight_OI, QuantizationArgs(4, 32), scale_dtype=SCALES)
     found = lost(
-        weight_OI, gptq.solve(weight_OI, hessian_II, placement).codes.dequantize(), hessian_II
+        weight_OI, gptq.solve(weight_OI, hessian_II, parameters).weight.dequantize(), hessian_II
     )
-    nearest = lost(weight_OI, placement.round(weight_OI).dequantize(), hessian_II)
+    nearest = lost(weight_OI, parameters.round(weight_OI).dequantize(), hessian_II)
     assert (found <= nearest * (1 + 1e-5)).all()
     assert found.sum() < 0.7 * nearest.sum()
 
@@ -119,10 +123,10 @@ def test_inputs_that_are_always_zero_change_nothing(scale: float) -> None:
     weight_OI, hessian_II = weight(16, 64, 0), hessian(64, 0, tokens=256) * scale**2
     dead = torch.arange(0, 64, 5)
     hessian_II[dead] = hessian_II[:, dead] = 0
-    placement = place(weight_OI, Grid(4, 32), scale_dtype=SCALES)
-    codes = gptq.solve(weight_OI, hessian_II, placement).codes
+    parameters = minmax_parameters(weight_OI, QuantizationArgs(4, 32), scale_dtype=SCALES)
+    codes = gptq.solve(weight_OI, hessian_II, parameters).weight
     found = lost(weight_OI, codes.dequantize(), hessian_II)
-    nearest = lost(weight_OI, placement.round(weight_OI).dequantize(), hessian_II)
+    nearest = lost(weight_OI, parameters.round(weight_OI).dequantize(), hessian_II)
     assert (found <= nearest * (1 + 1e-4)).all()
     assert found.sum() < 0.8 * nearest.sum()
 
@@ -130,25 +134,29 @@ def test_inputs_that_are_always_zero_change_nothing(scale: float) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_is_rounding_where_inputs_are_independent(symmetric: bool) -> None:
     weight_OI = weight(16, 64, 0)
-    placement = place(weight_OI, Grid(4, 32, symmetric), scale_dtype=SCALES)
-    found = gptq.solve(weight_OI, torch.eye(64), placement).codes
-    assert torch.equal(found.codes_OI, placement.round(weight_OI).codes_OI)
+    parameters = minmax_parameters(
+        weight_OI, QuantizationArgs(4, 32, symmetric), scale_dtype=SCALES
+    )
+    found = gptq.solve(weight_OI, torch.eye(64), parameters).weight
+    assert torch.equal(found.codes_OI, parameters.round(weight_OI).codes_OI)
 
 
 def test_an_input_that_is_always_zero_does_no_harm() -> None:
     weight_OI, hessian_II = weight(4, 32, 0), hessian(32, 0)
     hessian_II[5] = hessian_II[:, 5] = 0
-    rounded = gptq.solve(weight_OI, hessian_II, place(weight_OI, GRID, scale_dtype=SCALES))
+    rounded = gptq.solve(
+        weight_OI, hessian_II, minmax_parameters(weight_OI, ARGS, scale_dtype=SCALES)
+    )
     assert rounded.note is None
-    assert rounded.codes.dequantize().isfinite().all()
+    assert rounded.weight.dequantize().isfinite().all()
 
 
 def test_a_hopeless_hessian_is_recorded_and_rounded() -> None:
     weight_OI = weight(4, 32, 0)
-    placement = place(weight_OI, GRID, scale_dtype=SCALES)
-    rounded = gptq.solve(weight_OI, torch.full((32, 32), torch.nan), placement)
+    parameters = minmax_parameters(weight_OI, ARGS, scale_dtype=SCALES)
+    rounded = gptq.solve(weight_OI, torch.full((32, 32), torch.nan), parameters)
     assert rounded.note == "rounded to nearest: Hessian not invertible"
-    assert torch.equal(rounded.codes.codes_OI, placement.round(weight_OI).codes_OI)
+    assert torch.equal(rounded.weight.codes_OI, parameters.round(weight_OI).codes_OI)
 
 
 def test_a_stubborn_hessian_climbs_the_ladder() -> None:
@@ -156,7 +164,9 @@ def test_a_stubborn_hessian_climbs_the_ladder() -> None:
     hessian_II = torch.eye(32)
     hessian_II[0, 1] = hessian_II[1, 0] = 1.05
     weight_OI = weight(4, 32, 0)
-    rounded = gptq.solve(weight_OI, hessian_II, place(weight_OI, GRID, scale_dtype=SCALES))
+    rounded = gptq.solve(
+        weight_OI, hessian_II, minmax_parameters(weight_OI, ARGS, scale_dtype=SCALES)
+    )
     assert rounded.note == "damped by 0.1 of the mean diagonal"
 
 
@@ -167,7 +177,7 @@ def test_importance_decides_where_a_range_is_cut() -> None:
     rare, busy = torch.ones(32), torch.ones(32)
     rare[7], busy[7] = 1e-6, 1e3
     cut, kept = (
-        search_placement(weight_OI, GRID, importance, scale_dtype=SCALES).round(weight_OI)
+        search_parameters(weight_OI, ARGS, importance, scale_dtype=SCALES).round(weight_OI)
         for importance in (rare, busy)
     )
     assert cut.dequantize()[0, 7] < 0.8 * 20
@@ -194,62 +204,66 @@ def test_what_is_not_positive_definite_has_no_factor(broken: float, at: tuple[in
     assert cholesky.factor_(square) is None
 
 
-def inputs_of(x_TI: Tensor, drift: Tensor | None = None, missing: Tensor | None = None) -> Inputs:
-    inputs = Inputs()
+def statistics_of(
+    x_TI: Tensor, deviation: Tensor | None = None, residual: Tensor | None = None
+) -> InputStatistics:
+    statistics = InputStatistics()
     half = len(x_TI) // 2
     for part in (slice(0, half), slice(half, None)):
-        inputs.add(
+        statistics.add(
             x_TI[part],
-            None if drift is None else drift[part],
-            None if missing is None else missing[part],
+            None if deviation is None else deviation[part],
+            None if residual is None else residual[part],
         )
-    return inputs
+    return statistics
 
 
 def test_running_means_are_means() -> None:
     x, y = weight(100, 8, 0), weight(100, 8, 1)
     m = weight(100, 3, 2)
-    inputs = inputs_of(x, y, m)
-    assert inputs.drift_II is not None
-    assert inputs.missing_OI is not None
-    torch.testing.assert_close(inputs.hessian_II, x.T @ x / 100)
-    torch.testing.assert_close(inputs.drift_II, y.T @ x / 100)
-    torch.testing.assert_close(inputs.missing_OI, m.T @ x / 100)
-    torch.testing.assert_close(inputs.absmax_I, x.abs().amax(dim=0))
-    torch.testing.assert_close(inputs.absmean_I, x.abs().mean(dim=0))
+    statistics = statistics_of(x, y, m)
+    assert statistics.input_deviation_II is not None
+    assert statistics.output_residual_OI is not None
+    torch.testing.assert_close(statistics.hessian_II, x.T @ x / 100)
+    torch.testing.assert_close(statistics.input_deviation_II, y.T @ x / 100)
+    torch.testing.assert_close(statistics.output_residual_OI, m.T @ x / 100)
+    torch.testing.assert_close(statistics.absmax_I, x.abs().amax(dim=0))
+    torch.testing.assert_close(statistics.absmean_I, x.abs().mean(dim=0))
 
 
 @pytest.mark.parametrize("size", [8, 300, 1025])
 def test_a_hessian_in_strips_is_whole(size: int) -> None:
     x = weight(100, size, 0)
-    inputs = inputs_of(x)
-    torch.testing.assert_close(inputs.hessian_II, x.T @ x / 100)
+    statistics = statistics_of(x)
+    torch.testing.assert_close(statistics.hessian_II, x.T @ x / 100)
     more = weight(50, size, 1)
-    inputs.add(more)
+    statistics.add(more)
     both = torch.cat([x, more])
-    torch.testing.assert_close(inputs.hessian_II, both.T @ both / 150)
+    torch.testing.assert_close(statistics.hessian_II, both.T @ both / 150)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["by its drift", "by what it lacks"])
-def test_the_correction_takes_back_what_follows_linearly_from_the_inputs(alone: bool) -> None:
+@pytest.mark.parametrize("alone", [False, True], ids=["input deviation", "output residual"])
+def test_compensation_takes_back_what_follows_linearly_from_the_inputs(alone: bool) -> None:
     weight_OI, x = weight(4, 8, 0), weight(400, 8, 1)
     distorted = x @ (torch.eye(8) + 0.3 * weight(8, 8, 2))
-    drift = x - distorted
-    inputs = (
-        inputs_of(distorted, None, drift @ weight_OI.T) if alone else inputs_of(distorted, drift)
+    deviation = x - distorted
+    statistics = (
+        statistics_of(distorted, None, deviation @ weight_OI.T)
+        if alone
+        else statistics_of(distorted, deviation)
     )
-    corrected, note = correct(weight_OI, inputs)
+    compensated, note = compensate(weight_OI, statistics)
     assert note is None
     before = (x @ weight_OI.T - distorted @ weight_OI.T).square().mean()
-    after = (x @ weight_OI.T - distorted @ corrected.T).square().mean()
+    after = (x @ weight_OI.T - distorted @ compensated.T).square().mean()
     assert after < 0.02 * before
 
 
-def test_a_correction_that_cannot_be_had_is_noted() -> None:
+def test_a_compensation_that_cannot_be_had_is_noted() -> None:
     weight_OI, x = weight(4, 8, 0), weight(400, 8, 1)
-    inputs = inputs_of(x, torch.ones_like(x))
-    inputs.hessian_II.fill_(torch.nan)
-    same, note = correct(weight_OI, inputs)
+    statistics = statistics_of(x, torch.ones_like(x))
+    statistics.hessian_II.fill_(torch.nan)
+    same, note = compensate(weight_OI, statistics)
     assert same is weight_OI
     assert note == "not corrected for earlier errors: Hessian not invertible"
 
@@ -283,10 +297,10 @@ def test_smoothing_leaves_the_logits_alone(method: str) -> None:
     for group in family.fused:
         width = block.get_submodule(group[0]).weight.shape[1]
         outliers = torch.exp(torch.randn(width, generator=generator) * 2)
-        seen[group[0]] = inputs_of(torch.randn(256, width, generator=generator) * outliers)
+        seen[group[0]] = statistics_of(torch.randn(256, width, generator=generator) * outliers)
     methods = {
-        "awq": awq.Awq(Scheme(Grid(4, 32, symmetric=False))),
-        "int8": int8.Int8(Scheme(Grid(8), 8)),
+        "awq": awq.Awq(Scheme(QuantizationArgs(4, 32, symmetric=False))),
+        "int8": int8.Int8(Scheme(QuantizationArgs(8), 8)),
     }
     linears = {name for group in family.fused for name in group}
     methods[method].prepare(block, family, lambda: seen, linears)
@@ -311,26 +325,26 @@ def test_norms_with_an_offset_are_smoothed_as_they_multiply() -> None:
 def test_useless_scales_are_not_used() -> None:
     """Inputs all alike: nothing to gain by scaling, and inputs that are endless are left alone."""
     weights = [weight(32, 64, 0)]
-    alike = inputs_of(
+    alike = statistics_of(
         torch.ones(64, 64).sign() * (torch.arange(64 * 64).reshape(64, 64) % 2 * 2 - 1)
     )
-    grid = Grid(4, 32, symmetric=False)
-    scales = awq.search_scales(weights, alike, grid)
-    base = awq._loss(weights, None, alike.hessian_II, grid)
-    assert scales is None or awq._loss(weights, scales, alike.hessian_II, grid) < base
-    endless = inputs_of(torch.full((64, 64), torch.inf))
-    assert awq.search_scales(weights, endless, grid) is None
+    args = QuantizationArgs(4, 32, symmetric=False)
+    scales = awq.search_scales(weights, alike, args)
+    base = awq._loss(weights, None, alike.hessian_II, args)
+    assert scales is None or awq._loss(weights, scales, alike.hessian_II, args) < base
+    endless = statistics_of(torch.full((64, 64), torch.inf))
+    assert awq.search_scales(weights, endless, args) is None
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_awq_is_better_than_rounding_on_outliers(seed: int) -> None:
-    grid = Grid(4, 32, symmetric=False)
+    args = QuantizationArgs(4, 32, symmetric=False)
     weights = [weight(48, 64, seed)]
     x = weight(512, 64, seed + 50) * torch.exp(weight(1, 64, seed + 99) * 1.5)
-    inputs = inputs_of(x)
-    scales = awq.search_scales(weights, inputs, grid)
+    statistics = statistics_of(x)
+    scales = awq.search_scales(weights, statistics, args)
     assert scales is not None
-    plain = round_to_nearest(weights[0], grid, scale_dtype=SCALES).dequantize()
-    scaled = round_to_nearest(weights[0] * scales, grid, scale_dtype=SCALES).dequantize() / scales
-    errors = [lost(weights[0], found, inputs.hessian_II).sum() for found in (scaled, plain)]
+    plain = round_to_nearest(weights[0], args, scale_dtype=SCALES).dequantize()
+    scaled = round_to_nearest(weights[0] * scales, args, scale_dtype=SCALES).dequantize() / scales
+    errors = [lost(weights[0], found, statistics.hessian_II).sum() for found in (scaled, plain)]
     assert errors[0] < 0.7 * errors[1]

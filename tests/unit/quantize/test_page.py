@@ -50,7 +50,7 @@ def whole(name: str = "model", **measured: Any) -> dict[str, Any]:
 
 
 def without_plots(name: str = "model", **measured: Any) -> dict[str, Any]:
-    """A report whose card has no plot: drawing takes nearly all the time of a page."""
+    """A report whose view has no plot: drawing takes nearly all the time of a page."""
     report = whole(name, **{"kl": None, **measured})
     report["layers"] = []
     return report
@@ -160,7 +160,7 @@ def test_several_are_compared_by_what_they_have_in_common() -> None:
 
 
 def test_a_bare_report_is_shown_with_what_it_lacks() -> None:
-    report = whole(score=None, perplexity=None, kl=None, proof=False)
+    report = whole(score=None, perplexity=None, kl=None, load_check=False)
     report |= {"calibration": None, "layers": [], "notes": [], "stages": [], "seed": None}
     report |= {"weights": {"before": None, "after": None}, "peak_memory_bytes": None}
     text = page.render([report], ["made"])

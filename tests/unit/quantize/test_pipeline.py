@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.errors import BadInput, Unsupported
 from packhorse.quantize.methods import smoothing
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint
 from packhorse.quantize.model.families import FAMILIES
 from packhorse.quantize.output.convert import kv_scale
 from packhorse.quantize.quality import dequantized
-from packhorse.quantize.quality.evaluate import read_texts
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
 from safetensors.torch import load_file, save_file
@@ -50,7 +50,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 LITTLE: dict[str, Any] = {
     "quality": False, "verify": False, "calibration": DEMO / "calibration.jsonl",
-    "calibration_tokens": 4096, "row_tokens": 256, "force": True,
+    "calibration_tokens": 4096, "sequence_length": 256, "force": True,
 }  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def test_too_little_text_is_an_error_with_the_number_needed(tmp_path: Path) -> N
     enough: dict[str, Any] = {**strict, "calibration_tokens": 65536}
     with pytest.raises(BadInput, match="also what quality is measured with"):
         quantized(model, tmp_path / "out", "gptq", **{**enough, **same})
-    with pytest.raises(BadInput, match=r"--row-tokens 600: give 1 to 512"):
-        quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "row_tokens": 600})
+    with pytest.raises(BadInput, match=r"--sequence-length 600: give 1 to 512"):
+        quantized(model, tmp_path / "out", "gptq", **{**LITTLE, "sequence_length": 600})
     with pytest.raises(BadInput, match="needs calibration text"):
         quantized(model, tmp_path / "out", "gptq", quality=False, verify=False)
     with pytest.raises(BadInput, match="rtn does not use it"):
@@ -237,3 +237,23 @@ def test_text_files_and_folders_are_read(tmp_path: Path) -> None:
     used = json.loads((out / REPORT).read_text())["calibration"]
     assert used["files"] == ["a.txt", "b.jsonl"]
     assert 256 <= used["tokens"] <= 4096
+
+
+@pytest.mark.parametrize(("large", "small"), [("k", "v"), ("v", "k")])
+def test_large_keys_have_large_scales_and_values_too(
+    large: str, small: str, tmp_path: Path
+) -> None:
+    model = made("llama", tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if f".{large}_proj." in name:
+            tensor.mul_(64)
+    save_file(tensors, file, {"format": "pt"})
+    found = Checkpoint(quantized(model, tmp_path / "out", "gptq", kv="fp8", **LITTLE))
+    for block in range(2):
+        scales = {
+            kind: found.get(f"model.layers.{block}.self_attn.{kind}_scale").item()
+            for kind in (large, small)
+        }
+        assert scales[large] >= 8 * scales[small], "one is 64 times as large"

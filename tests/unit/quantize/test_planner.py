@@ -16,7 +16,7 @@ from packhorse.quantize.errors import BadInput, QuantizeError, Unsupported
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.model.families import FAMILIES
 from packhorse.quantize.numerics.grid import round_to_nearest
-from packhorse.quantize.plan.host import Host
+from packhorse.quantize.plan.host import Host, this_host
 from packhorse.quantize.plan.planner import Plan, plan
 from packhorse.quantize.settings import CHANNEL, Settings
 from rich.console import Console
@@ -102,7 +102,7 @@ def test_defaults(
     assert (str(made.scheme), made.group_size, made.format) == (
         scheme, group_size, "compressed-tensors"
     )  # fmt: skip
-    assert made.scheme.grid.symmetric is symmetric
+    assert made.scheme.weights.symmetric is symmetric
     assert made.ignored == ("lm_head",)
     assert len(made.linears) == 14
     assert made.kv is False
@@ -154,8 +154,8 @@ def test_layouts_that_are_not_the_default(tmp_path: Path) -> None:
     assert planned(source, "gptq", format="gptq", group_size=CHANNEL).group_size == CHANNEL
     assert planned(source, "awq", format="awq").format == "awq"
     assert planned(source, "rtn", format="awq", symmetric=False).format == "awq"
-    assert planned(source, "awq", symmetric=True).scheme.grid.symmetric
-    assert not planned(source, "gptq", symmetric=False).scheme.grid.symmetric
+    assert planned(source, "awq", symmetric=True).scheme.weights.symmetric
+    assert not planned(source, "gptq", symmetric=False).scheme.weights.symmetric
     for method in ("gptq", "rtn"):
         assert str(planned(source, method, bits=8, targets=("cuda",)).scheme) == "W8A16"
 
@@ -209,7 +209,7 @@ def test_group_size_falls_back_only_where_none_is_named(tmp_path: Path) -> None:
     ):
         planned(source, group_size=128)
     assert planned(source, group_size=32).group_size == 32
-    assert planned(source, group_size=CHANNEL).scheme.grid.group_size is None
+    assert planned(source, group_size=CHANNEL).scheme.weights.group_size is None
     assert planned(llama(tmp_path / "narrow", inner=352)).group_size == 32
 
 
@@ -260,7 +260,7 @@ def test_the_size_is_foretold_within_three_per_cent(
     for name in source.names():
         prefix, tensor = name.removesuffix(".weight"), source.get(name)
         if prefix in made.linears:
-            codes = round_to_nearest(tensor, made.scheme.grid, scale_dtype=scale_dtype)
+            codes = round_to_nearest(tensor, made.scheme.weights, scale_dtype=scale_dtype)
             written |= layout.tensors(prefix, codes)
         else:
             written[name] = tensor
@@ -331,11 +331,15 @@ def test_kernels_and_what_this_host_cannot_serve(tmp_path: Path) -> None:
     assert ("slower than INT8" in slow, "below compute capability 8.9" in units) == (True, True)
     assert planned(source, "fp8", targets=("cpu",)).notes == [slow]
     assert planned(source, "fp8", targets=("cuda",)).notes == [units]
-    assert "verify on a GPU" in str(planned(source, "fp8").unprovable)
-    assert "no GPU" in str(planned(source, "gptq", bits=8, targets=("cuda",)).unprovable)
-    assert planned(source, "gptq").unprovable is planned(source, "gptq", AVX2).unprovable is None
+    assert "verify on a GPU" in str(planned(source, "fp8").not_checkable_here)
+    assert "no GPU" in str(planned(source, "gptq", bits=8, targets=("cuda",)).not_checkable_here)
+    assert (
+        planned(source, "gptq").not_checkable_here
+        is planned(source, "gptq", AVX2).not_checkable_here
+        is None
+    )
     assert "unpacked on load" in planned(source, "gptq", AVX2).kernels["cpu"]
-    assert "no 8-bit KV cache" in str(planned(source, "int8", AVX2, kv="fp8").unprovable)
+    assert "no 8-bit KV cache" in str(planned(source, "int8", AVX2, kv="fp8").not_checkable_here)
     old_gpu = replace(AMX, cuda_capability=(7, 0))
     assert "compute capability 7.0" in planned(source, "rtn", old_gpu).notes[0]
 
@@ -397,3 +401,7 @@ def test_a_plan_can_be_shown_and_kept(tmp_path: Path) -> None:
     text = console.export_text()
     parts = ("W4A16, groups 64, symmetric", "estimate", "kernel on cuda", "instead of 128")
     assert all(part in text for part in parts)
+
+
+def test_this_host_is_measured() -> None:
+    assert this_host().flops_per_s > 1e8

@@ -1,4 +1,4 @@
-"""The report's JSON: one shape, whatever was measured; stages; the distance as part of a run."""
+"""The report's JSON: one shape, whatever was measured; stages; the divergence as part of a run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 from packhorse.quantize.model import sizes
-from packhorse.quantize.quality.eval_data import Yardstick
+from packhorse.quantize.model.memory import peak_memory_bytes
+from packhorse.quantize.output.convert import LayerResult
+from packhorse.quantize.quality.eval_data import EvalData
+from packhorse.quantize.quality.measure import measure, measure_divergence
 from packhorse.quantize.report import page
-from packhorse.quantize.report.report import (
-    Layer,
-    Report,
-    Stage,
-    measure,
-    measure_distance,
-    peak_memory_bytes,
-)
+from packhorse.quantize.report.report import Report, Stage
 
 from tests.conftest import DEMO
 from tests.unit.quantize.test_pipeline import made
@@ -36,7 +32,7 @@ def test_the_keys_are_the_same_whatever_was_measured() -> None:
         "model", PLAN, 100, 50, quality_before={"perplexity": 5.0, "predictions": 2000},
         quality_after={"perplexity": 5.0, "predictions": 2000}, seed=3,
         stages=[Stage("quantizing", 1.0, 70), Stage("measuring", 2.0, 80)],
-        layers=[Layer("model.layers.0.a", 4, 0.1, 0.01, "damped by 0.1")],
+        layers=[LayerResult("model.layers.0.a", 4, 0.1, 0.01, "damped by 0.1")],
     ).as_json()  # fmt: skip
     assert empty.keys() == full.keys()
     # Read by `quantize inspect`, tests and users: they stay.
@@ -70,18 +66,18 @@ def test_a_run_on_text_ends_in_a_page(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     lines = (DEMO / "eval" / "held_out_text.jsonl").read_text(encoding="utf-8").splitlines()
     text.write_text("\n".join(lines[:40]), encoding="utf-8")
-    yardstick = Yardstick(text_file=text)
+    eval_data = EvalData(text_file=text)
     copy = tmp_path / "copy"
     shutil.copytree(original, copy)
-    report = Report(str(original), PLAN, 100, 100, yardstick=yardstick.as_json())
-    report.quality_before = measure(original, yardstick, "before", no_progress)
-    report.quality_after = measure(copy, yardstick, "after", no_progress)
-    report.distance = measure_distance(original, copy, yardstick, no_progress)
+    report = Report(str(original), PLAN, 100, 100, eval_data=eval_data.as_json())
+    report.quality_before = measure(original, eval_data, "before", no_progress)
+    report.quality_after = measure(copy, eval_data, "after", no_progress)
+    report.divergence = measure_divergence(original, copy, eval_data, no_progress)
     report.weights_after = sizes.of(copy)
     found = report.as_json()
     assert found["quality"]["distance"]["kl_mean"] == 0
     assert found["quality"]["distance"]["positions"] == found["quality"]["after"]["predictions"]
     assert found["quality"]["distance"]["positions"] > 1000
-    assert found["verdict"]["level"] == "good"  # no score, no load proof
+    assert found["verdict"]["level"] == "good"  # no score, no load check
     assert "<svg" in page.render([found], ["copy"])
-    assert measure_distance(original, copy, Yardstick(), no_progress) is None
+    assert measure_divergence(original, copy, EvalData(), no_progress) is None

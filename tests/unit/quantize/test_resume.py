@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from packhorse.quantize.calibration.activation_store import Shelf
+from packhorse.quantize.calibration.activation_store import ActivationStore
 from packhorse.quantize.errors import BadInput, OutOfMemory
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, sha256_of
 from packhorse.quantize.output import workspace
@@ -265,12 +265,12 @@ def test_an_old_checkpoint_that_came_back_is_not_replaced_unasked(
 def test_what_no_step_needs_goes_at_the_next_start(model: Path, whole: str, half: Path) -> None:
     partial = half.parent / ".out.partial"
     (partial / "part-00099").write_text("of a step that was killed")
-    (partial / "spill").mkdir()
-    (partial / "spill" / "000000").write_text("of a run that was killed")
+    (partial / "offload").mkdir()
+    (partial / "offload" / "000000").write_text("of a run that was killed")
     with pytest.raises(BadInput, match="cut short"):
         quantized(model, half)
     assert not (partial / "part-00099").exists()
-    assert not (partial / "spill").exists()
+    assert not (partial / "offload").exists()
     assert quantized(model, half, resume=True) == whole
 
 
@@ -311,14 +311,16 @@ def test_too_little_memory_is_said(
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
     with monkeypatch.context() as patched:
-        patched.setattr("packhorse.quantize.calibration.runner.LiveBlock.keep_original", no_more)
+        patched.setattr(
+            "packhorse.quantize.calibration.runner.RunningBlock.record_original", no_more
+        )
         with pytest.raises(OutOfMemory, match=r"the plan was for .* GB.*--calibration-tokens"):
             quantized(model, tmp_path / "out")
 
 
 def test_activations_on_disk_change_nothing(model: Path, whole: str, tmp_path: Path) -> None:
-    assert quantized(model, tmp_path / "out", spill_above=0) == whole
-    assert quantized(model, tmp_path / "half", spill_above=750_000) == whole
+    assert quantized(model, tmp_path / "out", offload_limit_bytes=0) == whole
+    assert quantized(model, tmp_path / "half", offload_limit_bytes=750_000) == whole
 
 
 def test_room_for_activations_on_disk_is_asked_for(
@@ -326,9 +328,9 @@ def test_room_for_activations_on_disk_is_asked_for(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=0))
     needed = []
-    for spill_above in (10**12, 0):
+    for offload_limit_bytes in (10**12, 0):
         with pytest.raises(BadInput, match=r"needs .* bytes of disk") as caught:
-            quantized(model, tmp_path / "out", spill_above=spill_above)
+            quantized(model, tmp_path / "out", offload_limit_bytes=offload_limit_bytes)
         found = re.search(r"needs ([\d,]+) bytes", str(caught.value))
         assert found
         needed.append(int(found[1].replace(",", "")))
@@ -341,18 +343,18 @@ def test_room_for_activations_on_disk_is_asked_for(
     assert needed[1] - needed[0] == tokens * (2 * 4 * hidden + 2 * given)
 
 
-def test_a_shelf_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    shelf = Shelf(400, tmp_path / "spill")
+def test_the_activation_store_returns_what_was_stored(tmp_path: Path) -> None:
+    store = ActivationStore(400, tmp_path / "offload")
     tensors = {("x", number): torch.rand(50) for number in range(5)}
     for key, tensor in tensors.items():
-        shelf.put(key, tensor)
-    assert len(list((tmp_path / "spill").iterdir())) == 3
-    assert all(shelf.get(key).equal(tensor) for key, tensor in tensors.items())
-    shelf.put(("x", 4), torch.zeros(1))
-    assert shelf.get(("x", 4)).equal(torch.zeros(1))
-    shelf.drop("x")
-    assert not list((tmp_path / "spill").iterdir())
+        store.put(key, tensor)
+    assert len(list((tmp_path / "offload").iterdir())) == 3
+    assert all(store.get(key).equal(tensor) for key, tensor in tensors.items())
+    store.put(("x", 4), torch.zeros(1))
+    assert store.get(("x", 4)).equal(torch.zeros(1))
+    store.drop("x")
+    assert not list((tmp_path / "offload").iterdir())
     with pytest.raises(KeyError):
-        shelf.get(("x", 0))
-    shelf.put(("y",), torch.rand(100))
-    assert not list((tmp_path / "spill").iterdir())
+        store.get(("x", 0))
+    store.put(("y",), torch.rand(100))
+    assert not list((tmp_path / "offload").iterdir())

@@ -14,7 +14,7 @@ from packhorse.quantize.errors import BadInput, QuantizeError, Unsupported
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, sha256_of
 from packhorse.quantize.output.workspace import Workspace
 from packhorse.quantize.quality import dequantized
-from packhorse.quantize.run import SPILL_ABOVE, _spill_above, run
+from packhorse.quantize.run import FREE_MEMORY_BYTES, _offload_limit_bytes, run
 from packhorse.quantize.settings import Settings
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -238,10 +238,12 @@ def test_quality_without_a_tokenizer_says_so(tiny_checkpoint: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("free", "kept"), [(0, 0), (10**9, 5 * 10**8), (None, SPILL_ABOVE // 2)])
+@pytest.mark.parametrize(
+    ("free", "kept"), [(0, 0), (10**9, 5 * 10**8), (None, FREE_MEMORY_BYTES // 2)]
+)
 def test_half_of_what_is_free_is_kept_in_memory(
     monkeypatch: pytest.MonkeyPatch, free: int | None, kept: int
 ) -> None:
     monkeypatch.setattr("packhorse.quantize.run.free_memory_bytes", lambda: free)
-    assert _spill_above(Settings("model", Path("out"), "gptq")) == kept
-    assert _spill_above(Settings("model", Path("out"), "gptq", spill_above=7)) == 7
+    assert _offload_limit_bytes(Settings("model", Path("out"), "gptq")) == kept
+    assert _offload_limit_bytes(Settings("model", Path("out"), "gptq", offload_limit_bytes=7)) == 7

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from packhorse.quantize.model import sizes
-from packhorse.quantize.numerics.grid import Grid, Scheme
+from packhorse.quantize.model.dtypes import bits_of
+from packhorse.quantize.numerics.grid import QuantizationArgs, Scheme
 
-from tests.unit.quantize.test_simulate import tiny_llama, write_checkpoint
+from tests.unit.quantize.test_dequantized import tiny_llama, write_checkpoint
 
 LINEAR = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
 """Weights in the linear layers of the two blocks."""
@@ -20,9 +21,13 @@ PLAIN = 2 * 96 * 64 + 5 * 64
     ("name", "scheme", "bits"),
     [
         # 32 bits of a float32 scale over 32 weights, and of a row's shape, over a layer.
-        ("compressed-tensors", Scheme(Grid(4, 32)), 4 + 32 / 32 + 14 * 128 / LINEAR),
-        ("gptq", Scheme(Grid(4, 32)), 4 + 32 / 32 + 4 / 32 + 2 * (6 * 64 + 128) * 32 / LINEAR),
-        ("awq", Scheme(Grid(4, 32, symmetric=False)), 4 + 32 / 32 + 4 / 32),
+        ("compressed-tensors", Scheme(QuantizationArgs(4, 32)), 4 + 32 / 32 + 14 * 128 / LINEAR),
+        (
+            "gptq",
+            Scheme(QuantizationArgs(4, 32)),
+            4 + 32 / 32 + 4 / 32 + 2 * (6 * 64 + 128) * 32 / LINEAR,
+        ),
+        ("awq", Scheme(QuantizationArgs(4, 32, symmetric=False)), 4 + 32 / 32 + 4 / 32),
     ],
 )
 def test_every_layout_counts_its_weights_and_the_bytes_around_them(
@@ -46,11 +51,13 @@ def test_every_layout_counts_its_weights_and_the_bytes_around_them(
 def test_scales_of_a_cache_are_no_weights_and_a_plain_model_has_no_quantized_part(
     tmp_path: Path,
 ) -> None:
-    write_checkpoint(tmp_path / "made", "compressed-tensors", Scheme(Grid(8), 8), kv_scales=True)
+    write_checkpoint(
+        tmp_path / "made", "compressed-tensors", Scheme(QuantizationArgs(8), 8), kv_scales=True
+    )
     found = sizes.of(tmp_path / "made")
     assert found["parameters"] == LINEAR + PLAIN
     tiny_llama().save_pretrained(tmp_path / "plain")
     plain = sizes.of(tmp_path / "plain")
     assert plain["quantized"] is None
     assert plain["bits_per_weight"] == 32
-    assert [sizes.bits_of(name) for name in ("BF16", "F8_E4M3", "I64", "BOOL")] == [16, 8, 64, 8]
+    assert [bits_of(name) for name in ("BF16", "F8_E4M3", "I64", "BOOL")] == [16, 8, 64, 8]

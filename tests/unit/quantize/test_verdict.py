@@ -14,7 +14,7 @@ def report_of(
     perplexity: float | None = 5.0,
     kl: float | None = 0.001,
     top1: float = 0.99,
-    proof: bool = True,
+    load_check: bool = True,
     moved: float = 0.01,
     questions: int = 400,
     predictions: int = 5000,
@@ -44,7 +44,7 @@ def report_of(
         "proof": {
             "engine": "vllm 0.32.0", "dtype": "bfloat16", "kernel": "W4A16 by Marlin",
             "reference": {"logprob_difference_mean": 0.01}, "compared": compared,
-        } if proof else None,
+        } if load_check else None,
     }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ NOTHING: dict[str, Any] = {"score": None, "perplexity": None, "kl": None}
         ({"top1": 0.95}, "good"),
         ({"top1": 0.5}, "do not use"),
         ({"moved": 0.5}, "look closer"),
-        ({"proof": False}, "good"),
+        ({"load_check": False}, "good"),
         ({"kl": None}, "good"),
         ({"score": None}, "good"),
         ({"perplexity": None}, "as good as the original"),
@@ -96,11 +96,11 @@ def test_a_value_on_its_limit_still_has_the_level(limits: Any) -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    found = verdict(report_of(kl=None, proof=False))
-    assert found.sentence.endswith("Not measured: KL divergence, load proof.")
+    found = verdict(report_of(kl=None, load_check=False))
+    assert found.sentence.endswith("Not measured: KL divergence, load check.")
     assert found.level == "good"
-    assert ("load proof", "not measured") in {(r.measure, r.level) for r in found.reasons}
-    little = verdict(report_of(questions=5, predictions=5, proof=False))
+    assert ("load check", "not measured") in {(r.measure, r.level) for r in found.reasons}
+    little = verdict(report_of(questions=5, predictions=5, load_check=False))
     assert little.level == "not measured"
     assert {reason.level for reason in little.reasons} == {"too little to judge", "not measured"}
     assert verdict({}).level == "not measured"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packhorse.quantize import formats
-from packhorse.quantize.numerics.grid import Grid, Scheme, round_to_nearest
+from packhorse.quantize.numerics.grid import QuantizationArgs, Scheme, round_to_nearest
 from packhorse.serve.adapters.base_layers import linear_layers
 from packhorse.serve.errors import Invalid
 from safetensors.torch import save_file
@@ -62,25 +62,25 @@ def test_a_hub_cache_is_made_of_links(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        ("compressed-tensors", Scheme(Grid(4, 32))),
-        ("compressed-tensors", Scheme(Grid(4, 32, symmetric=False))),
-        ("compressed-tensors", Scheme(Grid(8))),
-        ("compressed-tensors", Scheme(Grid(8), 8)),
-        ("compressed-tensors", Scheme(Grid(8, floating=True), 8)),
-        ("gptq", Scheme(Grid(4, 32))),
-        ("gptq", Scheme(Grid(8))),
-        ("awq", Scheme(Grid(4, 32, symmetric=False))),
+        ("compressed-tensors", Scheme(QuantizationArgs(4, 32))),
+        ("compressed-tensors", Scheme(QuantizationArgs(4, 32, symmetric=False))),
+        ("compressed-tensors", Scheme(QuantizationArgs(8))),
+        ("compressed-tensors", Scheme(QuantizationArgs(8), 8)),
+        ("compressed-tensors", Scheme(QuantizationArgs(8, floating=True), 8)),
+        ("gptq", Scheme(QuantizationArgs(4, 32))),
+        ("gptq", Scheme(QuantizationArgs(8))),
+        ("awq", Scheme(QuantizationArgs(4, 32, symmetric=False))),
     ],
     ids=str,
 )
 def test_every_layout_that_quantize_writes(tmp_path: Path, name: str, scheme: Scheme) -> None:
     layout = formats.make(name, scheme)
     weight_OI = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
-    codes = round_to_nearest(weight_OI, scheme.grid, scale_dtype=torch.float32)
+    quantized = round_to_nearest(weight_OI, scheme.weights, scale_dtype=torch.float32)
     folder = save(
         tmp_path / "model",
         {
-            **layout.tensors(UP, codes),
+            **layout.tensors(UP, quantized),
             "model.layers.0.self_attn.q_proj.weight": torch.zeros(INPUTS, INPUTS),
             "model.layers.0.input_layernorm.weight": torch.zeros(INPUTS),
             "model.embed_tokens.weight": torch.zeros(256, INPUTS),

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packhorse.serve import metrics
 from packhorse.serve.errors import Overloaded
-from packhorse.serve.limits.admission import Admission, Demand, Place, Ticket
+from packhorse.serve.limits.admission import Admission, Cost, EnginePermit, InFlightPermit
 from packhorse.serve.messages import ANONYMOUS, Caller
-from packhorse.serve.settings.sections import AdmissionSettings
+from packhorse.serve.metrics import ModelMetrics
+from packhorse.serve.settings.admission import AdmissionSettings
 
 BATCH = Caller("batch", "batch", frozenset({"inference"}))
 
@@ -36,25 +36,17 @@ def refusal(work: Any) -> Overloaded:
     return caught.value
 
 
-def refusals(reason: str) -> float:
-    return sum(
-        sample.value
-        for metric in metrics.ADMISSION_REFUSALS.collect()
-        for sample in metric.samples
-        if sample.labels.get("reason") == reason and sample.name.endswith("_total")
-    )
-
-
-def test_calls_at_once_are_limited_and_a_place_is_left_once() -> None:
-    admission = make(max_in_flight=2)
-    before = refusals("in_flight")
-    places = [admission.enter(ANONYMOUS) for _ in range(2)]
+def test_calls_at_once_are_limited_and_a_permit_is_left_once() -> None:
+    metrics = ModelMetrics()
+    admission = Admission(AdmissionSettings(max_in_flight=2), metrics=metrics)
+    permits = [admission.enter(ANONYMOUS) for _ in range(2)]
     error = refusal(lambda: admission.enter(ANONYMOUS))
     assert "handles 2 requests" in error.message
     assert 1 <= error.retry_after_s <= 60
-    assert refusals("in_flight") == before + 1
-    places[0].leave()
-    places[0].leave()
+    refused = {"reason": "in_flight"}
+    assert metrics.registry.get_sample_value("packhorse_admission_refusals_total", refused) == 1
+    permits[0].leave()
+    permits[0].leave()
     admission.enter(ANONYMOUS)
     refusal(lambda: admission.enter(ANONYMOUS))
 
@@ -70,53 +62,53 @@ def test_one_keys_limit_is_not_anothers() -> None:
 
 
 def test_the_engine_gets_at_most_so_many_answers() -> None:
-    admission = make(max_running=4)
-    (first,) = admission.admit(BATCH, [Demand(10, 10, choices=3)])
-    assert "limit of 4" in refusal(lambda: admission.admit(BATCH, [Demand(1, 1)] * 2)).message
+    admission = make(max_in_engine=4)
+    (first,) = admission.admit(BATCH, [Cost(10, 10, choices=3)])
+    assert "limit of 4" in refusal(lambda: admission.admit(BATCH, [Cost(1, 1)] * 2)).message
     first.begun()
-    refusal(lambda: admission.admit(BATCH, [Demand(1, 1)] * 2))
+    refusal(lambda: admission.admit(BATCH, [Cost(1, 1)] * 2))
     first.ended(20)
-    assert len(admission.admit(BATCH, [Demand(1, 1)] * 4)) == 4
+    assert len(admission.admit(BATCH, [Cost(1, 1)] * 4)) == 4
 
 
 def test_queued_tokens_are_those_of_requests_without_an_answer() -> None:
     admission = make(max_queued_tokens=100)
-    (first,) = admission.admit(BATCH, [Demand(80, 10)])
-    message = refusal(lambda: admission.admit(BATCH, [Demand(30, 1)])).message
+    (first,) = admission.admit(BATCH, [Cost(80, 10)])
+    message = refusal(lambda: admission.admit(BATCH, [Cost(30, 1)])).message
     assert "80 prompt tokens wait" in message
     assert "limit of 100" in message
     first.begun()
     assert admission.queued_tokens == 0
-    admission.admit(BATCH, [Demand(30, 1)])
+    admission.admit(BATCH, [Cost(30, 1)])
 
 
 def test_what_is_larger_than_a_limit_runs_when_nothing_else_does() -> None:
-    admission = make(max_queued_tokens=100, max_running=2)
-    (huge,) = admission.admit(BATCH, [Demand(5000, 10)])
-    refusal(lambda: admission.admit(BATCH, [Demand(1, 1)]))
+    admission = make(max_queued_tokens=100, max_in_engine=2)
+    (huge,) = admission.admit(BATCH, [Cost(5000, 10)])
+    refusal(lambda: admission.admit(BATCH, [Cost(1, 1)]))
     huge.ended(5000)
-    assert len(admission.admit(BATCH, [Demand(1, 1)] * 7)) == 7
+    assert len(admission.admit(BATCH, [Cost(1, 1)] * 7)) == 7
 
 
 def test_open_limits_are_set_from_the_engine_and_given_ones_stay() -> None:
     admission = make(max_queued_tokens=100)
     admission.fit(max_num_seqs=8, kv_cache_tokens=10_000)
-    assert (admission.max_running, admission.max_queued_tokens) == (12, 100)
-    admission = make(max_running=3)
+    assert (admission.max_in_engine, admission.max_queued_tokens) == (12, 100)
+    admission = make(max_in_engine=3)
     admission.fit(max_num_seqs=8, kv_cache_tokens=10_000)
-    assert (admission.max_running, admission.max_queued_tokens) == (3, 15_000)
+    assert (admission.max_in_engine, admission.max_queued_tokens) == (3, 15_000)
     admission.fit(max_num_seqs=0, kv_cache_tokens=0)  # unknown
-    assert (admission.max_running, admission.max_queued_tokens) == (3, 15_000)
+    assert (admission.max_in_engine, admission.max_queued_tokens) == (3, 15_000)
 
 
 def test_a_refused_call_takes_nothing() -> None:
-    admission = make(max_running=1)
+    admission = make(max_in_engine=1)
     limited = replace(BATCH, tokens_per_minute=100, requests_per_minute=2)
-    (other,) = admission.admit(ANONYMOUS, [Demand(1, 1)])
+    (other,) = admission.admit(ANONYMOUS, [Cost(1, 1)])
     for _ in range(5):
-        assert "limit of 1" in refusal(lambda: admission.admit(limited, [Demand(40, 10)])).message
+        assert "limit of 1" in refusal(lambda: admission.admit(limited, [Cost(40, 10)])).message
     other.ended(2)
-    admission.admit(limited, [Demand(40, 60)])
+    admission.admit(limited, [Cost(40, 60)])
 
 
 @pytest.mark.parametrize("used", [100, 60, 10, 0])
@@ -124,18 +116,18 @@ def test_who_waits_as_long_as_told_is_let_in(used: int) -> None:
     clock = Clock()
     admission = make(clock)
     limited = replace(BATCH, tokens_per_minute=100)
-    (first,) = admission.admit(limited, [Demand(50, 50)])
+    (first,) = admission.admit(limited, [Cost(50, 50)])
     first.ended(used)
     left = 100 - used
     if left:
-        admission.admit(limited, [Demand(left, 0)])[0].ended(left)
-    error = refusal(lambda: admission.admit(limited, [Demand(20, 10)]))
+        admission.admit(limited, [Cost(left, 0)])[0].ended(left)
+    error = refusal(lambda: admission.admit(limited, [Cost(20, 10)]))
     assert error.retry_after_s == pytest.approx(30 * 60 / 100)
     assert "tokens, prompt and answer" in error.message
     clock.now_s += error.retry_after_s * 0.9
-    refusal(lambda: admission.admit(limited, [Demand(20, 10)]))
+    refusal(lambda: admission.admit(limited, [Cost(20, 10)]))
     clock.now_s += error.retry_after_s * 0.1
-    admission.admit(limited, [Demand(20, 10)])
+    admission.admit(limited, [Cost(20, 10)])
 
 
 def test_a_quota_does_not_pile_up_and_a_larger_call_leaves_a_debt() -> None:
@@ -143,8 +135,8 @@ def test_a_quota_does_not_pile_up_and_a_larger_call_leaves_a_debt() -> None:
     admission = make(clock)
     limited = replace(BATCH, tokens_per_minute=60)
     clock.now_s += 3600
-    admission.admit(limited, [Demand(100, 20)])[0].ended(120)
-    assert refusal(lambda: admission.admit(limited, [Demand(1, 0)])).retry_after_s == (
+    admission.admit(limited, [Cost(100, 20)])[0].ended(120)
+    assert refusal(lambda: admission.admit(limited, [Cost(1, 0)])).retry_after_s == (
         pytest.approx(61)  # the 60 that it owes, and the one that it wants
     )
 
@@ -154,35 +146,35 @@ def test_calls_per_minute() -> None:
     admission = make(clock)
     limited = replace(BATCH, requests_per_minute=2)
     for _ in range(2):
-        admission.admit(limited, [Demand(1, 1), Demand(1, 1)])
-    error = refusal(lambda: admission.admit(limited, [Demand(1, 1)]))
+        admission.admit(limited, [Cost(1, 1), Cost(1, 1)])
+    error = refusal(lambda: admission.admit(limited, [Cost(1, 1)]))
     assert error.retry_after_s == pytest.approx(30)
     clock.now_s += error.retry_after_s
-    admission.admit(limited, [Demand(1, 1)])
+    admission.admit(limited, [Cost(1, 1)])
 
 
 def test_a_new_quota_holds_from_the_next_call_on() -> None:
     admission = make()
-    admission.admit(replace(BATCH, tokens_per_minute=1000), [Demand(10, 0)])
+    admission.admit(replace(BATCH, tokens_per_minute=1000), [Cost(10, 0)])
     lower = replace(BATCH, tokens_per_minute=5)
-    admission.admit(lower, [Demand(5, 0)])
-    refusal(lambda: admission.admit(lower, [Demand(1, 0)]))
-    admission.admit(replace(BATCH, tokens_per_minute=None), [Demand(10**5, 0)])
+    admission.admit(lower, [Cost(5, 0)])
+    refusal(lambda: admission.admit(lower, [Cost(1, 0)]))
+    admission.admit(replace(BATCH, tokens_per_minute=None), [Cost(10**5, 0)])
 
 
 def test_retry_after_follows_how_fast_answers_end() -> None:
     clock = Clock()
-    admission = make(clock, max_running=40)
-    running = [admission.admit(BATCH, [Demand(1, 1)])[0] for _ in range(40)]
-    assert refusal(lambda: admission.admit(BATCH, [Demand(1, 1)])).retry_after_s == 1
+    admission = make(clock, max_in_engine=40)
+    running = [admission.admit(BATCH, [Cost(1, 1)])[0] for _ in range(40)]
+    assert refusal(lambda: admission.admit(BATCH, [Cost(1, 1)])).retry_after_s == 1
     for _ in range(20):  # two a second
         clock.now_s += 0.5
         running.pop().ended(2)
-        running += admission.admit(BATCH, [Demand(1, 1)])
-    error = refusal(lambda: admission.admit(BATCH, [Demand(1, 1)] * 20))
+        running += admission.admit(BATCH, [Cost(1, 1)])
+    error = refusal(lambda: admission.admit(BATCH, [Cost(1, 1)] * 20))
     assert error.retry_after_s == pytest.approx(10, rel=0.1)
     clock.now_s += 3600  # nothing has ended for an hour
-    assert refusal(lambda: admission.admit(BATCH, [Demand(1, 1)])).retry_after_s == 60
+    assert refusal(lambda: admission.admit(BATCH, [Cost(1, 1)])).retry_after_s == 60
 
 
 STEPS = st.lists(
@@ -193,7 +185,7 @@ STEPS = st.lists(
             st.just("admit"),
             st.integers(0, 2),
             st.lists(
-                st.builds(Demand, st.integers(1, 80), st.integers(1, 40), st.integers(1, 4)),
+                st.builds(Cost, st.integers(1, 80), st.integers(1, 40), st.integers(1, 4)),
                 min_size=1,
                 max_size=3,
             ),
@@ -215,22 +207,22 @@ CALLERS = (
 @given(STEPS)
 def test_counts_never_pass_their_limits_and_all_come_back(steps: list[Any]) -> None:
     clock = Clock()
-    admission = make(clock, max_in_flight=4, max_running=6, max_queued_tokens=150)
-    places: list[Place] = []
-    tickets: list[Ticket] = []
+    admission = make(clock, max_in_flight=4, max_in_engine=6, max_queued_tokens=150)
+    permits: list[InFlightPermit] = []
+    tickets: list[EnginePermit] = []
     waits: list[float] = []
     for name, *arguments in steps:
         try:
             if name == "enter":
-                places.append(admission.enter(CALLERS[arguments[0]]))
+                permits.append(admission.enter(CALLERS[arguments[0]]))
             elif name == "admit":
                 alone = admission.running == 0
                 tickets += admission.admit(CALLERS[arguments[0]], arguments[1])
                 assert alone or admission.running <= 6
             elif name == "wait":
                 clock.now_s += arguments[0]
-            elif name == "leave" and places:
-                places[arguments[0] % len(places)].leave()
+            elif name == "leave" and permits:
+                permits[arguments[0] % len(permits)].leave()
             elif name == "begun" and tickets:
                 tickets[arguments[0] % len(tickets)].begun()
             elif name == "ended" and tickets:
@@ -241,7 +233,7 @@ def test_counts_never_pass_their_limits_and_all_come_back(steps: list[Any]) -> N
         assert admission.waiting >= 0
         assert admission.queued_tokens >= 0
     assert all(0 < wait_s < math.inf for wait_s in waits)
-    for held in places:
+    for held in permits:
         held.leave()
     for ticket in tickets:
         ticket.ended(0)
@@ -252,6 +244,6 @@ def test_counts_never_pass_their_limits_and_all_come_back(steps: list[Any]) -> N
     clock.now_s += 24 * 3600
     for caller in CALLERS:  # every quota is whole again, and every key has its concurrency
         held = [admission.enter(caller) for _ in range(caller.max_concurrent or 4)]
-        admission.admit(caller, [Demand(100, 200)])[0].ended(300)
+        admission.admit(caller, [Cost(100, 200)])[0].ended(300)
         for place in held:
             place.leave()

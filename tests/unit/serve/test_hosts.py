@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from packhorse.serve.settings.hosts import is_loopback, is_origin, is_same_origin, parse_host
-from packhorse.serve.settings.sections import HttpSettings
+from packhorse.serve.settings.http import HttpSettings
 
 ORIGINS = [
     "https://chat.example.org", "http://localhost:3000", "https://xn--bcher-kva.example",

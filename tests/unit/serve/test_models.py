@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from packhorse.serve.errors import Forbidden
 from packhorse.serve.messages import Caller, GenerateRequest, Message, Sampling
-from packhorse.serve.models import Models
+from packhorse.serve.models import Model, Models
 from packhorse.serve.routing.base import Decision
 
 
@@ -41,38 +41,42 @@ def ask(model: str, text: str, caller: Caller) -> GenerateRequest:
     return GenerateRequest("id", model, Sampling(), messages=messages, caller=caller)
 
 
-MODELS = Models("base", Adapters(), Routing())  # type: ignore[arg-type]
+MODELS = Models(Model("base", adapters=Adapters(), routing=Routing()))  # type: ignore[arg-type]
 CLINIC_ALONE = caller(base=False, adapters=frozenset({"clinic"}))
+
+
+def decide(request: GenerateRequest) -> Decision:
+    return MODELS.for_request(request).decide(request)
 
 
 def test_a_key_can_be_kept_from_the_base() -> None:
     assert MODELS.names(CLINIC_ALONE) == ["auto", "clinic"]
     assert MODELS.names(caller()) == ["base", "auto", "clinic", "code"]
     with pytest.raises(Forbidden, match="may not use 'base'"):
-        MODELS.check("base", CLINIC_ALONE)
-    MODELS.check("base", caller())
-    assert MODELS.decide(ask("clinic", "hello", CLINIC_ALONE)).adapter == "clinic"
+        MODELS.of("base", CLINIC_ALONE)
+    MODELS.of("base", caller())
+    assert decide(ask("clinic", "hello", CLINIC_ALONE)).adapter == "clinic"
     with pytest.raises(Forbidden):
-        MODELS.decide(ask("base", "clinic", CLINIC_ALONE))
+        decide(ask("base", "clinic", CLINIC_ALONE))
 
 
 def test_nor_does_routing_lead_it_there() -> None:
-    assert MODELS.decide(ask("auto", "clinic", CLINIC_ALONE)).adapter == "clinic"
+    assert decide(ask("auto", "clinic", CLINIC_ALONE)).adapter == "clinic"
     for text in ("hello", "code"):
         with pytest.raises(Forbidden, match="leads to the base model"):
-            MODELS.decide(ask("auto", text, CLINIC_ALONE))
-    assert MODELS.decide(ask("auto", "hello", caller())).adapter is None
+            decide(ask("auto", text, CLINIC_ALONE))
+    assert decide(ask("auto", "hello", caller())).adapter is None
 
 
 def test_the_bases_name_may_mean_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Routing, "takes_base_name", True)
-    assert MODELS.decide(ask("base", "clinic", CLINIC_ALONE)).adapter == "clinic"
+    assert decide(ask("base", "clinic", CLINIC_ALONE)).adapter == "clinic"
     with pytest.raises(Forbidden):
-        MODELS.decide(ask("base", "hello", CLINIC_ALONE))
+        decide(ask("base", "hello", CLINIC_ALONE))
 
 
 def test_what_is_meant_without_a_name() -> None:
     assert MODELS.default(caller()) == "base"
-    alone = Models("base", Adapters())  # type: ignore[arg-type]
+    alone = Models(Model("base", adapters=Adapters()))  # type: ignore[arg-type]
     assert alone.default(CLINIC_ALONE) == "clinic"
     assert alone.default(caller(base=False, adapters=frozenset())) == "base"

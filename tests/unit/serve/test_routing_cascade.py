@@ -34,12 +34,12 @@ def decide(
     text: Any,
     *,
     may: frozenset[str] = ALL,
-    resident: frozenset[str] = ALL,
+    available: frozenset[str] = ALL,
     **file: Any,
 ) -> Decision:
     cascade = Cascade(parse_routes(json.dumps({"rules": RULES, **file})), table)
     messages = [{"role": "user", "content": text}] if text is not None else []
-    return cascade.decide(messages, may_use=may.__contains__, resident=resident)
+    return cascade.decide(messages, may_use=may.__contains__, available=available)
 
 
 def test_rules_come_before_the_table(table: Table) -> None:
@@ -71,7 +71,7 @@ def test_undecided_goes_to_the_default(table: Table, text: Any) -> None:
     assert decide(table, text, default="cars").adapter == "cars"
     assert decide(None, text, default="cars").adapter == "cars"
     assert decide(table, text, default="cars", may=frozenset()).adapter is None
-    assert decide(table, text, default="cars", resident=frozenset()).adapter is None
+    assert decide(table, text, default="cars", available=frozenset()).adapter is None
 
 
 def test_the_learned_stage_can_be_switched_off_or_look_at_everything(table: Table) -> None:
@@ -79,7 +79,7 @@ def test_the_learned_stage_can_be_switched_off_or_look_at_everything(table: Tabl
     routes = parse_routes(json.dumps({"learned": {"over": "conversation"}}))
     messages = [{"role": "user", "content": text} for text in (CAR, "and then?")]
     for given, expected in ((routes, "cars"), (parse_routes(""), None)):
-        decision = Cascade(given, table).decide(messages, may_use=ALL.__contains__, resident=ALL)
+        decision = Cascade(given, table).decide(messages, may_use=ALL.__contains__, available=ALL)
         assert decision.adapter == expected
 
 
@@ -110,10 +110,10 @@ def test_scores_and_rules_of_hidden_adapters_are_hidden_when_others_decide(table
 
 
 def test_an_adapter_that_is_not_loaded_gets_nothing(table: Table) -> None:
-    decision = decide(table, CAR, resident=ALL - {"cars"})
+    decision = decide(table, CAR, available=ALL - {"cars"})
     assert (decision.adapter, decision.stage) == (None, "default")
     assert "not loaded" in decision.reason
-    passed_over = decide(table, "a rose", resident=ALL - {"garden"})
+    passed_over = decide(table, "a rose", available=ALL - {"garden"})
     assert passed_over.adapter == "kitchen"
 
 

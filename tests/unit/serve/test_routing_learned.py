@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from packhorse.serve.routing.cross_validation import (
     FOLDS,
-    HeldOut,
-    folds_of,
-    letting_through,
-    like_wordings,
+    HeldOutScores,
+    assign_folds,
+    group_by_wording,
     self_test,
     split,
+    threshold_for,
     thresholds,
 )
 from packhorse.serve.routing.learned import Table
@@ -124,11 +124,11 @@ def test_like_wordings_are_one_group_and_stay_in_one_fold() -> None:
     names = ["Korelan", "Drixotan", "Wexadil"]
     texts = [f"Tell me the usual dose of {name}." for name in names]
     texts += [f"告诉我{name}的用途。" for name in names] + ["Something else entirely"]
-    groups = like_wordings(texts)
+    groups = group_by_wording(texts)
     assert groups.tolist() == [0, 0, 0, 1, 1, 1, 2]
-    folds = folds_of(groups, 3)
+    folds = assign_folds(groups, 3)
     assert all(len(set(folds[groups == group])) == 1 for group in range(3))
-    assert set(folds_of(np.zeros(10, np.int64), FOLDS)) == set(range(FOLDS))
+    assert set(assign_folds(np.zeros(10, np.int64), FOLDS)) == set(range(FOLDS))
 
 
 def test_of_many_examples_a_sample_is_held_out() -> None:
@@ -142,10 +142,10 @@ def test_of_many_examples_a_sample_is_held_out() -> None:
 
 def test_a_threshold_lets_through_no_more_than_allowed() -> None:
     margins = np.array([0.5, -1.0, 0.3, 0.1])
-    assert letting_through(margins, 0) == 0.5
-    assert letting_through(margins, 1.9) == 0.3
-    assert letting_through(margins, 3) == 0.0
-    assert letting_through(margins, 9) == 0.0
+    assert threshold_for(margins, 0) == 0.5
+    assert threshold_for(margins, 1.9) == 0.3
+    assert threshold_for(margins, 3) == 0.0
+    assert threshold_for(margins, 9) == 0.0
 
 
 def test_thresholds_count_wrong_routes_to_each_adapter() -> None:
@@ -153,7 +153,7 @@ def test_thresholds_count_wrong_routes_to_each_adapter() -> None:
     classes = np.repeat([0, 1, 2], 200)
     scores = rng.normal(-1, 0.7, (600, 3))
     scores[np.arange(600), classes] += 2.5
-    held_out = HeldOut(classes, np.arange(600) % FOLDS, [9, 9, 9], scores, None)
+    held_out = HeldOutScores(classes, np.arange(600) % FOLDS, [9, 9, 9], scores, None)
     for rate in (0.0, 0.01, 0.05):
         limits = thresholds(held_out, 2, rate)
         for adapter in range(2):

@@ -116,7 +116,7 @@ async def test_bad_new_routes_change_nothing(world: World) -> None:
     world.routes(("clinic", "pill"))
     assert (await world.router.reload())["accepted"] is True
     assert world.goes_to("which dose?") is None
-    assert [each["number"] for each in world.router.generations()] == [3, 1]
+    assert [each["number"] for each in world.router.versions()] == [3, 1]
 
 
 async def test_it_reloads_when_asked(world: World) -> None:
@@ -124,9 +124,9 @@ async def test_it_reloads_when_asked(world: World) -> None:
     world.routes()
     await world.router.start()
     watching = asyncio.create_task(world.router.watch())
-    number = world.router.generations()[0]["number"]
+    number = world.router.versions()[0]["number"]
     world.router.reload_soon()
     async with asyncio.timeout(10):
-        while world.router.generations()[0]["number"] == number:  # noqa: ASYNC110
+        while world.router.versions()[0]["number"] == number:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     watching.cancel()

@@ -11,13 +11,13 @@ from packhorse.serve.routing import text
 from packhorse.serve.routing.text import (
     MAX_CHARACTERS,
     bounded,
+    casefolded,
     conversation_text,
     features,
-    folded,
     last_user_text,
     normalised,
     text_of,
-    wording,
+    word_set,
 )
 
 
@@ -31,7 +31,7 @@ def test_ascii_is_cut_as_everything_else_is(prompt: str) -> None:
 @given(st.text(max_size=40))
 def test_any_text_is_cut_without_error(prompt: str) -> None:
     features(prompt)
-    wording(prompt)
+    word_set(prompt)
 
 
 def test_words_ngrams_and_runs_without_spaces() -> None:
@@ -45,7 +45,7 @@ def test_combining_marks_stay_in_their_words() -> None:
     assert "=हिन्दी" in features("हिन्दी भाषा")
 
 
-@pytest.mark.parametrize("make", [normalised, folded, bounded])
+@pytest.mark.parametrize("make", [normalised, casefolded, bounded])
 def test_no_text_is_longer_than_the_bound(make: Any) -> None:
     for character in ("a", "\ufdfa", "ß", "İ"):  # U+FDFA becomes 18 characters
         assert len(make(character * 100_000)) <= MAX_CHARACTERS

@@ -8,13 +8,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from packhorse.serve import metrics
 from packhorse.serve.engines.echo import EchoEngine
-from packhorse.serve.engines.poison_detector import Suspect
+from packhorse.serve.engines.poison_detector import TrackedRequest
 from packhorse.serve.engines.supervisor import Supervisor
 from packhorse.serve.errors import EngineDied, EngineHung, Invalid, StartupError, Unavailable
 from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route, Sampling
-from packhorse.serve.settings.sections import EngineSettings, SupervisorSettings
+from packhorse.serve.metrics import ModelMetrics
+from packhorse.serve.settings.engine import EngineSettings
+from packhorse.serve.settings.supervisor import SupervisorSettings
 
 pytestmark = pytest.mark.usefixtures("checked_often")
 ROUTE = Route("echo")
@@ -74,6 +75,7 @@ class Works:
     error: type[Exception] = StartupError
     tries: int = 0
     make: Callable[[], Mortal] = Mortal
+    metrics: ModelMetrics = field(default_factory=ModelMetrics)
 
     async def supervisor(self, **settings: float) -> Supervisor:
         loop = asyncio.get_running_loop()
@@ -90,7 +92,7 @@ class Works:
             return engine
 
         chosen = SupervisorSettings.model_validate({"backoff_s": 0.0, **settings})
-        supervisor = Supervisor(build, chosen)
+        supervisor = Supervisor(build, chosen, metrics=self.metrics)
         await supervisor.start()
         return supervisor
 
@@ -130,7 +132,7 @@ async def test_what_has_not_streamed_is_answered_by_the_next_engine() -> None:
     assert await asyncio.gather(*tasks) == asked
     assert len(works.engines) == 2
     assert works.engines[0].closed
-    assert metrics.held() == 0
+    assert works.metrics.requests_waiting_for_engine() == 0
     await supervisor.close()
 
 
@@ -233,9 +235,9 @@ async def test_a_hang_that_ended_by_itself_holds_nobody_for_ever() -> None:
     works = Works()
     supervisor = await works.supervisor()
     # As a request does that saw it before the supervisor's own check, which then passes.
-    supervisor._suspects.engine_lost(supervisor._generation)
+    supervisor._detector.engine_lost(supervisor._generation)
     async with asyncio.timeout(60):
-        await Suspect(supervisor._suspects, "id", bytes).turn()
+        await TrackedRequest(supervisor._detector, "id", bytes).wait_for_turn()
     assert len(works.engines) == 1
     await supervisor.close()
 
@@ -283,10 +285,10 @@ async def test_a_hang_is_noticed_and_ends_the_engine() -> None:
     supervisor = await works.supervisor()
     task = asyncio.create_task(answer(supervisor, ask(words(300))))
     await soon(lambda: works.engines[0].running == 1)
-    before = failures("hung")
+    before = failures(works, "hung")
     works.engines[0].hangs = True
     await soon(lambda: len(works.engines) == 2)
-    assert failures("hung") == before + 1
+    assert failures(works, "hung") == before + 1
     assert await task == words(300)
     await supervisor.close()
 
@@ -323,7 +325,7 @@ async def test_it_gives_up_after_its_limit_and_tells_who_waits() -> None:
 async def test_a_rebuild_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails once its processes are gone, and the next one is tried."""
     gone = threading.Event()
-    monkeypatch.setattr("packhorse.serve.engines.supervisor.end_children", gone.set)
+    monkeypatch.setattr("packhorse.serve.engines.supervisor.end_unclaimed_children", gone.set)
     works = Works(fail=lambda number: number == 2 and gone.wait(10))
     supervisor = await works.supervisor(build_timeout_s=0.1)
     works.engines[0].die()
@@ -337,7 +339,7 @@ async def test_a_rebuild_that_cannot_be_ended_is_the_servers_end(
 ) -> None:
     """Not another one beside it: there could be two engines in the end."""
     released = threading.Event()
-    monkeypatch.setattr("packhorse.serve.engines.supervisor.end_children", lambda: None)
+    monkeypatch.setattr("packhorse.serve.engines.supervisor.end_unclaimed_children", lambda: None)
     monkeypatch.setattr("packhorse.serve.engines.supervisor.UNWIND_S", 0.2)
     works = Works(fail=lambda number: number == 2 and released.wait(10))
     supervisor = await works.supervisor(build_timeout_s=0.1)
@@ -371,7 +373,7 @@ async def test_close_ends_what_runs_and_what_waits() -> None:
     await supervisor.close()
     with pytest.raises(Unavailable):
         await waits
-    assert metrics.held() == 0
+    assert works.metrics.requests_waiting_for_engine() == 0
 
 
 async def test_a_caller_that_leaves_while_held_is_forgotten() -> None:
@@ -381,15 +383,15 @@ async def test_a_caller_that_leaves_while_held_is_forgotten() -> None:
     stays = asyncio.create_task(answer(supervisor, ask(words(20))))
     await soon(lambda: works.engines[0].running == 2)
     works.engines[0].die()
-    await soon(lambda: metrics.held() == 2)
+    await soon(lambda: works.metrics.requests_waiting_for_engine() == 2)
     leaves.cancel()
     assert await stays == words(20)
-    assert metrics.held() == 0
+    assert works.metrics.requests_waiting_for_engine() == 0
     await supervisor.close()
 
 
-def failures(reason: str) -> float:
-    counters: Sequence[object] = list(metrics.ENGINE_FAILURES.collect())
+def failures(works: Works, reason: str) -> float:
+    counters: Sequence[object] = list(works.metrics.engine_failures.collect())
     return sum(
         sample.value
         for metric in counters

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from packhorse.serve.service import Service
 from packhorse.serve.tenancy import Tenancy
 
-from tests.unit.serve.cache.caching_service import Counting, answer, make
+from tests.unit.serve.cache.caching_pipeline import answer, make
 from tests.unit.serve.cache.making import ask
 
 
@@ -37,14 +36,11 @@ def test_salts_are_a_tenants_own_and_bounded() -> None:
 @pytest.mark.parametrize("has_cache", [True, False])
 async def test_every_request_has_its_tenants_salt(has_cache: bool) -> None:
     """Also without a result cache, which has nothing to do with the engine's."""
-    service, engine = make()
-    if not has_cache:
-        service, engine = Service("echo"), Counting()
-        service.attach(engine)
+    pipeline, engine = make(has_cache=has_cache)
     asked = [ask(tenant=name, temperature=0.7) for name in ("a", "b", "a")]
     asked += [replace(request, cache_salt="x") for request in asked[:2]]
     for request in asked:
-        await answer(service, request)
+        await answer(pipeline, request)
     a, b, again, salted_a, salted_b = engine.salts
     assert a == again
     assert len({a, b, salted_a, salted_b}) == 4
@@ -53,9 +49,9 @@ async def test_every_request_has_its_tenants_salt(has_cache: bool) -> None:
 
 async def test_another_salt_of_a_client_is_another_result() -> None:
     """Behind a gateway with one key the salt is what tells its users apart."""
-    service, engine = make()
+    pipeline, engine = make()
     alone = ask("one")
     one, other = (replace(alone, cache_salt=salt) for salt in ("of-user-a", "of-user-b"))
-    marks = [(await answer(service, request))[0] for request in (alone, one, other, one, alone)]
+    marks = [(await answer(pipeline, request))[0] for request in (alone, one, other, one, alone)]
     assert marks == ["miss", "miss", "miss", "hit", "hit"]
     assert engine.generations == 3

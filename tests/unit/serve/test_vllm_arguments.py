@@ -13,14 +13,14 @@ import torch
 from packhorse.serve.engines.vllm.arguments import (
     SCHEDULER,
     engine_args,
-    loras_at_work,
+    max_active_loras,
     refuse_what_would_crash,
     warn_of_missing_scales,
 )
 from packhorse.serve.engines.vllm.constraints import check_schema, check_tools, structured_outputs
 from packhorse.serve.errors import Invalid, StartupError
 from packhorse.serve.messages import Constraint
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 
 
 def settings(**fields: Any) -> EngineSettings:
@@ -44,28 +44,30 @@ def test_a_model_that_was_found_has_no_revision_left(tiny_checkpoint: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("fields", "at_work"),
+    ("fields", "active"),
     [
         ({}, 8),
-        ({"loras_per_slot": 1}, 4),
+        ({"lora_oversubscription": 1}, 4),
         ({"max_cpu_loras": 13}, 6),
         ({"max_cpu_loras": 5}, 4),
-        ({"loras_per_slot": 3}, 12),
+        ({"lora_oversubscription": 3}, 12),
         ({"scheduler_cls": "somebody.Elses"}, 4),
     ],
 )
-def test_adapters_at_work_beyond_the_slots_need_our_scheduler(
-    fields: dict[str, Any], at_work: int, tiny_checkpoint: Path
+def test_active_adapters_beyond_the_slots_need_our_scheduler(
+    fields: dict[str, Any], active: int, tiny_checkpoint: Path
 ) -> None:
     asked = settings(enable_lora=True, **fields)
-    assert loras_at_work(asked) == at_work
-    ours = SCHEDULER if at_work > 4 else fields.get("scheduler_cls")
+    assert max_active_loras(asked) == active
+    ours = SCHEDULER if active > 4 else fields.get("scheduler_cls")
     assert engine_args(tiny_checkpoint, "m", asked).scheduler_cls == ours
 
 
-def test_turns_under_somebody_elses_scheduler_are_refused() -> None:
-    with pytest.raises(StartupError, match=r"loras_per_slot is 2, .*engine\.scheduler_cls names"):
-        loras_at_work(settings(loras_per_slot=2, scheduler_cls="somebody.Elses"))
+def test_time_slicing_with_somebody_elses_scheduler_is_refused() -> None:
+    with pytest.raises(
+        StartupError, match=r"lora_oversubscription is 2, .*engine\.scheduler_cls names"
+    ):
+        max_active_loras(settings(lora_oversubscription=2, scheduler_cls="somebody.Elses"))
 
 
 @pytest.mark.parametrize(

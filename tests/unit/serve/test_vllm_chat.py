@@ -12,7 +12,7 @@ import pytest
 from packhorse.serve.engines.vllm.chat import Chat
 from packhorse.serve.errors import Invalid, StartupError
 from packhorse.serve.messages import ChatOptions, Chunk, GenerateRequest, Sampling
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 from transformers import AutoTokenizer
 
 from tests.conftest import DEMO

@@ -10,24 +10,22 @@ from typing import Any
 
 import pytest
 from packhorse.serve.engines.vllm import health, loras
-from packhorse.serve.engines.vllm.health import Health
-from packhorse.serve.engines.vllm.patches.lasting_metrics import LastingStats
+from packhorse.serve.engines.vllm.health import Health, Heartbeat
+from packhorse.serve.engines.vllm.patches.engine_watch import EngineWatch
 from packhorse.serve.errors import EngineDied, EngineHung, Invalid
 from packhorse.serve.messages import AdapterVersion
-from packhorse.serve.settings.sections import EngineSettings
+from packhorse.serve.settings.engine import EngineSettings
 
 
 class Engine:
-    """What Health sees of AsyncLLM, and the clock."""
+    """What EngineWatch and Health see of AsyncLLM, and the clock."""
 
     def __init__(self, pid: int) -> None:
         self.now_s = 0.0
         self.waiting = False
         self.cpu_s = 0.0  # since the last look
-        self.stats = LastingStats.__new__(LastingStats)
-        self.stats.steps = 0
+        self.heartbeat = Heartbeat()
         manager = SimpleNamespace(processes=[SimpleNamespace(pid=pid)])
-        self.logger_manager = SimpleNamespace(stat_loggers=[self.stats])
         self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.waiting)
         self.engine_core = SimpleNamespace(
             resources=SimpleNamespace(engine_manager=manager), utility_results={}
@@ -52,7 +50,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         monkeypatch.setattr(health.time, "monotonic", lambda: found.now_s)
         settings = EngineSettings.model_validate({"stall_timeout_s": 5, "step_timeout_s": 60})
         llm: Any = found
-        found.health = Health(llm, settings)
+        found.health = Health(EngineWatch(llm), found.heartbeat, settings)
         yield found
         process.kill()
 
@@ -78,7 +76,7 @@ def test_steps_and_cpu_are_progress(engine: Engine) -> None:
     engine.waiting = True
     for _ in range(100):
         engine.looks(9)
-        engine.stats.steps += 1
+        engine.heartbeat.step()
     engine.cpu_s = 0.4
     engine.looks(100)
 
@@ -135,12 +133,11 @@ async def test_a_death_is_known_a_little_after_it_fails_calls() -> None:
 
 
 @pytest.mark.usefixtures("_quick")
-async def test_an_adapter_that_a_dying_engine_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loras, "show_adapters", lambda *_: None)
+async def test_an_adapter_that_a_dying_engine_did_not_take() -> None:
     adapter = AdapterVersion("clinic", "0" * 64, Path("/x"), 1, 8)
     dying: Any = Dying(after_looks=5)
     with pytest.raises(EngineDied):
-        await loras.Loras(dying).load(adapter)
+        await loras.Loras(dying, {}).load(adapter)
     alive: Any = Dying(after_looks=1000)
     with pytest.raises(Invalid, match="the worker is gone"):
-        await loras.Loras(alive).load(adapter)
+        await loras.Loras(alive, {}).load(adapter)

@@ -1,19 +1,19 @@
-"""From vLLM's outputs to chunks: nothing lost on the way, errors told apart."""
+"""From vLLM's outputs to chunks: which end is an error, and the end of what nobody reads."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from packhorse.serve.engines.vllm.patches.fast_outputs import (
-    ChunkCollector,
-    refuse_failure,
-    times_of,
-    token_logprobs,
-)
+from packhorse.serve.engines.vllm.outputs import PlainOutputs, refuse_failure, token_logprobs
+from packhorse.serve.engines.vllm.patches.request_times import times_of
 from packhorse.serve.errors import Invalid, Unavailable
-from packhorse.serve.messages import Chunk, EngineTimes, TokenLogprob
+from packhorse.serve.messages import EngineTimes, TokenLogprob
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import RequestStateStats
 
 
@@ -29,44 +29,6 @@ class Entry:
 class Vocabulary:
     def decode(self, token_ids: list[int]) -> str:
         return f"<{token_ids[0]}>"
-
-
-async def test_chunks_that_wait_are_merged_and_none_is_lost() -> None:
-    collector = ChunkCollector("id")
-    collector.put(Chunk("a", [1], cached_tokens=3))
-    collector.put(Chunk("b", [2, 3]))
-    times = EngineTimes(1.0, 2.0, 3.0, 4.0)
-    collector.put(Chunk("c", [4], "stop", stop_reason="c", times=times))
-    assert await collector.get() == Chunk(
-        "abc", [1, 2, 3, 4], "stop", stop_reason="c", cached_tokens=3, times=times
-    )
-
-
-async def test_a_reader_that_waits_gets_each_chunk_at_once() -> None:
-    collector = ChunkCollector("id")
-    for word in ("a", "b"):
-        reading = asyncio.create_task(collector.get())
-        await asyncio.sleep(0)
-        collector.put(Chunk(word, [1]))
-        assert (await reading).text == word
-
-
-async def test_an_error_comes_after_what_was_there_before_it() -> None:
-    collector = ChunkCollector("id")
-    collector.put(Chunk("a", [1]))
-    collector.put(RuntimeError("gone"))
-    assert (await collector.get()).text == "a"
-    with pytest.raises(RuntimeError, match="gone"):
-        await collector.get()
-
-
-async def test_a_reader_that_left_does_not_stop_the_writer() -> None:
-    collector = ChunkCollector("id")
-    reading = asyncio.create_task(collector.get())
-    await asyncio.sleep(0)
-    reading.cancel()
-    collector.put(Chunk("a", [1]))
-    assert (await collector.get()).text == "a"
 
 
 def test_the_engines_times_are_vllms() -> None:
@@ -109,3 +71,68 @@ def test_an_end_that_nobody_asked_for_is_an_error(
 @pytest.mark.parametrize("reason", [None, "stop", "length"])
 def test_an_ordinary_end_is_none(reason: str | None) -> None:
     refuse_failure(reason, constrained=True)
+
+
+class Generate:
+    """vLLM's `generate` for one request: two outputs, or none for ever."""
+
+    def __init__(self, *, hangs: bool = False) -> None:
+        self.hangs = hangs
+        self.ends: list[str] = []
+
+    async def outputs(self) -> AsyncGenerator[Any, None]:
+        try:
+            if self.hangs:
+                await asyncio.get_running_loop().create_future()
+            yield SimpleNamespace(finished=False)
+            yield SimpleNamespace(finished=True)
+            self.ends.append("exhausted")
+        except (asyncio.CancelledError, GeneratorExit) as error:
+            self.ends.append(type(error).__name__)
+            raise
+
+    async def abort(self) -> None:
+        self.ends.append("aborted")
+
+    def plain(self) -> tuple[PlainOutputs, asyncio.Future[None]]:
+        closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        return PlainOutputs(self.outputs(), self.abort, closing), closing
+
+
+async def test_a_request_that_is_read_to_its_end_is_not_aborted() -> None:
+    made = Generate()
+    outputs, _ = made.plain()
+    assert not (await outputs.get()).finished
+    assert (await outputs.get()).finished
+    assert made.ends == ["exhausted"]
+
+
+async def test_a_reader_that_leaves_ends_the_request() -> None:
+    made = Generate()
+    outputs, _ = made.plain()
+    await outputs.get()
+    await outputs.abort()
+    assert made.ends == ["GeneratorExit", "aborted"]
+
+
+async def test_a_reader_that_leaves_while_it_waits_ends_the_request() -> None:
+    made = Generate(hangs=True)
+    outputs, _ = made.plain()
+    reading = asyncio.create_task(outputs.get())
+    await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await outputs.abort()
+    assert made.ends == ["CancelledError", "aborted"]
+
+
+async def test_who_waits_is_told_when_the_engine_is_closed() -> None:
+    made = Generate(hangs=True)
+    outputs, closing = made.plain()
+    reading = asyncio.create_task(outputs.get())
+    await asyncio.sleep(0.01)
+    closing.set_result(None)
+    with pytest.raises(EngineDeadError):
+        await reading
+    assert made.ends == ["CancelledError"]

@@ -1,11 +1,15 @@
-"""4-bit weights on x86 CPUs without AVX-512, where vLLM's build has no kernel for them.
+"""A kernel for 4-bit weights on x86 CPUs without AVX-512, where vLLM's build has none.
 
-Registered by plugin.py. See docs/decisions/0008-4-bit-without-avx512.md.
+Installed by plugin.py. See docs/decisions/0008-4-bit-without-avx512.md.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from packhorse.serve.engines.vllm.patches import probing
+from packhorse.serve.engines.vllm.patches.cpu_features import without_avx512
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearKernel,
@@ -15,26 +19,52 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     unpack_quantized_values_into_int32,
 )
-from vllm.platforms import CpuArchEnum, PlatformEnum, current_platform
+from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
+
+NAME = "avx2_int4"
+KIND = "correctness"
+APPLIES_TO = {
+    "vllm.model_executor.kernels.linear": {
+        "_POSSIBLE_KERNELS": "names: MPLinearKernel CPU",
+        "choose_mp_linear_kernel": "sha256:40b1046a2d24690d",
+    },
+    "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel": {
+        "MPLinearLayerConfig": "sha256:e052712be11f85b8",
+        "MPLinearKernel.__init__": "sha256:31473c9f1bb1a069",
+        "MPLinearKernel.get_min_capability": "call()",
+        "MPLinearKernel.can_implement": "call(c)",
+        "MPLinearKernel.process_weights_after_loading": "call(layer)",
+        "MPLinearKernel.apply_weights": "call(layer, x, bias)",
+    },
+    "vllm.model_executor.layers.linear": {
+        "UnquantizedLinearMethod.apply": "call(layer, x, bias)",
+        "UnquantizedLinearMethod.process_weights_after_loading": "call(layer)",
+    },
+    "vllm.model_executor.layers.quantization.utils.quant_utils": {
+        "unpack_quantized_values_into_int32": "call(w_q, wtype, packed_dim)",
+    },
+    "torch.cpu": {
+        "_is_avx512_supported": "call()",
+    },
+}
+WITHOUT = "4-bit weights have no kernel on a CPU without AVX-512: vLLM's says yes and has no code."
 
 _ZERO = {scalar_types.uint4: 0, scalar_types.uint4b8: 8}
 
 
-def without_avx512() -> bool:
-    """Whether this is an x86 CPU on which vLLM takes its build for AVX2."""
-    x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
-    return current_platform.is_cpu() and x86 and not torch.cpu._is_avx512_supported()
+def probe(root: Path | None = None) -> str | None:
+    return probing.reason(APPLIES_TO, root)
 
 
-def register() -> None:
-    """Puts the kernel before vLLM's, which says yes and then has no code. Twice is as once."""
+def install() -> None:
+    """Put the kernel before vLLM's, which says yes and then has no code. Twice is as once."""
     kernels = _POSSIBLE_KERNELS[PlatformEnum.CPU]
-    if without_avx512() and UnpackedLinearKernel not in kernels:
-        kernels.insert(0, UnpackedLinearKernel)
+    if without_avx512() and AVX2Int4Kernel not in kernels:
+        kernels.insert(0, AVX2Int4Kernel)
 
 
-class UnpackedLinearKernel(MPLinearKernel):
+class AVX2Int4Kernel(MPLinearKernel):
     """Unpacks 4-bit codes once, on load; from there on the layer is one that was never quantized.
 
     So it answers as the codes say, as fast as the original and in as much memory as the original.

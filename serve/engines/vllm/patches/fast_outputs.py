@@ -8,17 +8,119 @@ instead. All else that vLLM does for a token (detokenizing, stop strings, statis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from packhorse.serve.errors import Invalid, Unavailable
-from packhorse.serve.messages import Chunk, EngineTimes, TokenLogprob
-from vllm.outputs import CompletionOutput, RequestOutput
+import vllm.envs
+from packhorse.serve.engines.vllm.patches import probing
+from packhorse.serve.engines.vllm.patches.request_times import times_of
+from packhorse.serve.messages import Chunk
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-REASONS = ("stop", "length")
-LOWEST = -9999.0  # JSON has no minus infinity; vLLM's server writes this
+NAME = "fast_outputs"
+KIND = "speed"
+APPLIES_TO = {
+    "vllm.v1.engine.output_processor": {
+        "RequestOutputCollector": "sha256:8e1734778f67c20b",
+        "RequestState.make_request_output": "sha256:d0016d1c149aefc0",
+        "RequestState.from_new_request": (
+            "call(*, tokenizer, request, prompt, parent_req, request_index, queue, "
+            "log_stats, stream_interval)"
+        ),
+        "OutputProcessor.__init__": "sha256:732dbe2d464fe9ce",
+        "OutputProcessor.add_request": "sha256:75e271522715758b",
+        "OutputProcessor.process_outputs": "sha256:0493d8cb7c99ddff",
+        "OutputProcessor.propagate_error": "call(e)",
+    },
+    "vllm.v1.engine.async_llm": {
+        "AsyncLLM.add_request": "sha256:3bad31ad04862e20",
+        "AsyncLLM._add_request": "call(request, prompt, parent_req, index, queue)",
+        "AsyncLLM._run_output_handler": "call()",
+        "AsyncLLM.abort": "call(request_id, *, internal)",
+    },
+    "vllm.v1.engine.input_processor": {
+        "InputProcessor.process_inputs": (
+            "call(request_id, prompt, params, *, supported_tasks, lora_request, priority)"
+        ),
+        "InputProcessor.assign_request_id": "call(request)",
+    },
+    "vllm.v1.engine.detokenizer": {
+        "BaseIncrementalDetokenizer.get_next_output_text": "call(finished, delta)",
+    },
+    "vllm.envs": {
+        "enable_envs_cache": "call()",
+    },
+}
+WITHOUT = "A streamed token costs the server about twice the CPU time."
+
+
+def probe(root: Path | None = None) -> str | None:
+    return probing.reason(APPLIES_TO, root)
+
+
+class FastOutputs:
+    """The way of requests with one choice and no log-probabilities, on one engine."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        """Before the first request, which starts vLLM's handler of outputs."""
+        self._llm = llm
+        llm.output_processor = ChunkProcessor.in_place_of(llm.output_processor)
+        vllm.envs.enable_envs_cache()  # else vLLM asks the environment once a token
+
+    async def submit(
+        self,
+        request_id: str,
+        engine_input: Any,
+        params: SamplingParams,
+        *,
+        lora: LoRARequest | None,
+        priority: int,
+        reasoning: Mapping[str, Any],
+    ) -> ChunkCollector:
+        """Hand a request to the engine: the same steps as AsyncLLM.add_request's, but with a
+        collector of our own. `reasoning` are fields of vLLM's request.
+        """
+        llm = self._llm
+        if llm.errored:
+            raise EngineDeadError
+        arguments = (request_id, engine_input, params)
+        keywords = {
+            "lora_request": lora,
+            "supported_tasks": await llm.get_supported_tasks(),
+            "priority": priority,
+        }
+        process = llm.input_processor.process_inputs
+        if params.structured_outputs is None:
+            made = process(*arguments, **keywords)
+        else:  # in a thread, since it compiles a constraint to validate it
+            made = await asyncio.to_thread(process, *arguments, **keywords)
+        for name, value in reasoning.items():
+            setattr(made, name, value)
+        llm.input_processor.assign_request_id(made)
+        llm._run_output_handler()
+        collector = ChunkCollector(made.request_id)
+        try:
+            await llm._add_request(made, None, None, 0, collector)
+        except BaseException:  # a caller that leaves now may leave it half handed over
+            await self.abort(collector)
+            raise
+        return collector
+
+    async def abort(self, collector: ChunkCollector) -> None:
+        """End a request in the engine."""
+        await self._llm.abort(collector.request_id, internal=True)
+
+    def fail_requests(self) -> None:
+        """End all requests with EngineDeadError: vLLM tells its callers of an engine's death, but
+        not of an end that it was asked for.
+        """
+        self._llm.output_processor.propagate_error(EngineDeadError())
 
 
 class ChunkCollector:
@@ -139,77 +241,3 @@ class ChunkProcessor(OutputProcessor):
         self.request_states[request.request_id] = state
         self.external_req_ids[state.external_req_id].append(request.request_id)
         self._update_admission_stats()
-
-
-def times_of(stats: Any) -> EngineTimes | None:
-    """Of vLLM's RequestStateStats, which are none when its statistics are off."""
-    if stats is None:
-        return None
-    return EngineTimes(
-        stats.queued_ts, stats.scheduled_ts, stats.first_token_ts, stats.last_token_ts
-    )
-
-
-def refuse_failure(reason: str | None, *, constrained: bool) -> None:
-    """Raises Invalid or Unavailable for an end that nobody asked for: vLLM's "abort" or "error".
-
-    With a constraint, "error" means that its grammar passed vLLM's checks and did not compile.
-    """
-    if reason is None or reason in REASONS:
-        return
-    if constrained and reason == "error":
-        raise Invalid(
-            "The engine could not compile the constraint on the answer (a schema that refers to "
-            "itself without end, or too large a grammar); simplify it.",
-            param="structured_outputs",
-        )
-    raise Unavailable(f"The engine gave up on this ({reason}); send it again.")
-
-
-def chunks_of(output: RequestOutput, tokenizer: Any) -> Iterable[Chunk]:
-    """The choices of one of vLLM's own outputs, with their log-probabilities."""
-    prompt_logprobs = None
-    if output.prompt_logprobs:
-        prompt_logprobs = token_logprobs(
-            output.prompt_token_ids or (), output.prompt_logprobs, tokenizer
-        )
-    completion: CompletionOutput
-    for completion in output.outputs:
-        token_ids = list(completion.token_ids)
-        yield Chunk(
-            completion.text,
-            token_ids,
-            completion.finish_reason,
-            index=completion.index,
-            stop_reason=completion.stop_reason,
-            logprobs=None
-            if completion.logprobs is None
-            else token_logprobs(token_ids, completion.logprobs, tokenizer),
-            prompt_logprobs=prompt_logprobs,
-            cached_tokens=output.num_cached_tokens or 0,
-            times=None if completion.finish_reason is None else times_of(output.metrics),
-        )
-
-
-def token_logprobs(
-    token_ids: Iterable[int], rows: Iterable[Mapping[int, Any] | None], tokenizer: Any
-) -> tuple[TokenLogprob, ...]:
-    """vLLM's log-probabilities, a row a token: {token id: (logprob, rank, text)}."""
-    found = []
-    for token_id, row in zip(token_ids, rows, strict=False):
-        if row is None or token_id not in row:
-            found.append(TokenLogprob(tokenizer.decode([token_id]), token_id, None))
-            continue
-        ranked = sorted(row.items(), key=lambda item: item[1].rank)
-        top = tuple(_one(other, entry, tokenizer) for other, entry in ranked)
-        own = row[token_id]
-        text = own.decoded_token if own.decoded_token is not None else tokenizer.decode([token_id])
-        found.append(TokenLogprob(text, token_id, max(own.logprob, LOWEST), own.rank, top))
-    return tuple(found)
-
-
-def _one(token_id: int, entry: Any, tokenizer: Any) -> TokenLogprob:
-    text = entry.decoded_token
-    if text is None:
-        text = tokenizer.decode([token_id])
-    return TokenLogprob(text, token_id, max(entry.logprob, LOWEST), entry.rank)

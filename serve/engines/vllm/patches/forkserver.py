@@ -1,5 +1,4 @@
-"""Where the engine's process is born: a process that imports vLLM while the server still does, and
-of which an engine is a fork.
+"""Engine processes as forks of a process that imports vLLM while the server still does.
 
 So a first start waits for one import instead of three in a row, and a rebuild for none: importing
 is most of what both take. Python's own forkserver does the work; vLLM is only made to use it. On
@@ -14,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -23,33 +23,54 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.serve.engines.processes import print_stacks_when_asked
+from packhorse.serve.engines.vllm.patches import probing, use
 
-# In this order: with all that an engine's process has imported when it is ready.
+NAME = "forkserver"
+KIND = "speed"
+APPLIES_TO = {
+    "vllm.v1.engine.utils": {
+        "": "names: get_mp_context",
+        "CoreEngineProcManager.__init__": "sha256:715e7bcc17f5a3fe",
+    },
+    "vllm.utils.system_utils": {
+        "get_mp_context": "sha256:8265c8641673e125",
+    },
+}
+WITHOUT = "Each engine process imports vLLM anew: starts and rebuilds take about twice as long."
+
+# What the forkserver imports, in this order: all that an engine's process has when it is ready.
 PRELOADED = [
     "packhorse.serve.engines.vllm.patches.preload",
     "packhorse.serve.engines.vllm.patches.cpu_worker",
+    "packhorse.serve.engines.vllm.patches.cpu_lora_math",
+    "packhorse.serve.engines.vllm.patches.in_process_executor",
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
 ]
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-_IMPORTED_BY = os.getpid()  # in an engine's process: the nursery
+_IMPORTED_BY = os.getpid()  # in an engine's process: the forkserver
+_environment_lock = threading.RLock()  # engines may be built in several threads
+
+
+def probe(root: Path | None = None) -> str | None:
+    return probing.reason(APPLIES_TO, root)
 
 
 def start() -> None:
-    """Start it, if it does not run; returns at once."""
-    if not is_cpu_build():
+    """Start the forkserver, if it does not run; returns at once."""
+    if not use(NAME, needed=is_cpu_build()):
         return
     multiprocessing.set_forkserver_preload(PRELOADED)
-    with _signals_are_ours(), _environment(_for_nursery()):
+    with _blocked_signals(), _environment(forkserver_environment()):
         forkserver.ensure_running()
 
 
 @contextmanager
-def _signals_are_ours() -> Iterator[None]:
-    """Processes that are started meanwhile inherit it: a terminal's Ctrl-C and a service manager's
-    SIGTERM, which go to all processes at once, must reach only the server, or nothing is left to
-    drain.
+def _blocked_signals() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread; processes that it starts meanwhile inherit that. A
+    terminal's Ctrl-C and a service manager's SIGTERM go to all processes at once, and must reach
+    only the server, or no engine is left to drain.
     """
     resource_tracker.ensure_running()  # its start, part of the first other, would unblock SIGINT
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -59,9 +80,10 @@ def _signals_are_ours() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _for_nursery() -> dict[str, str]:
-    """What vLLM's CPU platform sets for the processes that it starts, when it is too late for this
-    one: one OpenMP for all libraries, an allocator for many threads.
+def forkserver_environment() -> dict[str, str]:
+    """The environment variables that vLLM's CPU platform sets for the processes that it starts, and
+    that a process reads when it begins: one OpenMP for all libraries, an allocator for many
+    threads.
     """
     site = Path(str(distribution("torch").locate_file("")))
     given = os.environ.get("LD_PRELOAD", "")
@@ -95,41 +117,47 @@ def chosen_threads() -> int | None:
 
 @contextmanager
 def _environment(added: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    """Set environment variables for the time being."""
+    with _environment_lock:
+        before = {name: os.environ.get(name) for name in added}
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 @contextmanager
-def engine_is_born_here() -> Iterator[None]:
-    """Meanwhile, an engine's core that vLLM starts is a fork of the nursery."""
+def engines_are_forked() -> Iterator[None]:
+    """Meanwhile, an engine core that vLLM starts is a fork of the forkserver; where the patch does
+    not apply, vLLM starts it as usual. Not for two threads at a time.
+    """
     from vllm.v1.engine import utils
 
     start()
-    usual = utils.get_mp_context
-    if is_cpu_build():
-        utils.get_mp_context = _Context
-    try:
-        with _signals_are_ours():  # for those that vLLM starts as usual
+    with _blocked_signals():  # for processes that vLLM starts as usual
+        if not use(NAME, needed=is_cpu_build()):
             yield
-    finally:
-        utils.get_mp_context = usual
+            return
+        usual = utils.get_mp_context
+        utils.get_mp_context = _Context
+        try:
+            yield
+        finally:
+            utils.get_mp_context = usual
 
 
 class _EngineProcess(ForkServerProcess):
     """Ends with the server, whatever ends that, and also when it is stopped itself."""
 
     def start(self) -> None:
-        # vLLM tells its processes things by the environment, and the nursery's is older.
+        # vLLM tells its processes things by the environment, and the forkserver's is older.
         self._environment = dict(os.environ)
-        with _environment(_for_nursery()):  # should it have ended since, it is started again
+        with _environment(forkserver_environment()):  # should it have ended, it is started again
             super().start()
 
     def run(self) -> None:
@@ -141,8 +169,8 @@ class _EngineProcess(ForkServerProcess):
         print_stacks_when_asked()
         die_with_parent()
         if os.getpid() != _IMPORTED_BY != os.getppid():
-            os._exit(1)  # the nursery has ended before we could ask for its end to be ours
-        # The nursery ends when nobody has this open any more: that must be the server alone.
+            os._exit(1)  # the forkserver has ended before this process could ask to end with it
+        # The forkserver ends when nobody has this open any more: that must be the server alone.
         os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
         super().run()
 

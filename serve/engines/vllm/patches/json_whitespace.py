@@ -3,7 +3,7 @@
 JSON allows any amount of white space between its parts, and so do vLLM's grammars: a model that
 likes spaces fills its answer with them until max_tokens, and the JSON never ends. The two backends
 that vLLM chooses from (xgrammar, llguidance) can bound it, but vLLM has no setting for that.
-plugin.py applies this in the process that compiles grammars, which is the engine's core.
+plugin.py installs this in the process that compiles grammars, which is the engine core's.
 """
 
 from __future__ import annotations
@@ -11,10 +11,29 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from packhorse.serve.engines.vllm.patches import probing
 from vllm.v1.structured_output import backend_guidance, backend_xgrammar
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+
+NAME = "json_whitespace"
+KIND = "speed"
+APPLIES_TO = {
+    "vllm.v1.structured_output.backend_xgrammar": {
+        "XgrammarBackend.compile_grammar": "sha256:04bf0e69c56de34e",
+        "XgrammarBackend.__post_init__": "sha256:7683b14d2a4b967e",
+    },
+    "vllm.v1.structured_output.backend_guidance": {
+        "GuidanceBackend.compile_grammar": "sha256:0b6082d3e641392f",
+        "GuidanceBackend": "names: disable_any_whitespace",
+    },
+    "vllm.v1.structured_output.backend_types": {
+        "StructuredOutputBackend": "names: vllm_config",
+    },
+}
+WITHOUT = "engine.max_json_whitespace has no effect: a model may fill its JSON with white space."
 
 KEY = "packhorse_max_json_whitespace"
 """In vLLM's `additional_config`, which reaches all its processes. Absent: vLLM's grammars."""
@@ -22,8 +41,12 @@ KEY = "packhorse_max_json_whitespace"
 JSON_KINDS = {StructuredOutputOptions.JSON, StructuredOutputOptions.JSON_OBJECT}
 
 
-def register() -> None:
-    """Wraps `compile_grammar` of both backends. Calling it twice has no further effect."""
+def probe(root: Path | None = None) -> str | None:
+    return probing.reason(APPLIES_TO, root)
+
+
+def install() -> None:
+    """Wrap `compile_grammar` of both backends. Calling it twice has no further effect."""
     for backend, bounded in (
         (backend_xgrammar.XgrammarBackend, _bounded_xgrammar),
         (backend_guidance.GuidanceBackend, _bounded_guidance),

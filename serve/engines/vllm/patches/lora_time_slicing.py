@@ -1,43 +1,75 @@
-"""More adapters at work than a batch has slots: they take turns of a few steps.
+"""More adapters in the engine than a batch has slots for adapters: they get the slots for a few
+steps each, in turn.
 
 vLLM lets an adapter into a batch when a slot is free and keeps it there until its last request has
-ended, so a newcomer waits for a whole answer, and behind a busy adapter for ever. Here the one that
-has had a slot longest stands still for a while: its requests keep their place and their KV cache
-and are only left out of some steps. vLLM's workers know such requests from pipelines, where a
-request is not in every step either. Runs in vLLM's own child; see arguments.py.
+ended, so a newcomer waits for a whole answer, and behind a busy adapter for ever. Here the adapter
+that has had a slot longest is paused for a while: its requests keep their place and their KV cache
+and are only left out of some steps. vLLM's workers know such requests from pipeline parallelism,
+where a request is not in every step either. Runs in the engine core's process; see arguments.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from packhorse.serve.engines.vllm.patches import probing
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+NAME = "lora_time_slicing"
+KIND = "speed"
+APPLIES_TO = {
+    "vllm.v1.core.sched.scheduler": {
+        "Scheduler.schedule": "sha256:23816e5a736d5648",
+        "Scheduler.__init__": "names: lora_config running waiting",
+    },
+    "vllm.v1.core.sched.async_scheduler": {
+        "AsyncScheduler._update_after_schedule": "sha256:b65c465c2fa0283f",
+    },
+    "vllm.v1.core.sched.request_queue": {
+        "RequestQueue.remove_requests": "call(requests)",
+        "RequestQueue.prepend_requests": "call(requests)",
+    },
+    "vllm.v1.request": {
+        "Request.__init__": "names: lora_request next_decode_eligible_step",
+    },
+    "vllm.config.scheduler": {
+        "SchedulerConfig.get_scheduler_cls": "names: scheduler_cls",
+    },
+}
+WITHOUT = "No more adapters have requests in the engine than a batch has slots; others wait longer."
+
 # Changing the adapter in a slot is a copy of its weights: seldom enough not to be felt, often
 # enough that a reader of a stream does not feel the pauses.
 STEPS = 8
 
 
-class Slices:
-    """Who has the slots. Whoever waits longest gets the slot of whoever has had one longest."""
+def probe(root: Path | None = None) -> str | None:
+    return probing.reason(APPLIES_TO, root)
+
+
+class TimeSlices:
+    """Which adapters have the slots. The adapter that waits longest gets the slot of the adapter
+    that has had one longest.
+    """
 
     def __init__(self, slots: int, steps: int = STEPS) -> None:
-        """Nobody loses a slot before having had it for `steps` steps."""
+        """No adapter loses a slot before having had it for `steps` steps."""
         self._slots = slots
         self._steps = steps
         self._step = 0
-        self._since: dict[int, int] = {}  # who has a slot, and from which step on; oldest first
+        self._since: dict[int, int] = {}  # adapter with a slot: its first step there; oldest first
         self._waiting: deque[int] = deque()
 
     def of_step(self, working: Iterable[int]) -> set[int]:
-        """The adapters of the next step, at most as many as there are slots, out of those that
-        have anything to do, in the order they came.
+        """The adapters of the next step, at most as many as there are slots. `working` are those
+        with requests, in the order they came.
         """
         self._step += 1
         at_work = dict.fromkeys(working)
@@ -45,7 +77,7 @@ class Slices:
         self._waiting = deque(one for one in self._waiting if one in at_work)
         known = self._since.keys() | set(self._waiting)
         self._waiting.extend(one for one in at_work if one not in known)
-        for _ in range(len(self._waiting)):  # whoever yields now waits at least for the next step
+        for _ in range(len(self._waiting)):  # an adapter that yields waits at least a step
             if len(self._since) == self._slots:
                 longest = next(iter(self._since))
                 if self._step - self._since[longest] < self._steps:
@@ -56,10 +88,12 @@ class Slices:
         return set(self._since)
 
 
-class _Sliced(Scheduler):
+class TimeSlicedScheduler(Scheduler):
+    """vLLM's scheduler, with requests of paused adapters left out of a step."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._slices = Slices(self.lora_config.max_loras if self.lora_config else 0)
+        self._slices = TimeSlices(self.lora_config.max_loras if self.lora_config else 0)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         requests = [*self.running, *self.waiting]
@@ -84,14 +118,15 @@ class _Sliced(Scheduler):
             self.waiting.prepend_requests(reversed(held))  # it puts the last one first
 
 
-class _SlicedAsync(_Sliced, AsyncScheduler):
-    pass
+class TimeSlicedAsyncScheduler(TimeSlicedScheduler, AsyncScheduler):
+    """The same for scheduling a step ahead."""
 
 
 def scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """What `scheduler_cls` names, for vLLM to call as it would a class."""
-    ahead = vllm_config.scheduler_config.async_scheduling
-    return (_SlicedAsync if ahead else _Sliced)(vllm_config=vllm_config, **kwargs)
+    """What `scheduler_cls` names: vLLM calls it as it would a class."""
+    is_async = vllm_config.scheduler_config.async_scheduling
+    chosen = TimeSlicedAsyncScheduler if is_async else TimeSlicedScheduler
+    return chosen(vllm_config=vllm_config, **kwargs)
 
 
 def _adapter(request: Request) -> int | None:

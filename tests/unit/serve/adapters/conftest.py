@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packhorse.serve import metrics
 from packhorse.serve.adapters.base_layers import linear_layers
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
-from packhorse.serve.adapters.store import Store
+from packhorse.serve.adapters.store import AdapterStore
+from packhorse.serve.metrics import ModelMetrics
 
 from tests.conftest import DEMO
 from tests.unit.serve.adapters.loader import Engine, registry_of
@@ -21,10 +21,10 @@ def limits() -> AdapterLimits:
     return AdapterLimits(max_rank=16, layers=linear_layers(DEMO / "model"), max_bytes=2**24)
 
 
-@pytest.fixture(autouse=True)
-def _no_series() -> None:
-    """Of registries before this test's, which nobody has emptied."""
-    metrics.ADAPTER_WAITING.clear()
+@pytest.fixture
+def metrics() -> ModelMetrics:
+    """Those of the registry."""
+    return ModelMetrics()
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(folder: Path) -> Iterator[Store]:
-    found = Store(folder)
+def store(folder: Path) -> Iterator[AdapterStore]:
+    found = AdapterStore(folder)
     yield found
     found.close()
 
@@ -45,5 +45,7 @@ async def engine() -> Engine:
 
 
 @pytest.fixture
-async def registry(store: Store, engine: Engine, limits: AdapterLimits) -> Registry:
-    return await registry_of(store, engine, limits)
+async def registry(
+    store: AdapterStore, engine: Engine, limits: AdapterLimits, metrics: ModelMetrics
+) -> Registry:
+    return await registry_of(store, engine, limits, metrics=metrics)

@@ -6,9 +6,10 @@ import asyncio
 
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
-from packhorse.serve.adapters.store import Store
+from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.errors import Invalid
 from packhorse.serve.messages import AdapterVersion
+from packhorse.serve.metrics import ModelMetrics
 
 from tests.conftest import DEMO
 
@@ -50,7 +51,13 @@ class Engine:
 
 
 async def registry_of(
-    store: Store, engine: Engine, limits: AdapterLimits, *, resident: int = 4, registered: int = 10
+    store: AdapterStore,
+    engine: Engine,
+    limits: AdapterLimits,
+    *,
+    resident: int = 4,
+    registered: int = 10,
+    metrics: ModelMetrics | None = None,
 ) -> Registry:
     """Adapters may come from the demo, and from the folder that the store is in."""
     registry = Registry(
@@ -59,6 +66,7 @@ async def registry_of(
         max_resident=resident,
         taken=frozenset({"demo", "auto"}),
         allowed_roots=(DEMO, store.folder_of("a", "b").parent.parent.parent),
+        metrics=metrics,
     )
     await registry.start(engine, limits, slots=2)
     await registry.warm()

@@ -8,10 +8,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from packhorse.serve import metrics
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
-from packhorse.serve.adapters.store import Store
+from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.errors import (
     Conflict,
     Invalid,
@@ -20,6 +19,7 @@ from packhorse.serve.errors import (
     Unavailable,
     UnknownModel,
 )
+from packhorse.serve.metrics import ModelMetrics
 
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine, registry_of
 
@@ -167,14 +167,14 @@ async def test_removed_when_the_last_request_ends(
     assert not (folder / "clinic").exists()
 
 
-def series() -> set[str]:
+def series(metrics: ModelMetrics) -> set[str]:
     """The names that packhorse_adapter_requests_waiting has."""
-    (family,) = metrics.ADAPTER_WAITING.collect()
+    (family,) = metrics.adapter_waiting.collect()
     return {sample.labels["adapter"] for sample in family.samples}
 
 
 async def test_the_names_in_metrics_are_those_of_adapters(
-    registry: Registry, engine: Engine, tmp_path: Path
+    registry: Registry, engine: Engine, tmp_path: Path, metrics: ModelMetrics
 ) -> None:
     """Of old versions too, as long as a request of one may wait."""
     await registry.put("clinic", CLINIC, replace=False)
@@ -185,18 +185,20 @@ async def test_the_names_in_metrics_are_those_of_adapters(
         await registry.put("code", CODE, replace=False)
     await registry.remove("code")
     await registry.settle()
-    assert series() == {"clinic"}
+    assert series(metrics) == {"clinic"}
     lease = registry.lease("clinic")
     await registry.put("clinic", CLINIC_2, replace=True)
     await registry.remove("clinic")
     await registry.settle()
-    assert series() == {"clinic"}
+    assert series(metrics) == {"clinic"}
     lease.release()
     await registry.settle()
-    assert series() == set()
+    assert series(metrics) == set()
 
 
-async def test_requests_that_wait_are_counted_by_adapter(registry: Registry) -> None:
+async def test_requests_that_wait_are_counted_by_adapter(
+    registry: Registry, metrics: ModelMetrics
+) -> None:
     """Two slots."""
     for name, source in (("clinic", CLINIC), ("code", CODE), ("clinic-2", CLINIC_2)):
         await registry.put(name, source, replace=False)
@@ -214,7 +216,7 @@ async def test_requests_that_wait_are_counted_by_adapter(registry: Registry) -> 
 
 
 async def test_a_restart_brings_them_back(
-    store: Store, engine: Engine, limits: AdapterLimits, folder: Path
+    store: AdapterStore, engine: Engine, limits: AdapterLimits, folder: Path
 ) -> None:
     before = await registry_of(store, engine, limits)
     await before.put("clinic", CLINIC, replace=False, pinned=True)
@@ -222,7 +224,7 @@ async def test_a_restart_brings_them_back(
     store.close()
     (folder / ".staging-left").mkdir()
     (folder / "old" / ("0" * 64)).mkdir(parents=True)
-    with closing(Store(folder)) as reopened:
+    with closing(AdapterStore(folder)) as reopened:
         after = await registry_of(reopened, engine, limits)
     assert [(card.name, card.state, card.pinned) for card in after.cards()] == [
         ("clinic", "resident", True),
@@ -232,25 +234,25 @@ async def test_a_restart_brings_them_back(
 
 
 async def test_what_was_damaged_meanwhile_is_failed(
-    store: Store, engine: Engine, limits: AdapterLimits, folder: Path
+    store: AdapterStore, engine: Engine, limits: AdapterLimits, folder: Path
 ) -> None:
     before = await registry_of(store, engine, limits)
     await before.put("clinic", CLINIC, replace=False)
     cut_short(folder)
     await before.put("code", CODE, replace=False)
     store.close()
-    with closing(Store(folder)) as reopened:
+    with closing(AdapterStore(folder)) as reopened:
         after = await registry_of(reopened, engine, limits)
     assert [card.state for card in after.cards()] == ["failed", "resident"]
 
 
-def test_a_store_has_one_server(folder: Path, store: Store) -> None:
+def test_a_store_has_one_server(folder: Path, store: AdapterStore) -> None:
     with pytest.raises(StartupError, match="another server"):
-        Store(folder)
+        AdapterStore(folder)
 
 
 async def test_a_store_that_cannot_be_read(
-    folder: Path, store: Store, limits: AdapterLimits
+    folder: Path, store: AdapterStore, limits: AdapterLimits
 ) -> None:
     (folder / ".registry.json").write_text('[{"name": 1}]')
     with pytest.raises(StartupError, match="delete it"):
@@ -258,24 +260,24 @@ async def test_a_store_that_cannot_be_read(
 
 
 async def test_what_fails_at_a_start_is_not_forgotten(
-    store: Store, engine: Engine, limits: AdapterLimits, folder: Path
+    store: AdapterStore, engine: Engine, limits: AdapterLimits, folder: Path
 ) -> None:
     before = await registry_of(store, engine, limits)
     await before.put("clinic", CLINIC, replace=False)
     await before.put("code", CODE, replace=False)
     store.close()
-    with closing(Store(folder)) as reopened:
+    with closing(AdapterStore(folder)) as reopened:
         lower = dataclasses.replace(limits, max_rank=4)
         meanwhile = await registry_of(reopened, engine, lower)
         assert [card.state for card in meanwhile.cards()] == ["failed", "failed"]
         await meanwhile.remove("code")
-    with closing(Store(folder)) as reopened:
+    with closing(AdapterStore(folder)) as reopened:
         after = await registry_of(reopened, engine, limits)
         assert [(card.name, card.state) for card in after.cards()] == [("clinic", "resident")]
 
 
 async def test_what_cannot_be_written_down_does_not_happen(
-    registry: Registry, engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, engine: Engine, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(registered: object) -> None:
         raise Unavailable("no room")
@@ -283,7 +285,7 @@ async def test_what_cannot_be_written_down_does_not_happen(
     await registry.put("clinic", CLINIC, replace=False)
     before = registry.card("clinic")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "remember", full)
+        patch.setattr(store, "save", full)
         for change in (
             registry.put("clinic", CLINIC_2, replace=True),
             registry.pin("clinic", pinned=True),
@@ -307,7 +309,7 @@ async def test_two_at_once_for_one_name(registry: Registry) -> None:
     await first
 
 
-async def test_before_there_is_an_engine(store: Store) -> None:
+async def test_before_there_is_an_engine(store: AdapterStore) -> None:
     registry = Registry(store, max_registered=1, max_resident=1)
     with pytest.raises(Unavailable):
         await registry.put("clinic", CLINIC, replace=False)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from packhorse.serve.adapters import copies, lora_cache, registry
 from packhorse.serve.adapters import store as stores
-from packhorse.serve.adapters.folder_watch import Watch
+from packhorse.serve.adapters.folder_watch import FolderWatch
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
-from packhorse.serve.adapters.store import Store
+from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.errors import Unavailable
 
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine, registry_of
@@ -31,12 +31,12 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 @asynccontextmanager
 async def restarted(
     folder: Path, limits: AdapterLimits, *, engine: Engine | None = None, **options: Any
-) -> AsyncIterator[tuple[Registry, Watch]]:
+) -> AsyncIterator[tuple[Registry, FolderWatch]]:
     """On the store and the watched folder in `folder`."""
-    store = Store(folder / "store")
+    store = AdapterStore(folder / "store")
     try:
         found = await registry_of(store, engine or Engine(), limits, **options)
-        watch = Watch(folder / "adapters", found)
+        watch = FolderWatch(folder / "adapters", found)
         await watch.look(wait=False)
         yield found, watch
         await found.settle()
@@ -76,13 +76,13 @@ class Reads:
         for module, seen in ((stores, self.at_start), (lora_cache, self.for_the_engine)):
             monkeypatch.setattr(module, "check_copy", self._noting(copies.check_copy, seen, -2))
         monkeypatch.setattr(stores, "check", self._noting(stores.check, self.judged, -2))
-        stage = Store.stage
+        stage = AdapterStore.stage
 
-        def staging(store: Store, name: str, *more: Any, **named: Any) -> Any:
+        def staging(store: AdapterStore, name: str, *more: Any, **named: Any) -> Any:
             self.staged.append(name)
             return stage(store, name, *more, **named)
 
-        monkeypatch.setattr(Store, "stage", staging)
+        monkeypatch.setattr(AdapterStore, "stage", staging)
 
     @staticmethod
     def _noting(real: Callable[..., Any], seen: list[str], part: int) -> Callable[..., Any]:
@@ -129,7 +129,7 @@ async def test_pinned_ones_are_there_before_ready_and_others_after(
     async with restarted(served, limits) as (found, _):
         await found.pin("code", pinned=True)
     engine = Engine()
-    store = Store(served / "store")
+    store = AdapterStore(served / "store")
     again = Registry(store, max_registered=10, max_resident=8)
     engine.gate.clear()
     starting = asyncio.create_task(again.start(engine, limits, slots=2))
@@ -148,7 +148,7 @@ async def test_one_that_is_removed_while_others_are_loaded_is_not(
     served: Path, limits: AdapterLimits
 ) -> None:
     engine = Engine()
-    store = Store(served / "store")
+    store = AdapterStore(served / "store")
     again = Registry(store, max_registered=10, max_resident=8)
     engine.gate.clear()
     await again.start(engine, limits, slots=2)
@@ -319,4 +319,4 @@ def test_what_is_registered_is_read_by_servers_before(served: Path) -> None:
     """What is known of the copies is in a file of its own: they refuse fields they do not know."""
     lines = json.loads((served / "store" / stores.INDEX).read_bytes())
     assert {tuple(line) for line in lines} == {("name", "digest", "rank", "pinned")}
-    assert registry.Remembered.__struct_config__.forbid_unknown_fields
+    assert registry.Registration.__struct_config__.forbid_unknown_fields

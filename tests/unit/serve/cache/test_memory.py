@@ -1,38 +1,38 @@
-"""The tier in this process, and flushes of it."""
+"""The memory tier, and flushes of it."""
 
 from __future__ import annotations
 
-from packhorse.serve import metrics
 from packhorse.serve.cache.invalidation import Epochs
-from packhorse.serve.cache.memory import OVERHEAD_BYTES, Memory
+from packhorse.serve.cache.memory import OVERHEAD_BYTES, MemoryTier
+from packhorse.serve.metrics import ModelMetrics
 
 from tests.unit.serve.cache.making import key
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    memory = Memory(3 * (OVERHEAD_BYTES + 100))
+    metrics = ModelMetrics()
+    memory = MemoryTier(3 * (OVERHEAD_BYTES + 100), metrics=metrics)
     for number in range(3):
         memory.put(key(number), bytes(100), 60)
-    evictions = metrics.CACHE_EVICTIONS._value.get()
     assert memory.get(key(0)) == bytes(100)
     memory.put(key(3), bytes(100), 60)
     assert memory.get(key(1)) is None
     assert [memory.get(key(number)) is not None for number in (0, 2, 3)] == [True] * 3
-    assert metrics.CACHE_EVICTIONS._value.get() == evictions + 1
+    assert metrics.registry.get_sample_value("packhorse_cache_evictions_total") == 1
     memory.put(key(4), bytes(10**6), 60)  # larger than all of it
     assert memory.get(key(4)) is None
     assert memory.amount("all") == (3, 3 * (OVERHEAD_BYTES + 100))
 
 
 def test_nothing_fits_into_nothing() -> None:
-    memory = Memory(0)
+    memory = MemoryTier(0)
     memory.put(key(1), b"x", 60)
     assert memory.get(key(1)) is None
 
 
 def test_old_ones_end() -> None:
     now_s = 0.0
-    memory = Memory(10**6, clock=lambda: now_s)
+    memory = MemoryTier(10**6, clock=lambda: now_s)
     memory.put(key(1), b"x", 60)
     now_s = 59.9
     assert memory.get(key(1)) == b"x"
@@ -42,7 +42,7 @@ def test_old_ones_end() -> None:
 
 
 def test_a_scope_is_dropped_alone() -> None:
-    memory = Memory(10**6)
+    memory = MemoryTier(10**6)
     memory.put(key(1, adapter="clinic", tenant="aa"), b"x", 60)
     memory.put(key(2, adapter="clinic", tenant="bb"), b"x", 60)
     memory.put(key(3, adapter="", tenant="aa"), b"x", 60)
