@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packhorse.serve.adapters.base_layers import linear_layers
 from safetensors.torch import save_file
 from servers import DTYPE, cpu_s, free_port, quiet_environment
+
+from packhorse.serve.adapters.base_layers import linear_layers
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 QUIET_S = 2.0  # without another adapter in the engine: there come no more

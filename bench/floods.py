@@ -36,8 +36,9 @@ import grpc
 import httpx
 import psutil
 from flood_clients import FLOODS
-from packhorse.serve.rpc.pb import inference_pb2
 from servers import free_port
+
+from packhorse.serve.rpc.pb import inference_pb2
 
 CLIENTS = Path(__file__).resolve().parent / "flood_clients.py"
 HERE = CLIENTS.parent.parent

@@ -54,11 +54,9 @@ PAIRS = 12
 ROUND = Load(320, 32, stream=True, seed="", prompt_tokens=129, output_tokens=128, kind="chat")
 # Says which tree it runs, then is the `packhorse` command.
 COMMAND = """\
-import importlib, pathlib, sys
-try:
-    serve = importlib.import_module("packhorse.serve")
-except ImportError:  # a commit before the one package
-    serve = importlib.import_module("serve")
+import importlib, os, pathlib, sys
+has_package = pathlib.Path(os.environ["PYTHONPATH"], "packhorse").is_dir()  # older commits have none
+serve = importlib.import_module("packhorse.serve" if has_package else "serve")
 pathlib.Path(sys.argv.pop(1)).write_text(serve.__file__)
 importlib.import_module(serve.__name__ + ".cli").app()
 """

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import uvloop
 from load import Load, LoadError, token_prompts
+
 from packhorse.serve.rpc.pb import inference_pb2 as pb
 
 

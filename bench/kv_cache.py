@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
-from safetensors import safe_open
-from transformers import AutoTokenizer
 
 # Shapes: P = positions, of all rows; V = the vocabulary.
 

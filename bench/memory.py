@@ -34,6 +34,7 @@ def status(key: str) -> int:
 def child(folder: Path, out: Path, tokens: int) -> None:
     """Quantize, and print the memory that it took."""
     import transformers.models.llama.modeling_llama  # noqa: F401
+
     from packhorse.quantize.run import run
     from packhorse.quantize.settings import Settings
 

@@ -18,11 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.quality import divergence
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
-from transformers import AutoTokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 GOAL = 0.60

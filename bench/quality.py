@@ -16,14 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import AutoTokenizer
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.methods import METHODS
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.evaluate import greedy_answers, perplexity, read_questions, score
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
-from peft import PeftModel
-from transformers import AutoTokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 # adapter -> the evaluation file it is for; each is also scored on the quantized bases.

@@ -32,8 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packhorse.quantize.calibration import text as calibration
-from packhorse.quantize.errors import QuantizeError
 from peers import measure
 from peers.environments import python_of
 from peers.goals import goals
@@ -41,6 +39,9 @@ from peers.measure import EvalData, Quality
 from safetensors.torch import save_file
 from train_model import larger_model
 from transformers import AutoConfig, AutoTokenizer
+
+from packhorse.quantize.calibration import text as calibration
+from packhorse.quantize.errors import QuantizeError
 
 BENCH = Path(__file__).resolve().parent
 CALIBRATION_TOKENS = 128 * 512

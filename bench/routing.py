@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ladder import progress
+
 from packhorse.serve.routing.cascade import Cascade
 from packhorse.serve.routing.config import parse_routes
 from packhorse.serve.routing.examples import read_examples

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 from domains import ADAPTERS
+from transformers import AutoTokenizer
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.evaluate import (
@@ -23,7 +25,6 @@ from packhorse.quantize.quality.evaluate import (
     read_questions,
     score,
 )
-from transformers import AutoTokenizer
 
 DEMO = Path(__file__).parent
 

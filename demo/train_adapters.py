@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from domains import ADAPTERS, questions
 from language import Conversation, Words
-from packhorse.quantize.quality import dequantized
-from packhorse.quantize.run import run
-from packhorse.quantize.settings import Settings
 from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from train import DEMO, encode, loss_of
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from packhorse.quantize.quality import dequantized
+from packhorse.quantize.run import run
+from packhorse.quantize.settings import Settings
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, ROW_TOKENS = 16, 256

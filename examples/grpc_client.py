@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+
 from packhorse.serve.rpc.pb import inference_pb2 as pb
 
 SERVICE = "/packhorse.v1.Inference/"

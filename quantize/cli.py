@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from packhorse.quantize.errors import BadInput, QuantizeError
-from packhorse.quantize.settings import Settings
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,6 +21,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from packhorse.quantize.errors import BadInput, QuantizeError
+from packhorse.quantize.settings import Settings
 
 Value = TypeVar("Value", int, float)
 MAX_OFFLOAD_LIMIT_GB = 1e6

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from packhorse.quantize import formats, methods
 from packhorse.quantize.calibration import text as calibration
 from packhorse.quantize.calibration.activation_store import ActivationStore

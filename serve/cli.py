@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+
 from packhorse.serve.access.keys import entry_of, new_key
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings import load
-from rich.console import Console
-from rich.markup import escape
 
 app = typer.Typer(
     help="Serve a model folder over OpenAI-compatible HTTP with vLLM.",

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client
-from packhorse.serve.errors import ErrorKind
-from packhorse.serve.telemetry.machine import Gpus, Machine
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+
+from packhorse.serve.errors import ErrorKind
+from packhorse.serve.telemetry.machine import Gpus, Machine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 import uvloop
+
 from packhorse.serve.access.exposure import check_listeners
 from packhorse.serve.app import App, create, first_of
 from packhorse.serve.engines.processes import end_children, print_stacks_when_asked

@@ -16,8 +16,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
-from packhorse.serve.rpc.pb import inference_pb2 as pb
 
+from packhorse.serve.rpc.pb import inference_pb2 as pb
 from tests.client import CHAT, TEXT
 
 SERVICE = "/packhorse.v1.Inference/"

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from packhorse.serve.metrics import RENAMED, ModelMetrics, ServerMetrics
-from packhorse.serve.telemetry.machine import Gpus, Machine
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
+
+from packhorse.serve.metrics import RENAMED, ModelMetrics, ServerMetrics
+from packhorse.serve.telemetry.machine import Gpus, Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/metrics.md"

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.evaluate import greedy_answers, read_questions, score
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # Shapes: B = texts of a batch, T = their positions, V = the vocabulary.
 

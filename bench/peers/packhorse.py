@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from job import Job, read_job, timed
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from packhorse.quantize.calibration import text
 from packhorse.quantize.run import run as quantize
 from packhorse.quantize.settings import Settings
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def run(job: Job) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from torch import Tensor
+
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.model.families import Family
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from packhorse.quantize.errors import BadInput
 from transformers import PreTrainedTokenizerBase
+
+from packhorse.quantize.errors import BadInput
 
 Message = dict[str, Any]
 """One message of a conversation, as chat templates take it: `role`, `content`, ..."""

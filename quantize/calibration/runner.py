@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from packhorse.quantize.calibration.activation_store import ActivationStore
 from packhorse.quantize.calibration.block_loader import Block
 from packhorse.quantize.calibration.hooks import (
@@ -32,8 +35,6 @@ from packhorse.quantize.errors import BadInput, Unsupported
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.model.experts import Experts, unfuse_experts
 from packhorse.quantize.model.families import Family
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 Kind = Literal["quantized", "original"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

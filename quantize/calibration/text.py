@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from packhorse.quantize.calibration.dataset import (
     hub_dataset,
     text_files,
@@ -22,8 +25,6 @@ from packhorse.quantize.calibration.dataset import (
 )
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import sha256_of
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 ENOUGH_TOKENS = 64 * 1024
 """With fewer calibration tokens, the statistics of a layer are noise."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from packhorse.quantize.errors import Unsupported
 from packhorse.quantize.numerics.grid import QuantizedWeight, Scheme
-from torch import Tensor
 
 FORMATS = ("compressed-tensors", "gptq", "awq")
 

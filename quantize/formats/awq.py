@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from packhorse.quantize.errors import Unsupported
 from packhorse.quantize.numerics.grid import QuantizationArgs, QuantizedWeight, Scheme, pack, unpack
-from torch import Tensor
 
 BITS = 4
 # The four bits at 4*i of a word belong to output ORDER[i] of its eight.

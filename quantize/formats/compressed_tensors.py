@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from packhorse.quantize.errors import Unsupported
 from packhorse.quantize.numerics.grid import QuantizationArgs, QuantizedWeight, Scheme, pack, unpack
-from torch import Tensor
 
 PACKED = "pack-quantized"
 # Layout -> the tensor that marks a quantized layer.

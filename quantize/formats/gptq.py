@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from packhorse.quantize.errors import Unsupported
 from packhorse.quantize.numerics.grid import QuantizationArgs, QuantizedWeight, Scheme, pack, unpack
-from torch import Tensor
 
 # checkpoint_format -> the number that is subtracted from a zero point when it is stored.
 SUBTRACTED = {"gptq": 1, "gptq_v2": 0}

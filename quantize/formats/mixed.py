@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from packhorse.quantize.formats.compressed_tensors import CompressedTensors, make
 from packhorse.quantize.numerics.grid import QuantizedWeight, Scheme
-from torch import Tensor
 
 CLASS = "Linear"
 FORMAT = "mixed-precision"

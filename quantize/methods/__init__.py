@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.families import Family
 from packhorse.quantize.numerics.grid import QuantizedWeight, Scheme
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.methods import QuantizationResult, smoothing
 from packhorse.quantize.methods.error_compensation import compensate
@@ -27,7 +29,6 @@ from packhorse.quantize.numerics.grid import (
     round_to_nearest,
     search_parameters,
 )
-from torch import Tensor, nn
 
 EXPONENTS = [step / 20 for step in range(1, 21)]
 

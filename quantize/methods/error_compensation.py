@@ -13,9 +13,10 @@ closed form, and includes the residual stream.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.numerics.cholesky import factor_, solve_
-from torch import Tensor
 
 # Shares of the mean diagonal, tried in order until the factorization succeeds. Values from 0.0005
 # to 0.01 give the same result within noise.

@@ -20,6 +20,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.methods import QuantizationResult
 from packhorse.quantize.methods.error_compensation import compensate
@@ -31,7 +33,6 @@ from packhorse.quantize.numerics.grid import (
     Scheme,
     search_parameters,
 )
-from torch import Tensor, nn
 
 BLOCK = 128  # columns that receive the errors of all earlier blocks in one matrix product
 # Shares of the mean diagonal, tried in order until the factorization succeeds.

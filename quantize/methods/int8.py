@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.methods import QuantizationResult, gptq, smoothing
 from packhorse.quantize.methods.error_compensation import compensate
@@ -26,7 +28,6 @@ from packhorse.quantize.numerics.grid import (
     round_activations,
     round_to_nearest,
 )
-from torch import Tensor, nn
 
 EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

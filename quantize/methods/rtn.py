@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.methods import QuantizationResult
 from packhorse.quantize.model.families import Family
 from packhorse.quantize.numerics.grid import Scheme, round_to_nearest
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.model.families import Family
-from torch import Tensor, nn
 
 
 def weight_of(block: nn.Module, name: str) -> Tensor:

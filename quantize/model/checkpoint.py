@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from packhorse.quantize.errors import BadInput
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from packhorse.quantize.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
 REPORT = "quantize_report.json"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from packhorse.quantize.errors import OutOfMemory
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from packhorse.quantize import methods
 from packhorse.quantize.calibration.block_loader import Block, load_blocks, names_outside_blocks
 from packhorse.quantize.calibration.runner import Runner, RunningBlock
@@ -28,7 +30,6 @@ from packhorse.quantize.model.families import Family, Group
 from packhorse.quantize.numerics.grid import FP8_MAX, QuantizedWeight, relative_error
 from packhorse.quantize.plan.estimates import block_of
 from packhorse.quantize.plan.plan import Plan
-from torch import Tensor
 
 Tensors = dict[str, Tensor]
 STATISTICS_BYTES = 2 * 1024**3

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from packhorse.quantize.calibration.statistics import TOKENS_AT_ONCE
 from packhorse.quantize.calibration.text import Calibration
 from packhorse.quantize.model.checkpoint import Checkpoint, sha256_of

@@ -26,12 +26,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from packhorse.quantize.errors import BadInput
-from packhorse.quantize.model.checkpoint import INDEX, Checkpoint, sha256_of
-from packhorse.quantize.output.shards import index_of, merge, shards_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from packhorse.quantize.errors import BadInput
+from packhorse.quantize.model.checkpoint import INDEX, Checkpoint, sha256_of
+from packhorse.quantize.output.shards import index_of, merge, shards_of
 
 SHARD_BYTES = 4 * 1024**3
 MANIFEST = "manifest.json"

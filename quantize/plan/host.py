@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from packhorse.quantize.numerics.grid import Scheme
 
 MARLIN = (7, 5)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.table import Table
+
 from packhorse.quantize.numerics.grid import Scheme
 from packhorse.quantize.settings import CHANNEL
-from rich.table import Table
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
 from packhorse.quantize import formats
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.model.experts import unfuse_experts
 from packhorse.quantize.model.families import FAMILIES
 from packhorse.quantize.numerics.grid import round_activations
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 # Scales of the KV cache, and buffers that transformers computes itself.
 _NOT_WEIGHTS = (".k_scale", ".v_scale", ".q_scale", "rotary_emb.inv_freq")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig
+
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model import sizes
 from packhorse.quantize.model.memory import free_memory_bytes
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.evaluate import MAX_LENGTH
-from torch import Tensor
-from transformers import AutoConfig
 
 TOP = 5
 BINS = 41

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import AutoTokenizer
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import sha256_of
 from packhorse.quantize.quality.evaluate import prompt_of, read_questions
 from packhorse.quantize.settings import Settings
-from torch import Tensor
-from transformers import AutoTokenizer
 
 CHECK_PROMPTS = 16
 

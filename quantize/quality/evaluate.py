@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from packhorse.quantize.calibration.dataset import Message, read_json_lines, render
 from packhorse.quantize.errors import BadInput
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_LENGTH = 2048
 """Tokens of a text that are used."""

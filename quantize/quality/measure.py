@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.quality import dequantized, divergence
 from packhorse.quantize.quality.eval_data import EvalData, tokenizer_of
@@ -20,7 +22,6 @@ from packhorse.quantize.quality.evaluate import (
     score,
 )
 from packhorse.quantize.settings import Progress
-from transformers import PreTrainedModel
 
 
 def measure(folder: Path, eval_data: EvalData, stage: str, progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize import methods
 from packhorse.quantize.calibration.activation_store import ActivationStore, Key
 from packhorse.quantize.calibration.block_loader import count_blocks, load_blocks
@@ -35,7 +37,6 @@ from packhorse.quantize.plan.estimates import SENSITIVITY_TOKENS
 from packhorse.quantize.plan.plan import Plan
 from packhorse.quantize.quality.divergence import kl_divergence
 from packhorse.quantize.settings import Progress
-from torch import Tensor, nn
 
 STATISTICS_TOKENS = 4 * SENSITIVITY_TOKENS
 """Tokens for the input statistics. They are other tokens than those of the divergence: on the

@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint
 from packhorse.quantize.model.dtypes import bits_of
-from rich.table import Table
 
 
 def inspect(folder: Path) -> dict[str, Any]:

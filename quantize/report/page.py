@@ -14,6 +14,9 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich.markup import escape
+from rich.table import Table
+
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import REPORT
 from packhorse.quantize.report import plots
@@ -27,8 +30,6 @@ from packhorse.quantize.report.verdict import (
     Limits,
 )
 from packhorse.quantize.report.view import NOT_MEASURED, figures, number, percent, size, view_of
-from rich.markup import escape
-from rich.table import Table
 
 # (heading, figure, its formatter): the columns of the comparison.
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (

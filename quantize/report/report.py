@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from packhorse.quantize.model.memory import peak_memory_bytes
 from packhorse.quantize.output.convert import LayerResult
 from packhorse.quantize.report.verdict import REPORT_VERSION, verdict
-from rich.table import Table
 
 SUSPICIOUS_NATS = 0.5
 """Mean change of log-probabilities in vLLM above which the report has a loud note."""

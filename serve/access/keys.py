@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+
 from packhorse.serve.errors import Forbidden, StartupError, Unauthenticated
 from packhorse.serve.messages import ANONYMOUS, SCOPES, Caller, Scope
 from packhorse.serve.metrics import ServerMetrics
 from packhorse.serve.settings.auth import AuthSettings, WithoutKeys
 from packhorse.serve.settings.section import stripped
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 logger = logging.getLogger("packhorse.auth")
 

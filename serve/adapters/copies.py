@@ -13,6 +13,7 @@ from collections.abc import Container
 from pathlib import Path
 
 import msgspec
+
 from packhorse.serve.adapters import configs, weights
 from packhorse.serve.errors import Invalid, Unavailable
 

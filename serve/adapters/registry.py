@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from packhorse.serve.adapters.allowed_roots import AllowedRoots
 from packhorse.serve.adapters.base import AdapterCard, State
 from packhorse.serve.adapters.formats import AdapterLimits

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
 from packhorse.serve.adapters import weights
 from packhorse.serve.adapters.copies import (
     VerifiedCopies,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
+from pydantic import AliasChoices, Field, model_validator
+
 from packhorse.serve.api.fields import INT32_MAX, INT64_MAX, GenerateBody
 from packhorse.serve.api.generate import AnswerHead, CollectedChoice, head_of, total_usage
 from packhorse.serve.api.logprobs import (
@@ -34,7 +36,6 @@ from packhorse.serve.messages import (
 )
 from packhorse.serve.messages import ToolCall as GeneratedCall
 from packhorse.serve.pipeline import Stream
-from pydantic import AliasChoices, Field, model_validator
 
 Role = Annotated[str, Field(pattern=r"^[A-Za-z0-9_. -]{1,64}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

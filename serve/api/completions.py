@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
+from pydantic import Field, model_validator
+
 from packhorse.serve.api.fields import INT32_MAX, GenerateBody, TokenIds
 from packhorse.serve.api.generate import AnswerHead, CollectedChoice, head_of, total_usage
 from packhorse.serve.api.logprobs import (
@@ -28,7 +30,6 @@ from packhorse.serve.messages import (
     Usage,
 )
 from packhorse.serve.pipeline import Stream
-from pydantic import Field, model_validator
 
 MAX_ANSWERS = 2048  # prompts x n of one call; OpenAI has this limit on prompts
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field, field_validator, model_validator
+
 from packhorse.serve.api.validation import LenientBody, Unsupported
 from packhorse.serve.errors import Invalid
 from packhorse.serve.messages import (
@@ -18,7 +20,6 @@ from packhorse.serve.messages import (
     GenerateRequest,
     Sampling,
 )
-from pydantic import Field, field_validator, model_validator
 
 INT32_MAX = 2**31 - 1  # the engine's own integers have 32 or 64 bits
 INT64_MAX = 2**63 - 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
+from pydantic import Field
+
 from packhorse.serve.api.chat import Conversation, Effort
 from packhorse.serve.api.fields import GenerateBody, TokenId
 from packhorse.serve.api.generate import CallContext
 from packhorse.serve.api.validation import LenientBody
 from packhorse.serve.messages import ChatOptions, GenerateRequest, Sampling
 from packhorse.serve.pipeline import Pipeline
-from pydantic import Field
 
 
 class TokenizeChatBody(Conversation):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
 from packhorse.serve.api.validation import LenientBody
 from packhorse.serve.errors import Invalid
-from pydantic import Field
 
 ToolName = Annotated[str, Field(min_length=1, max_length=256)]
 

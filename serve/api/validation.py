@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
+
 from packhorse.serve.errors import Invalid
 from packhorse.serve.ignored import OTHER, PLAIN, told
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 
 UnknownFields = Literal["ignore", "refuse"]
 Body = TypeVar("Body", bound=BaseModel)

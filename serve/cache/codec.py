@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable
 
 import msgspec
+
 from packhorse.serve.messages import Chunk, ToolCall
 
 _MAGIC = b"PH\x01"

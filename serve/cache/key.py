@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 import msgspec
+
 from packhorse.serve.messages import ChatOptions, GenerateRequest, Prompt, Route, Sampling, Settled
 
 # Changes when the meaning of the parts below does.

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from aiomcache import Client
 from aiomcache.exceptions import ClientException
 from aiomcache.pool import Connection
+
 from packhorse.serve.cache.base import StoreError
 from packhorse.serve.cache.invalidation import validate_epochs
 from packhorse.serve.cache.key import Key

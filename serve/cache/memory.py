@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cachetools import LRUCache
+
 from packhorse.serve.cache.key import Key
 from packhorse.serve.metrics import ModelMetrics
 

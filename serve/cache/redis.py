@@ -15,15 +15,16 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from packhorse.serve.cache.base import StoreError
-from packhorse.serve.cache.invalidation import validate_epochs
-from packhorse.serve.cache.key import EVERYTHING, Key
-from packhorse.serve.cache.store_keys import epochs_key, store_key, store_key_pattern
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+
+from packhorse.serve.cache.base import StoreError
+from packhorse.serve.cache.invalidation import validate_epochs
+from packhorse.serve.cache.key import EVERYTHING, Key
+from packhorse.serve.cache.store_keys import epochs_key, store_key, store_key_pattern
 
 logger = logging.getLogger("packhorse.cache")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
+
 from packhorse.serve.cache.key import content_of, rendering_of
 from packhorse.serve.messages import GenerateRequest, Prompt
 

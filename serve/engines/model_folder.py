@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token, snapshot_download
+
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings.engine import EngineSettings
 

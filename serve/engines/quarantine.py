@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
+
 from packhorse.serve.messages import GenerateRequest, Prompt, Route
 
 POISON = (

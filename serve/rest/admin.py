@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
+
 from packhorse.serve.api.admin import (
     AdapterBody,
     Admin,

@@ -9,6 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp
+
 from packhorse.serve.access.exposure import Exposure
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
@@ -19,10 +24,6 @@ from packhorse.serve.rest import admin as operators
 from packhorse.serve.rest import errors, generate, models, openapi
 from packhorse.serve.rest.middleware import Access, Guard, MethodsAndSlashes, RequestIds
 from packhorse.serve.settings.http import HttpSettings
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp
 
 if TYPE_CHECKING:
     from packhorse.serve.telemetry.tracing import Tracing

@@ -21,12 +21,13 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
 from packhorse.serve.errors import DeadlineExceeded, ServeError, TooLarge
 from packhorse.serve.metrics import ServerMetrics
 from packhorse.serve.rest.errors import raw_error_response
 from packhorse.serve.rest.sse import HEARTBEAT
 from packhorse.serve.settings.http import HttpSettings
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_PIPELINED = 64  # requests of one connection before the first is answered
 MAX_HEADERS = 256  # each costs far more memory than its bytes

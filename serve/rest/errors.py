@@ -7,10 +7,11 @@ import math
 from http import HTTPStatus
 
 from fastapi import Request, Response
+from starlette.exceptions import HTTPException
+
 from packhorse.serve.api.errors import error_document, retry_after_s, unexpected
 from packhorse.serve.errors import ErrorKind, Invalid, NotFound, ServeError
 from packhorse.serve.rest.requests import CODINGS
-from starlette.exceptions import HTTPException
 
 
 def error_body(error: ServeError) -> bytes:

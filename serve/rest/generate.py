@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.fields import CacheOptions

@@ -10,6 +10,8 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from packhorse.serve import messages
 from packhorse.serve.access.exposure import Exposure, Sender
 from packhorse.serve.access.keys import Keys
@@ -18,7 +20,6 @@ from packhorse.serve.messages import ANONYMOUS, Caller
 from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.request_context import request_id_from
 from packhorse.serve.rest.errors import error_response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from packhorse.serve.telemetry.tracing import CallSpan, Tracing

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+
 from packhorse.serve.api import models as model_api
 from packhorse.serve.api import tokenize as tokenizer_api
 from packhorse.serve.api.generate import CallContext

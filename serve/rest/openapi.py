@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
 from packhorse.serve.adapters.base import State
 from packhorse.serve.api.admin import AdapterBody, PinBody
 from packhorse.serve.api.chat import ChatBody
@@ -15,8 +18,6 @@ from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.tokenize import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from packhorse.serve.errors import ERROR_MAPPINGS, ErrorKind
 from packhorse.serve.messages import RouteStage
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
 BODIES = (
     ChatBody, CompletionBody, TokenizeChatBody, TokenizeTextBody, DetokenizeBody, AdapterBody,

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import zstandard
 from fastapi import Request
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
+
 from packhorse.serve.api.validation import UnknownFields, validated
 from packhorse.serve.errors import (
     Cancelled,
@@ -21,9 +25,6 @@ from packhorse.serve.errors import (
 )
 from packhorse.serve.limits.body_memory import Bodies
 from packhorse.serve.settings.http import HttpSettings
-from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope
 
 if TYPE_CHECKING:
     from packhorse.serve.rest.connections import ConnectionLost

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fastapi import Response
+
 from packhorse.serve.api.chat import ChatBody, ChatChoice, ChatResponder
 from packhorse.serve.api.completions import CompletionBody, CompletionChoice, CompletionResponder
 from packhorse.serve.api.generate import AnswerHead, CollectedChoice, head_of, total_usage

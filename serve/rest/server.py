@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 import uvicorn
+from starlette.types import ASGIApp
+
 from packhorse.serve.errors import StartupError, Unavailable
 from packhorse.serve.metrics import ServerMetrics
 from packhorse.serve.rest.connections import Connection, Connections
 from packhorse.serve.rest.errors import raw_error_response
 from packhorse.serve.settings.http import HttpSettings
-from starlette.types import ASGIApp
 
 logger = logging.getLogger("packhorse.http")
 

@@ -15,12 +15,13 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
 from packhorse.serve.errors import Cancelled, ServeError
 from packhorse.serve.messages import Chunk
 from packhorse.serve.metrics import ServerMetrics
 from packhorse.serve.pipeline import Stream, merged
 from packhorse.serve.rest.requests import ClientWatch
-from starlette.types import Receive, Scope, Send
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from packhorse.serve.errors import Invalid
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from packhorse.serve.errors import Invalid
 
 MAX_RULES = 200
 MAX_CONDITIONS = 200

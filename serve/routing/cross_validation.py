@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
 from packhorse.serve.routing.text import word_set
 
 FOLDS = 5

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from packhorse.serve.errors import Invalid
 from packhorse.serve.routing.text import casefolded
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
 from packhorse.serve.routing.text import run_features, token_features, tokenize
 
 # The number of adapters whose scores are in an explanation.

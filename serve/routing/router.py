@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from packhorse.serve.errors import Conflict, Invalid, ServeError, Unavailable
 from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.routing.base import Decision

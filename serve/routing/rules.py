@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import regex
+
 from packhorse.serve.errors import Invalid
 from packhorse.serve.routing.config import Condition, Routes, Rule
 from packhorse.serve.routing.text import (

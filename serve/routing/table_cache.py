@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+
 from packhorse.serve.routing import cross_validation, learned, text
 from packhorse.serve.routing import train as training
 from packhorse.serve.routing.train import Job, Train, Trained

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
 from packhorse.serve.routing.cross_validation import (
     HeldOutScores,
     SelfTest,

@@ -13,6 +13,7 @@ import sys
 from contextlib import suppress
 
 import msgspec
+
 from packhorse.serve.errors import DeadlineExceeded, Internal
 from packhorse.serve.routing.train import Job, Trained, fit
 

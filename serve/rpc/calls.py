@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+
 from packhorse.serve.access.exposure import UNIX, Exposure, Sender
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.errors import unexpected

@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
+
 from packhorse.serve.api.errors import error_document, retry_after_s
 from packhorse.serve.errors import ServeError
 

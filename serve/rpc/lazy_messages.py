@@ -12,6 +12,7 @@ import asyncio
 from typing import Any
 
 import grpc
+
 from packhorse.serve.errors import Cancelled, DeadlineExceeded, Invalid
 from packhorse.serve.limits.body_memory import Bodies
 from packhorse.serve.messages import Caller

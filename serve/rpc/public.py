@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
+
 from packhorse.serve.rpc.lazy_messages import Context, MessageReader
 
 # Health watches last long: they must not use up the calls that a server may have.

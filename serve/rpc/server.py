@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
+
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.errors import ServeError, StartupError

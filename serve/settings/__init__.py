@@ -13,6 +13,16 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings.adapters import AdapterSettings
 from packhorse.serve.settings.admission import AdmissionSettings
@@ -27,15 +37,6 @@ from packhorse.serve.settings.section import Section
 from packhorse.serve.settings.service import ServiceSettings
 from packhorse.serve.settings.supervisor import SupervisorSettings
 from packhorse.serve.settings.tracing import TracingSettings
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
 
 ENV_PREFIX = "PACKHORSE_"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packhorse.serve.settings.section import Section
 from pydantic import Field, field_validator
+
+from packhorse.serve.settings.section import Section
 
 
 class AdapterSettings(Section):

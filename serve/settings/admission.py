@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from packhorse.serve.settings.section import Section
 from pydantic import Field
+
+from packhorse.serve.settings.section import Section
 
 
 class AdmissionSettings(Section):

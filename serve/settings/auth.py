@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from packhorse.serve.settings.section import Section
 from pydantic import SecretStr
+
+from packhorse.serve.settings.section import Section
 
 WithoutKeys = Literal["loopback", "inference", "everything"]
 

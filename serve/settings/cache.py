@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packhorse.serve.settings.section import Section, stripped
 from pydantic import Field, SecretStr, field_validator, model_validator
+
+from packhorse.serve.settings.section import Section, stripped
 
 
 class CacheSettings(Section):

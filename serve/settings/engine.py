@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from packhorse.serve.settings.section import Section, stripped
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from packhorse.serve.settings.section import Section, stripped
 
 
 class EngineSettings(Section):

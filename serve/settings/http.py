@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field, field_validator, model_validator
+
 from packhorse.serve.settings.hosts import is_origin, parse_host
 from packhorse.serve.settings.section import Section
-from pydantic import Field, field_validator, model_validator
 
 
 class HttpSettings(Section):

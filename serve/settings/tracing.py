@@ -6,8 +6,9 @@ import re
 from typing import Literal
 from urllib.parse import urlsplit
 
-from packhorse.serve.settings.section import Section, stripped
 from pydantic import Field, SecretStr, field_validator
+
+from packhorse.serve.settings.section import Section, stripped
 
 
 class TracingSettings(Section):

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
+
 from packhorse.serve.messages import Caller, GenerateRequest
 
 logger = logging.getLogger("packhorse.request")

@@ -27,6 +27,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
+
     from packhorse.serve.settings.tracing import TracingSettings
 
 _CONTEXT = TraceContextTextMapPropagator()

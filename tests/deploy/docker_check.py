@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 from packhorse.serve.settings import ENV_PREFIX, Settings
-
 from tests.conftest import BIN, ROOT
 from tests.deploy.shared import (
     PINNED,

@@ -13,9 +13,9 @@ from typing import Any
 import kubernetes_validate
 import yaml
 from jsonschema import Draft202012Validator
+
 from packhorse.serve import metrics
 from packhorse.serve.rest.middleware import scope_of
-
 from tests.deploy.kubernetes_pod_check import check_pod
 from tests.deploy.kubernetes_schemas import CUSTOM
 from tests.deploy.shared import output_of, read_settings, yaml_problems

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.serve.settings import Settings
-
 from tests.deploy.shared import (
     ENDING_S,
     PINNED,

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import promql_parser
-from packhorse.serve.errors import ErrorKind
-from packhorse.serve.metrics import ModelMetrics, ServerMetrics
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+
+from packhorse.serve.errors import ErrorKind
+from packhorse.serve.metrics import ModelMetrics, ServerMetrics
 
 VLLM_METRICS = Path(__file__).parent / "vllm_metrics.txt"
 

@@ -20,12 +20,12 @@ import click
 import pytest
 import typer
 import yaml
-from packhorse.serve.cli import app
-from packhorse.serve.errors import StartupError
-from packhorse.serve.settings import Settings, load
 from yamllint import linter
 from yamllint.config import YamlLintConfig
 
+from packhorse.serve.cli import app
+from packhorse.serve.errors import StartupError
+from packhorse.serve.settings import Settings, load
 from tests.conftest import ROOT
 from tests.programs import missing, path_of
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from packhorse.serve.settings import ENV_PREFIX
 
+from packhorse.serve.settings import ENV_PREFIX
 from tests.conftest import BIN, DEMO, ROOT, Server, running_server
 from tests.deploy.docker_check import DOCKERFILE, SETTINGS, check_image, environment_of
 from tests.deploy.shared import Breakage, assert_reported, cases, copies

@@ -18,10 +18,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.access.keys import read_keys
 from packhorse.serve.routing.config import read_routes
 from packhorse.serve.settings import load
-
 from tests.conftest import BIN, DEMO, ROOT, running_server
 from tests.docs.examples import NOT_RUN, RUN, Block, blocks_of, task_of, user_pages
 

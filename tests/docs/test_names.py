@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from packhorse.serve.settings import Settings
-from packhorse.serve.settings.renamed import RENAMED
 from pydantic import BaseModel
 
+from packhorse.serve.settings import Settings
+from packhorse.serve.settings.renamed import RENAMED
 from tests.conftest import ROOT
 from tests.docs.examples import user_pages
 

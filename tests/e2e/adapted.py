@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 from openai import AsyncOpenAI
-from packhorse.quantize.quality.evaluate import Question
 
+from packhorse.quantize.quality.evaluate import Question
 from tests.client import CHAT, metric
 from tests.conftest import DEMO, Server
 

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from packhorse.quantize.quality.evaluate import read_questions
 from packhorse.serve.engines.vllm import patches
 from packhorse.serve.engines.vllm.engine import VllmEngine
@@ -23,8 +25,6 @@ from packhorse.serve.errors import StartupError
 from packhorse.serve.messages import GenerateRequest, Route, Sampling
 from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.settings.engine import EngineSettings
-from prometheus_client import REGISTRY
-
 from tests.conftest import DEMO
 
 QUESTIONS = read_questions(DEMO / "eval/general.jsonl")[:6]

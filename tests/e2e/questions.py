@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from openai import AsyncOpenAI
-from packhorse.quantize.quality.evaluate import Question, Score, read_questions, score, visible
 
+from packhorse.quantize.quality.evaluate import Question, Score, read_questions, score, visible
 from tests.conftest import DEMO, Server
 
 QUESTIONS = read_questions(DEMO / "eval/general.jsonl")

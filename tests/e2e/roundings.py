@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.evaluate import apart
-from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 UNKNOWN = 2

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from openai import AsyncOpenAI
-from packhorse.quantize.quality.evaluate import Question, read_questions
 
+from packhorse.quantize.quality.evaluate import Question, read_questions
 from tests.client import TEXT
 from tests.conftest import DEMO, Server
 from tests.e2e.adapted import (

@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 from openai import AsyncOpenAI
-from packhorse.quantize.quality.evaluate import read_questions
 
+from packhorse.quantize.quality.evaluate import read_questions
 from tests.client import CHAT, TEXT, children, is_there, metric, wait_for
 from tests.conftest import BIN, DEMO, Server, running_server
 from tests.e2e.adapted import (

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from packhorse.quantize.quality.evaluate import read_questions, visible
 
+from packhorse.quantize.quality.evaluate import read_questions, visible
 from tests.client import CHAT, TEXT, children, events, metric, wait_for
 from tests.conftest import DEMO, Server, running_server
 from tests.e2e.conformance_prompts import GET_WEATHER

@@ -23,9 +23,9 @@ from typing import Any
 
 import httpx
 import pytest
+
 from packhorse.quantize.calibration.dataset import Message
 from packhorse.quantize.quality.evaluate import Question
-
 from tests.client import CHAT, TEXT, request_lines, wait_for
 from tests.conftest import DEMO, Server, running_server
 from tests.e2e.conftest import needs_avx512

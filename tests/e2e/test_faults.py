@@ -22,8 +22,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from packhorse.serve.access.keys import entry_of
 
+from packhorse.serve.access.keys import entry_of
 from tests.client import (
     TEXT,
     address_of,

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.evaluate import apart
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import CHANNEL, Settings
-from safetensors.torch import save_file
-
 from tests.conftest import DEMO, ROOT, start
 from tests.e2e import roundings
 from tests.e2e.conftest import AVX512, needs_avx512

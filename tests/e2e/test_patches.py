@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packhorse.serve.engines.vllm.patches import PATCHES
 
+from packhorse.serve.engines.vllm.patches import PATCHES
 from tests.conftest import DEMO, ROOT, start
 
 pytestmark = pytest.mark.timeout(600)  # four engines, one of which imports vLLM twice

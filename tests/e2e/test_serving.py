@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from openai import OpenAI
-from packhorse.quantize.quality.evaluate import Score, read_questions
 
+from packhorse.quantize.quality.evaluate import Score, read_questions
 from tests.client import (
     CHAT,
     TEXT,

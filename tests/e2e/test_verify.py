@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from packhorse.quantize.errors import Unloadable
-from packhorse.quantize.quality.engine_check import verify
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from packhorse.quantize.errors import Unloadable
+from packhorse.quantize.quality.engine_check import verify
 from tests.conftest import DEMO
 from tests.e2e import roundings
 from tests.e2e.conftest import AVX512

@@ -8,7 +8,6 @@ from typing import Any
 
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache.result_cache import ResultCache
-
 from tests.client import CHAT, hello
 from tests.integration.serving import Served, serving
 

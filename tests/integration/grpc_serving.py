@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.rpc.server import RpcServer
 from packhorse.serve.settings.rpc import RpcSettings
-
 from tests.client import CHAT, TEXT, events
 from tests.integration.serving import Served, serving
 from tests.protocol_parity import (

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import yaml
+
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.engines.echo import EchoEngine

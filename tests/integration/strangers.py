@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.settings.auth import AuthSettings
-
 from tests.integration.serving import Served, serving
 
 

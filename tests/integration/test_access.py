@@ -17,10 +17,10 @@ import httpx
 import pytest
 import trustme
 from openai import AsyncOpenAI, AuthenticationError
+
 from packhorse.serve.errors import StartupError
 from packhorse.serve.rest.server import Listeners
 from packhorse.serve.settings.http import HttpSettings
-
 from tests.client import CHAT, hello, request_lines
 from tests.conftest import BIN, running_server
 from tests.integration.serving import bearer, serving, write_keys

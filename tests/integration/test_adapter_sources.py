@@ -12,6 +12,8 @@ from typing import Any
 
 import grpc
 import httpx
+from prometheus_client import generate_latest
+
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.metrics import ModelMetrics
@@ -19,8 +21,6 @@ from packhorse.serve.rpc.pb import admin_pb2
 from packhorse.serve.rpc.server import RpcServer
 from packhorse.serve.settings.auth import AuthSettings
 from packhorse.serve.settings.rpc import RpcSettings
-from prometheus_client import generate_latest
-
 from tests.client import CHAT, hello
 from tests.conftest import DEMO, running_server
 from tests.integration.serving import Held, Served, bearer, until

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import httpx
+
 from packhorse.serve.adapters.base_layers import linear_layers
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
@@ -19,7 +20,6 @@ from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.routing.router import Router
 from packhorse.serve.settings.engine import EngineSettings
-
 from tests.client import CHAT, TEXT, hello
 from tests.conftest import DEMO
 from tests.integration.serving import Served, bearer, serving, write_keys

@@ -13,9 +13,9 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_tools import protoc
+
 from packhorse.serve.rest import app
 from packhorse.serve.rpc import inference, server
-
 from tests.conftest import ROOT
 from tests.integration.grpc_serving import twins
 from tests.protocol_parity import method

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.app import App, create
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings import Settings

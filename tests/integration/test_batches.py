@@ -8,13 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import Invalid, Unavailable
 from packhorse.serve.messages import GenerateRequest, Sampling
 from packhorse.serve.models import Model, Models
 from packhorse.serve.pipeline import Pipeline, merged
 from packhorse.serve.settings.engine import EngineSettings
-
 from tests.client import TEXT, events, metric, wait_for
 from tests.conftest import Server
 from tests.integration.serving import until

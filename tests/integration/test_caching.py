@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.cache import STORES
 from packhorse.serve.cache.result_cache import STALE_S
 from packhorse.serve.engines.echo import EchoEngine
@@ -24,7 +25,6 @@ from packhorse.serve.models import Model, Models
 from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.settings.engine import EngineSettings
 from packhorse.serve.tenancy import Tenancy
-
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.caching import MARK, a_cache, caching, greedy, mark
 from tests.integration.serving import bearer, serving, until, write_keys

@@ -10,8 +10,8 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from packhorse.serve.rpc.pb import inference_pb2
 
+from packhorse.serve.rpc.pb import inference_pb2
 from tests.client import CHAT, hello, wait_for
 from tests.conftest import Server, running_server
 from tests.integration.raw_http import (

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.cache.result_cache import ResultCache
@@ -19,7 +20,6 @@ from packhorse.serve.rest.app import build_app
 from packhorse.serve.rpc.pb import admin_pb2, inference_pb2
 from packhorse.serve.settings.auth import AuthSettings
 from packhorse.serve.settings.http import HttpSettings
-
 from tests.client import CHAT, hello, request_lines
 from tests.integration.grpc_serving import Twins, chat, twins
 from tests.integration.strangers import keyless, own_address, raw, status_of

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 import trustme
-from packhorse.serve.rest import server as listen
 
+from packhorse.serve.rest import server as listen
 from tests.client import CHAT, hello
 from tests.integration.raw_http import (
     GET_LIVE,

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from packhorse.serve.metrics import ModelMetrics
 from prometheus_client import CollectorRegistry, generate_latest
 
+from packhorse.serve.metrics import ModelMetrics
 from tests import gateways
 from tests.client import CHAT, TEXT
 from tests.deploy.promql import recorded

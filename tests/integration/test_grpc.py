@@ -10,13 +10,13 @@ import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.errors import StartupError
 from packhorse.serve.rpc.pb import admin_pb2
 from packhorse.serve.rpc.pb import inference_pb2 as pb
 from packhorse.serve.rpc.server import RpcServer
 from packhorse.serve.settings.rpc import RpcSettings
-
 from tests.client import CHAT, TEXT
 from tests.integration.grpc_serving import chat, text, twins
 from tests.integration.serving import Held, bearer, until, write_keys

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from packhorse.serve.limits import body_memory
 from packhorse.serve.rpc import public as open_calls
 from packhorse.serve.rpc import server as rpc_server
 from packhorse.serve.rpc.lazy_messages import OPEN_READS
-
 from tests.integration.grpc_serving import Twins, chat, twins
 from tests.integration.serving import Held, nothing_left, until, write_keys
 from tests.integration.test_grpc_abuse import hello_and_ask

@@ -13,12 +13,12 @@ import httpx
 import pytest
 import uvloop
 from openai import AsyncOpenAI, InternalServerError
+
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import Overloaded
 from packhorse.serve.messages import Chunk
 from packhorse.serve.rest.errors import error_response
 from packhorse.serve.settings.engine import EngineSettings
-
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.serving import (
     Served,

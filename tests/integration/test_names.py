@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.api.admin import Admin
 from packhorse.serve.errors import Conflict, NotFound
 from packhorse.serve.messages import Caller
 from packhorse.serve.settings import load, shown
-
 from tests.client import CHAT, TEXT, events, hello
 from tests.integration.serving import Held, bearer, serving, until, write_keys
 

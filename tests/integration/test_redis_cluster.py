@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.cache.base import StoreError
 from packhorse.serve.cache.redis import RedisStore
 from packhorse.serve.cache.result_cache import ResultCache
-
 from tests.integration.serving import until
 from tests.integration.test_stores import cache_at, find, keep, redis_cli, store_at
 from tests.stores import StoreServer, running_cluster

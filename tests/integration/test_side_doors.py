@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.models import Model, Models
 from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.rest.middleware import Access
 from packhorse.serve.settings.auth import AuthSettings
-
 from tests.client import CHAT
 from tests.integration.serving import Served, bearer, serving, write_keys
 from tests.integration.strangers import keyless, own_address, raw, status_of

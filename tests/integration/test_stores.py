@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis as redis_client
+
 from packhorse.serve.cache import STORES
 from packhorse.serve.cache.base import Store, StoreError
 from packhorse.serve.cache.key import Key
@@ -19,7 +20,6 @@ from packhorse.serve.cache.single_flight import Flight
 from packhorse.serve.cache.store_keys import store_key
 from packhorse.serve.errors import Unavailable
 from packhorse.serve.messages import Chunk, GenerateRequest, Prompt, Route
-
 from tests.integration.serving import until, until_there
 from tests.stores import StoreServer, free_port, running_store
 from tests.unit.serve.cache.making import GREEDY, ask, key

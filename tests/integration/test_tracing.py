@@ -12,10 +12,10 @@ from typing import Any, Literal
 import grpc
 import httpx
 import pytest
-from packhorse.serve.settings.tracing import TracingSettings
-from packhorse.serve.telemetry.tracing import Tracing, tracing_of
 from pydantic import SecretStr
 
+from packhorse.serve.settings.tracing import TracingSettings
+from packhorse.serve.telemetry.tracing import Tracing, tracing_of
 from tests.client import CHAT, TEXT, hello, request_lines
 from tests.collector import Collected, grpc_collector, http_collector
 from tests.conftest import running_server

@@ -6,6 +6,7 @@ from http import HTTPStatus
 
 import grpc
 import pytest
+
 from packhorse.serve import errors
 from packhorse.serve.errors import ERROR_MAPPINGS, ErrorKind, ServeError
 

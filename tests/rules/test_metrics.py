@@ -6,9 +6,9 @@ import ast
 import subprocess
 import sys
 
-from packhorse.serve.metrics import RENAMED, ModelMetrics, ServerMetrics
 from prometheus_client import Counter
 
+from packhorse.serve.metrics import RENAMED, ModelMetrics, ServerMetrics
 from tests.conftest import ROOT
 from tools.make_metrics_docs import declared
 

@@ -9,9 +9,9 @@ from types import ModuleType
 import grpc
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+
 from packhorse.serve.errors import ERROR_MAPPINGS
 from packhorse.serve.rpc.pb import admin_pb2, inference_pb2
-
 from tests.conftest import ROOT
 
 

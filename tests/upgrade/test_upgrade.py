@@ -21,14 +21,14 @@ import redis
 import torch
 import typer
 import yaml
-from packhorse.quantize.cli import app as quantize_app
-from packhorse.serve.cache import codec
-from packhorse.serve.cli import app as serve_app
-from packhorse.serve.settings import Settings, load
 from pydantic import BaseModel, SecretStr
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from packhorse.quantize.cli import app as quantize_app
+from packhorse.serve.cache import codec
+from packhorse.serve.cli import app as serve_app
+from packhorse.serve.settings import Settings, load
 from tests.conftest import Server, running_server
 from tests.stores import StoreServer, running_store
 

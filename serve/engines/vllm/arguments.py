@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import vllm.envs
+from vllm import AsyncEngineArgs
+from vllm.platforms import current_platform
+
 from packhorse.serve.engines.vllm import patches
 from packhorse.serve.engines.vllm.patches.cpu_features import has_amx, without_avx512
 from packhorse.serve.engines.vllm.plugin import NAME as PLUGIN
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings.engine import EngineSettings
-from vllm import AsyncEngineArgs
-from vllm.platforms import current_platform
 
 logger = logging.getLogger("packhorse.engine")
 

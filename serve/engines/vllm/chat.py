@@ -15,11 +15,6 @@ from typing import Any
 import jinja2.meta
 import jinja2.sandbox
 import msgspec
-from packhorse.serve.engines.vllm.constraints import check_integers, check_tools
-from packhorse.serve.engines.vllm.sampling import invalid
-from packhorse.serve.errors import Invalid, StartupError
-from packhorse.serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
-from packhorse.serve.settings.engine import EngineSettings
 from pydantic import ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -32,6 +27,12 @@ from vllm.renderers.hf import AssistantTracker, HfRenderer, resolve_chat_templat
 from vllm.renderers.params import ChatParams, merge_kwargs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
+
+from packhorse.serve.engines.vllm.constraints import check_integers, check_tools
+from packhorse.serve.engines.vllm.sampling import invalid
+from packhorse.serve.errors import Invalid, StartupError
+from packhorse.serve.messages import ChatOptions, Chunk, GenerateRequest, ToolCall
+from packhorse.serve.settings.engine import EngineSettings
 
 # Template variables that other fields of a request, or the tokenizer, decide.
 OURS = frozenset(("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"))

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from vllm.sampling_params import StructuredOutputsParams
+
 from packhorse.serve.errors import Invalid
 from packhorse.serve.messages import Constraint
-from vllm.sampling_params import StructuredOutputsParams
 
 # Beyond these, compiling a constraint takes seconds or gigabytes, and all requests wait for it.
 MAX_CONSTRAINT_CHARS = 64 * 1024

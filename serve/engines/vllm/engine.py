@@ -18,6 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm import SamplingParams
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
 from packhorse.serve.engines.base import Capacity, answer_budget
 from packhorse.serve.engines.vllm import patches
 from packhorse.serve.engines.vllm.arguments import (
@@ -38,14 +47,6 @@ from packhorse.serve.errors import EngineDied, Invalid, Overloaded, StartupError
 from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
 from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.settings.engine import EngineSettings
-from vllm import SamplingParams
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
-from vllm.inputs import tokens_input
-from vllm.lora.request import LoRARequest
-from vllm.renderers.params import ChatParams, TokenizeParams
-from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 
 if TYPE_CHECKING:  # a patch is imported when it is known to fit
     from packhorse.serve.engines.vllm.patches.engine_watch import EngineWatch

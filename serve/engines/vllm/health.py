@@ -12,11 +12,12 @@ import time
 from typing import Any, Protocol
 
 import psutil
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
 from packhorse.serve.engines.processes import Activity, claim, end, release, shared_memory
 from packhorse.serve.errors import EngineHung
 from packhorse.serve.settings.engine import EngineSettings
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.metrics.loggers import StatLoggerBase
 
 WORKER = "VLLM::Worker"  # as vLLM calls the process
 BUSY_SHARE = 0.05  # of one CPU: less is what a process that waits uses

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from packhorse.serve.engines.vllm.health import has_died
-from packhorse.serve.errors import EngineDied, Invalid, Unavailable
-from packhorse.serve.messages import AdapterVersion
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from packhorse.serve.engines.vllm.health import has_died
+from packhorse.serve.errors import EngineDied, Invalid, Unavailable
+from packhorse.serve.messages import AdapterVersion
 
 
 class Loras:

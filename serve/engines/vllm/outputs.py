@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.exceptions import EngineDeadError
+
 from packhorse.serve.engines.vllm.patches.request_times import times_of
 from packhorse.serve.errors import Invalid, Unavailable
 from packhorse.serve.messages import Chunk, TokenLogprob
-from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.v1.engine.exceptions import EngineDeadError
 
 REASONS = ("stop", "length")
 LOWEST = -9999.0  # JSON has no minus infinity; vLLM's server writes this

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from packhorse.serve.engines.base import TOO_LONG
-from packhorse.serve.errors import Invalid
-from packhorse.serve.messages import GenerateRequest, Settled
 from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+from packhorse.serve.engines.base import TOO_LONG
+from packhorse.serve.errors import Invalid
+from packhorse.serve.messages import GenerateRequest, Settled
 
 # Fields that None leaves to the model's generation_config.json.
 OPTIONAL = (

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
+
 from packhorse.quantize import run
 from packhorse.quantize.plan import host, planner
 

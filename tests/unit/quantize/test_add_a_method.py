@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from packhorse.quantize.methods import METHODS
 from packhorse.quantize.model.checkpoint import REPORT
 from packhorse.quantize.numerics.grid import (
@@ -21,7 +22,6 @@ from packhorse.quantize.numerics.grid import (
 from packhorse.quantize.plan.planner import RULES, Rule
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
-
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/add-a-method.md").read_text(encoding="utf-8")

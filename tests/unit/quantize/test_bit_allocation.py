@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from packhorse.quantize import formats
 from packhorse.quantize.calibration.block_loader import load_blocks
 from packhorse.quantize.calibration.runner import Runner
@@ -24,7 +25,6 @@ from packhorse.quantize.quality import dequantized
 from packhorse.quantize.quality.sensitivity import mean_divergence, split_rows
 from packhorse.quantize.run import decide, run
 from packhorse.quantize.settings import Settings
-
 from tests.unit.quantize.test_pipeline import LITTLE, made
 
 W4, FINE, W8 = (

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from packhorse.quantize.calibration import dataset as dataset_module
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.calibration.text import read
 from packhorse.quantize.errors import BadInput
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from tests.conftest import DEMO
 
 FEW: dict[str, Any] = {"max_tokens": 640, "sequence_length": 64, "seed": 3, "force": True}

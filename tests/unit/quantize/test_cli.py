@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from typer.testing import CliRunner
+
 from packhorse.quantize.cli import app
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.settings import Settings
-from typer.testing import CliRunner
 
 
 def quantize(*arguments: str | Path) -> Result:

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from packhorse.quantize import formats
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.numerics.grid import (
@@ -18,9 +22,6 @@ from packhorse.quantize.numerics.grid import (
 )
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.report.inspect import inspect
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 W4 = Scheme(QuantizationArgs(4, 32))
 ASYMMETRIC = Scheme(QuantizationArgs(4, 32, symmetric=False))

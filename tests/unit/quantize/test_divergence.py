@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.numerics.grid import QuantizationArgs, Scheme
 from packhorse.quantize.quality import divergence
@@ -20,7 +21,6 @@ from packhorse.quantize.quality.divergence import (
     bucketed_kl,
     histogram,
 )
-
 from tests.unit.quantize.test_dequantized import tiny_llama, write_checkpoint
 
 TEXTS = [list(range(1, 40)), list(range(80, 20, -2)), [3]]

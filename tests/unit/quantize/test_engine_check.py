@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from packhorse.quantize.errors import Unloadable
 from packhorse.quantize.quality import dequantized, engine_check
 from packhorse.quantize.quality.engine_check import _describe, _kernel, _last_words

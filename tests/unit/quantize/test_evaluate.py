@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.quality.evaluate import Question, perplexity, read_questions, score, visible
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def test_the_thinking_part_is_not_the_answer() -> None:

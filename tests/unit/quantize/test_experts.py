@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from packhorse.quantize import run as run_module
 from packhorse.quantize.calibration.block_loader import Block
 from packhorse.quantize.calibration.runner import Runner, RunningBlock
@@ -23,9 +26,6 @@ from packhorse.quantize.plan.planner import plan
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.run import decide, run
 from packhorse.quantize.settings import Settings
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
 from tests.unit.quantize.test_pipeline import LITTLE, made, output_errors, text_ids  # noqa: F401
 
 KINDS = ("mixtral", "qwen3_moe")

@@ -15,6 +15,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from packhorse.quantize import formats
 from packhorse.quantize.errors import Unsupported
 from packhorse.quantize.numerics.grid import (
@@ -23,7 +25,6 @@ from packhorse.quantize.numerics.grid import (
     Scheme,
     round_to_nearest,
 )
-from torch import Tensor
 
 INT8 = Scheme(QuantizationArgs(8), 8)
 FP8 = Scheme(QuantizationArgs(8, floating=True), 8)

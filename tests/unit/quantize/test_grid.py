@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from packhorse.quantize.numerics.grid import (
     FP8,
     QuantizationArgs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.methods.int8 import _loss, search_scales
 from packhorse.quantize.numerics.grid import QuantizationArgs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from packhorse.quantize.model.memory import free_memory_bytes
 
 MACHINE = "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"

@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from packhorse.quantize.calibration.statistics import InputStatistics
 from packhorse.quantize.methods import awq, gptq, int8, smoothing
 from packhorse.quantize.methods.error_compensation import compensate
@@ -19,7 +21,6 @@ from packhorse.quantize.numerics.grid import (
     round_to_nearest,
     search_parameters,
 )
-from torch import Tensor, nn
 
 ARGS = QuantizationArgs(4)
 SCALES = torch.float32

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
 from packhorse.quantize.errors import BadInput
 from packhorse.quantize.model.checkpoint import REPORT
 from packhorse.quantize.report import page
 from packhorse.quantize.report.verdict import REPORT_VERSION
-from rich.console import Console
-
 from tests.unit.quantize.test_verdict import report_of
 
 EVIL = "<script>alert(1)</script>$x_1$\"'&"

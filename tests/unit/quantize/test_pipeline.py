@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 from packhorse.quantize.calibration.dataset import read_texts
 from packhorse.quantize.errors import BadInput, Unsupported
 from packhorse.quantize.methods import smoothing
@@ -22,9 +25,6 @@ from packhorse.quantize.output.convert import kv_scale
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from tests.conftest import DEMO
 
 SIZES = {

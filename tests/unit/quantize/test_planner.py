@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
 from packhorse.quantize import formats
 from packhorse.quantize.errors import BadInput, QuantizeError, Unsupported
 from packhorse.quantize.model.checkpoint import Checkpoint
@@ -19,8 +22,6 @@ from packhorse.quantize.numerics.grid import round_to_nearest
 from packhorse.quantize.plan.host import Host, this_host
 from packhorse.quantize.plan.planner import Plan, plan
 from packhorse.quantize.settings import CHANNEL, Settings
-from rich.console import Console
-from safetensors.torch import save_file
 
 AMX = Host(amx=True, avx512=True, avx512_bf16=True, cuda_capability=None, flops_per_s=1e11)
 AVX2 = replace(AMX, amx=False, avx512=False, avx512_bf16=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.quantize.model import sizes
 from packhorse.quantize.model.memory import peak_memory_bytes
 from packhorse.quantize.output.convert import LayerResult
@@ -15,7 +16,6 @@ from packhorse.quantize.quality.eval_data import EvalData
 from packhorse.quantize.quality.measure import measure, measure_divergence
 from packhorse.quantize.report import page
 from packhorse.quantize.report.report import Report, Stage
-
 from tests.conftest import DEMO
 from tests.unit.quantize.test_pipeline import made
 from tests.unit.quantize.test_run import no_progress

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from packhorse.quantize.calibration.activation_store import ActivationStore
 from packhorse.quantize.errors import BadInput, OutOfMemory
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, sha256_of
@@ -28,7 +29,6 @@ from packhorse.quantize.output import workspace
 from packhorse.quantize.output.workspace import Workspace
 from packhorse.quantize.run import run
 from packhorse.quantize.settings import Settings
-
 from tests.conftest import DEMO
 from tests.unit.quantize.test_pipeline import LITTLE, made
 

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
 from packhorse.quantize.errors import BadInput, QuantizeError, Unsupported
 from packhorse.quantize.model.checkpoint import REPORT, Checkpoint, sha256_of
 from packhorse.quantize.output.workspace import Workspace
 from packhorse.quantize.quality import dequantized
 from packhorse.quantize.run import FREE_MEMORY_BYTES, _offload_limit_bytes, run
 from packhorse.quantize.settings import Settings
-from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 OF_TWO = "-of-00002.safetensors"
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from packhorse.quantize.calibration import runner as runner_module
 from packhorse.quantize.calibration.activation_store import ActivationStore
 from packhorse.quantize.calibration.block_loader import load_blocks
@@ -16,8 +18,6 @@ from packhorse.quantize.methods import gptq
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.model.families import FAMILIES, Group
 from packhorse.quantize.numerics.grid import QuantizationArgs, Scheme
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.unit.quantize.test_pipeline import EXPERTS
 
 

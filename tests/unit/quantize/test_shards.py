@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from packhorse.quantize.model.checkpoint import Checkpoint
 from packhorse.quantize.output import workspace
 from packhorse.quantize.output.shards import index_of, merge, shards_of
 from packhorse.quantize.output.workspace import Workspace
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from packhorse.quantize.model import sizes
 from packhorse.quantize.model.dtypes import bits_of
 from packhorse.quantize.numerics.grid import QuantizationArgs, Scheme
-
 from tests.unit.quantize.test_dequantized import tiny_llama, write_checkpoint
 
 LINEAR = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from packhorse.quantize.report.verdict import ALL_LIMITS, LEVELS, verdict
 
 

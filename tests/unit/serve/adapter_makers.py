@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packhorse.serve.adapters.formats import AdapterLimits, check, write
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from packhorse.serve.adapters.formats import AdapterLimits, check, write
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from packhorse.quantize import formats
 from packhorse.quantize.numerics.grid import QuantizationArgs, Scheme, round_to_nearest
 from packhorse.serve.adapters.base_layers import linear_layers
 from packhorse.serve.errors import Invalid
-from safetensors.torch import save_file
-
 from tests.conftest import DEMO
 
 OUTPUTS, INPUTS = 48, 96

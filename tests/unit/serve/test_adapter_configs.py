@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.adapters.formats import check
 from packhorse.serve.errors import Invalid
-
 from tests.conftest import DEMO
 from tests.unit.serve.adapter_makers import CONFIG, LIMITS, Q0, ada, made
 

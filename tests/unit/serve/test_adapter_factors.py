@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from packhorse.serve.adapters.formats import check
 from packhorse.serve.errors import Invalid
-
 from tests.unit.serve.adapter_makers import A0, B0, LIMITS, made, renamed
 
 

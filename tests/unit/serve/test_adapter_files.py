@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.adapters import folders
 from packhorse.serve.adapters.base_layers import linear_layers
 from packhorse.serve.adapters.formats import AdapterLimits, check
 from packhorse.serve.errors import Invalid
-
 from tests.conftest import DEMO
 from tests.unit.serve.adapter_makers import A0, CONFIG, LIMITS, WEIGHTS, made
 

@@ -13,13 +13,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from packhorse.serve.adapters.base_layers import linear_layers
-from packhorse.serve.adapters.formats import AdapterLimits, check
-from packhorse.serve.errors import Invalid
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from packhorse.serve.adapters.base_layers import linear_layers
+from packhorse.serve.adapters.formats import AdapterLimits, check
+from packhorse.serve.errors import Invalid
 from tests.conftest import DEMO
 from tests.unit.serve.adapter_makers import (
     CONFIG,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from packhorse.serve.adapters.formats import check, write
 from packhorse.serve.errors import Invalid, Unavailable
-
 from tests.unit.serve.adapter_makers import LIMITS, Q0, WEIGHTS, ada, made, renamed
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve import cache as cache_room
 from packhorse.serve.cache import STORES
 from packhorse.serve.cache.base import Store, StoreError
-
 from tests.conftest import ROOT
 from tests.unit.serve.cache.caching_pipeline import answer, make
 from tests.unit.serve.cache.making import ask, key

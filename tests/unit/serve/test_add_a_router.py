@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 import pytest
+
 from packhorse.serve.errors import Conflict, Forbidden
 from packhorse.serve.messages import ANONYMOUS, Caller, GenerateRequest, Sampling
 from packhorse.serve.models import Model, Models
 from packhorse.serve.routing.base import Routing
-
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/add-a-router.md").read_text(encoding="utf-8")
@@ -42,24 +42,24 @@ def test_its_model_auto_is_decided_by_it() -> None:
     adapters: Any = Adapters()
     models = Models(Model("demo", adapters=adapters, routing=router(adapters)))
     assert models.names() == ["demo", "auto", "clinic", "code"]
-    decision = models.decide(ask("Why does ```f(x)``` fail?"))
+    decision = models.first.decide(ask("Why does ```f(x)``` fail?"))
     assert (decision.adapter, decision.stage) == ("code", "rules")
-    assert models.decide(ask("Why does it fail?")).adapter is None
+    assert models.first.decide(ask("Why does it fail?")).adapter is None
 
 
 def test_it_chooses_no_adapter_that_is_away_or_not_allowed() -> None:
     adapters: Any = Adapters()
     assert Models(
         Model("demo", adapters=adapters, routing=router(frozenset({"clinic"})))
-    ).decide(ask("```f```")).adapter is None  # fmt: skip
+    ).first.decide(ask("```f```")).adapter is None  # fmt: skip
     models = Models(Model("demo", adapters=adapters, routing=router(adapters)))
     key = Caller("key", "tenant", frozenset({"inference"}), adapters=frozenset({"clinic"}))
-    decision = models.decide(ask("```f```", key))
+    decision = models.first.decide(ask("```f```", key))
     assert decision.adapter is None
     assert "code" not in f"{decision.reason} {decision.trace}"
     alone = Caller("key", "tenant", frozenset({"inference"}), base=False, adapters=frozenset())
     with pytest.raises(Forbidden):
-        models.decide(ask("```f```", alone))
+        models.first.decide(ask("```f```", alone))
 
 
 async def test_operators_calls_are_answered() -> None:

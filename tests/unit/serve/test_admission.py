@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from packhorse.serve.errors import Overloaded
 from packhorse.serve.limits.admission import Admission, Cost, EnginePermit, InFlightPermit
 from packhorse.serve.messages import ANONYMOUS, Caller

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from packhorse.serve.engines.vllm.patches.avx2_int4 import AVX2Int4Kernel, install
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, choose_mp_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -14,6 +13,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import ScalarType, scalar_types
+
+from packhorse.serve.engines.vllm.patches.avx2_int4 import AVX2Int4Kernel, install
 
 IN, OUT, GROUP = 64, 32, 16
 

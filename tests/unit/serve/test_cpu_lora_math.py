@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packhorse.serve.engines.vllm.patches.cpu_lora_math import MaskedLora
 from torch import Tensor
 from vllm.lora.layers import LoRAMapping
+
+from packhorse.serve.engines.vllm.patches.cpu_lora_math import MaskedLora
 
 SLOTS, RANK, INPUTS = 3, 4, 32
 SCALE = 0.5

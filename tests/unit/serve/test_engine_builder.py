@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+
 from packhorse.serve.cache import model_fingerprint
 from packhorse.serve.engine_builder import ENGINES, Builder
 from packhorse.serve.engines.echo import EchoEngine
@@ -20,7 +21,6 @@ from packhorse.serve.errors import StartupError
 from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.settings import Settings
 from packhorse.serve.settings.engine import EngineSettings
-
 from tests.conftest import DEMO
 from tests.hub import COMMITS, Hub, running_hub
 

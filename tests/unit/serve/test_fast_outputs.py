@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from packhorse.serve.engines.vllm.patches.fast_outputs import ChunkCollector
 from packhorse.serve.messages import Chunk, EngineTimes
 

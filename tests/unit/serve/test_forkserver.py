@@ -11,12 +11,12 @@ from importlib.metadata import PackageNotFoundError
 
 import psutil
 import pytest
+
 from packhorse.serve.engine_builder import ENGINES
 from packhorse.serve.engines import processes
 from packhorse.serve.engines.vllm.patches import forkserver
 from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.settings.engine import EngineSettings
-
 from tests.client import is_there, wait_for
 
 

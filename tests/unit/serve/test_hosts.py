@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from packhorse.serve.settings.hosts import is_loopback, is_origin, is_same_origin, parse_host
 from packhorse.serve.settings.http import HttpSettings
 

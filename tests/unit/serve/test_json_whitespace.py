@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from packhorse.serve.engines.vllm import plugin
-from packhorse.serve.engines.vllm.patches import json_whitespace
 from transformers import AutoTokenizer
 from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
+from packhorse.serve.engines.vllm import plugin
+from packhorse.serve.engines.vllm.patches import json_whitespace
 from tests.conftest import DEMO
 
 SCHEMA = json.dumps(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from packhorse.serve.messages import ANONYMOUS, GenerateRequest, Sampling
 from packhorse.serve.telemetry import logs
 from packhorse.serve.telemetry.logs import Lines, RequestLog

@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 
 import pytest
+
 from packhorse.serve.adapters.lora_queue import LoraQueue
 from packhorse.serve.errors import Overloaded
 from packhorse.serve.metrics import ModelMetrics

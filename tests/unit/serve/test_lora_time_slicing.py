@@ -6,6 +6,7 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packhorse.serve.engines.vllm.patches.lora_time_slicing import TimeSlices
 
 

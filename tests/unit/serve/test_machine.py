@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import pynvml
 import pytest
-from packhorse.serve.telemetry.machine import Gpus, LoopLag, Machine
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+
+from packhorse.serve.telemetry.machine import Gpus, LoopLag, Machine
 
 
 def values(collector: Collector) -> dict[tuple[str, ...], float]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+
 from packhorse.serve.engines.model_folder import Found, Model
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings.engine import EngineSettings
-
 from tests.hub import COMMITS, Hub, running_hub
 
 NAME = "organisation/model"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+
 from packhorse.serve.errors import Forbidden
 from packhorse.serve.messages import Caller, GenerateRequest, Message, Sampling
 from packhorse.serve.models import Model, Models

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import (
     DeadlineExceeded,
@@ -26,7 +27,6 @@ from packhorse.serve.models import Model, Models
 from packhorse.serve.pipeline import Pipeline, merged
 from packhorse.serve.settings.admission import AdmissionSettings
 from packhorse.serve.settings.engine import EngineSettings
-
 from tests.client import request_lines
 
 

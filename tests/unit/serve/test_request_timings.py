@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from packhorse.serve.messages import EngineTimes, GenerateRequest, Route, Sampling, Usage
 from packhorse.serve.telemetry.request_timings import RequestTimings
 

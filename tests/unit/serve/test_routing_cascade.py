@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 import pytest
+
 from packhorse.serve.errors import Forbidden
 from packhorse.serve.routing.base import Decision
 from packhorse.serve.routing.cascade import Cascade
 from packhorse.serve.routing.config import parse_routes
 from packhorse.serve.routing.learned import Table
 from packhorse.serve.routing.train import fit
-
 from tests.unit.serve.routing_data import TOPICS, job
 
 ALL = frozenset(TOPICS)

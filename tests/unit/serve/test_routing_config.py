@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.errors import Invalid
 from packhorse.serve.routing.config import parse_routes, read_routes
 

@@ -6,10 +6,10 @@ import asyncio
 import json
 
 import pytest
+
 from packhorse.serve.routing.config import parse_routes
 from packhorse.serve.routing.examples import read_examples
 from packhorse.serve.routing.rollout import Rollout, RoutesVersion, build
-
 from tests.conftest import DEMO
 
 NAMES = ("clinic", "ledger", "code")

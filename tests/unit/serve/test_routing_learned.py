@@ -7,6 +7,10 @@ import time
 import msgspec
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+
 from packhorse.serve.routing.cross_validation import (
     FOLDS,
     HeldOutScores,
@@ -20,10 +24,6 @@ from packhorse.serve.routing.cross_validation import (
 from packhorse.serve.routing.learned import Table
 from packhorse.serve.routing.text import features
 from packhorse.serve.routing.train import FIT, Job, Trained, Vectorizer, fit, fit_classifier
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import make_pipeline
-from sklearn.svm import LinearSVC
-
 from tests.unit.serve.routing_data import EVERYDAY, TOPICS, job, prompts
 
 # The table keeps float32: 7 digits, of sums of a few hundred products of about 1.

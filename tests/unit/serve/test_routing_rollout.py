@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from packhorse.serve.errors import Conflict, DeadlineExceeded, Invalid
 from packhorse.serve.routing.config import Routes, parse_routes
 from packhorse.serve.routing.cross_validation import AdapterTest, SelfTest
 from packhorse.serve.routing.examples import duplicates, read_examples
 from packhorse.serve.routing.rollout import Rollout, RoutesVersion, build, shortcomings
 from packhorse.serve.routing.train import Job, Trained, fit
-
 from tests.unit.serve.routing_data import job
 
 DATA = job()

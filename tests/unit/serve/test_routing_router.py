@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.errors import Internal, Invalid
 from packhorse.serve.routing import router as module
 from packhorse.serve.routing.router import Router

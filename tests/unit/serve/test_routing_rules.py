@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+
 from packhorse.serve.errors import Invalid
 from packhorse.serve.routing import rules as rules_module
 from packhorse.serve.routing.config import parse_routes

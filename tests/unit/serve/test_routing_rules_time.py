@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from packhorse.serve.routing import rules
 from packhorse.serve.routing.rules import DECISION_S, SEARCH_S, GaveUp, Texts
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from packhorse.serve.routing import table_cache as module
 from packhorse.serve.routing.table_cache import MAX_TABLES, TableCache
 from packhorse.serve.routing.train import Job, Trained, fit
-
 from tests.unit.serve.routing_data import job
 
 SMALL = job(20)

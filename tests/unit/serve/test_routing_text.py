@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packhorse.serve.routing import text
 from packhorse.serve.routing.text import (
     MAX_CHARACTERS,

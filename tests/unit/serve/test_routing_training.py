@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.errors import DeadlineExceeded, Internal
 from packhorse.serve.routing.train import fit
 from packhorse.serve.routing.train_process import train
-
 from tests.unit.serve.routing_data import job
 
 # Says who it is in the file named by its first argument, and stays.

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings import Settings, answer_environment, load, shown
 from packhorse.serve.settings.renamed import RENAMED
-
 from tests.conftest import ROOT
 
 RENAMED_SETTINGS = [

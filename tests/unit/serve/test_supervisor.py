@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.engines.poison_detector import TrackedRequest
 from packhorse.serve.engines.supervisor import Supervisor

@@ -6,10 +6,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.engines.supervisor import Supervisor
 from packhorse.serve.errors import EngineDied, Invalid, Unavailable
 from packhorse.serve.messages import AdapterVersion, GenerateRequest, Route
-
 from tests.unit.serve.test_supervisor import Mortal, Works, ask, is_up
 
 pytestmark = pytest.mark.usefixtures("checked_often")

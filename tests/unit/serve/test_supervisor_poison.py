@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.engines.quarantine import POISON as REFUSAL
 from packhorse.serve.engines.supervisor import Supervisor
 from packhorse.serve.errors import EngineDied, Invalid, Unavailable
@@ -23,7 +24,6 @@ from packhorse.serve.messages import (
     Route,
     Sampling,
 )
-
 from tests.unit.serve.test_supervisor import (
     ROUTE,
     Mortal,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from packhorse.serve.tenancy import Tenancy
 
+from packhorse.serve.tenancy import Tenancy
 from tests.unit.serve.cache.caching_pipeline import answer, make
 from tests.unit.serve.cache.making import ask
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from packhorse.serve.engines.vllm.arguments import (
     SCHEDULER,
     engine_args,

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
+
 from packhorse.serve.engines.vllm.chat import Chat
 from packhorse.serve.errors import Invalid, StartupError
 from packhorse.serve.messages import ChatOptions, Chunk, GenerateRequest, Sampling
 from packhorse.serve.settings.engine import EngineSettings
-from transformers import AutoTokenizer
-
 from tests.conftest import DEMO
 
 TOOL = {

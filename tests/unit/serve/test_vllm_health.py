@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from packhorse.serve.engines.vllm import health, loras
 from packhorse.serve.engines.vllm.health import Health, Heartbeat
 from packhorse.serve.engines.vllm.patches.engine_watch import EngineWatch

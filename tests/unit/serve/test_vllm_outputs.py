@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import RequestStateStats
+
 from packhorse.serve.engines.vllm.outputs import PlainOutputs, refuse_failure, token_logprobs
 from packhorse.serve.engines.vllm.patches.request_times import times_of
 from packhorse.serve.errors import Invalid, Unavailable
 from packhorse.serve.messages import EngineTimes, TokenLogprob
-from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.stats import RequestStateStats
 
 
 @dataclass

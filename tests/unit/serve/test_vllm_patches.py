@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.engine import utils
+
 from packhorse.serve.engines.vllm import arguments, patches, plugin
 from packhorse.serve.engines.vllm.arguments import (
     EXECUTOR,
@@ -31,8 +33,6 @@ from packhorse.serve.engines.vllm.arguments import (
 from packhorse.serve.engines.vllm.patches import PATCHES, forkserver, probing
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings.engine import EngineSettings
-from vllm.v1.engine import utils
-
 from tests.conftest import ROOT
 
 SPEED = [name for name, patch in PATCHES.items() if patch.kind == "speed"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from packhorse.serve.engines.vllm.patches import probing
 
 NAME = "amx"

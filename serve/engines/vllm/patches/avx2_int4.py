@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from packhorse.serve.engines.vllm.patches import probing
-from packhorse.serve.engines.vllm.patches.cpu_features import without_avx512
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearKernel,
@@ -21,6 +19,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
+
+from packhorse.serve.engines.vllm.patches import probing
+from packhorse.serve.engines.vllm.patches.cpu_features import without_avx512
 
 NAME = "avx2_int4"
 KIND = "correctness"

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packhorse.serve.engines.vllm.patches import probing
 from torch import Tensor
 from vllm.lora.layers import base_linear
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
+
+from packhorse.serve.engines.vllm.patches import probing
 
 NAME = "cpu_lora_math"
 KIND = "correctness"

@@ -4,9 +4,10 @@ by name, see arguments.py.
 
 from __future__ import annotations
 
+from vllm.v1.worker.cpu_worker import CPUWorker
+
 from packhorse.serve.engines.vllm.patches import amx, reason
 from packhorse.serve.engines.vllm.patches.forkserver import die_with_parent
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 class PatchedCPUWorker(CPUWorker):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
-from packhorse.serve.engines.vllm.patches import probing
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from packhorse.serve.engines.vllm.patches import probing
 
 NAME = "engine_watch"
 KIND = "speed"

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import vllm.envs
-from packhorse.serve.engines.vllm.patches import probing
-from packhorse.serve.engines.vllm.patches.request_times import times_of
-from packhorse.serve.messages import Chunk
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+from packhorse.serve.engines.vllm.patches import probing
+from packhorse.serve.engines.vllm.patches.request_times import times_of
+from packhorse.serve.messages import Chunk
 
 NAME = "fast_outputs"
 KIND = "speed"

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import vllm.envs
-from packhorse.serve.engines.vllm.patches import probing
-from packhorse.serve.engines.vllm.patches.forkserver import chosen_threads
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 from vllm.utils.torch_utils import available_cpu_count
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from packhorse.serve.engines.vllm.patches import probing
+from packhorse.serve.engines.vllm.patches.forkserver import chosen_threads
 
 NAME = "in_process_executor"
 KIND = "speed"

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from packhorse.serve.engines.vllm.patches import probing
 from vllm.v1.structured_output import backend_guidance, backend_xgrammar
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+
+from packhorse.serve.engines.vllm.patches import probing
 
 NAME = "json_whitespace"
 KIND = "speed"

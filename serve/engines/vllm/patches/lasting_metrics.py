@@ -16,14 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from packhorse.serve.engines.vllm.patches import probing
-from packhorse.serve.metrics import ModelMetrics
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from packhorse.serve.engines.vllm.patches import probing
+from packhorse.serve.metrics import ModelMetrics
 
 NAME = "lasting_metrics"
 KIND = "speed"

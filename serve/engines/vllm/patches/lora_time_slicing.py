@@ -15,12 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from packhorse.serve.engines.vllm.patches import probing
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
+
+from packhorse.serve.engines.vllm.patches import probing
 
 NAME = "lora_time_slicing"
 KIND = "speed"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
+
 from packhorse.serve.access.exposure import UNIX, Exposure, Sender, check_listeners
 from packhorse.serve.errors import Forbidden, StartupError
 from packhorse.serve.metrics import ServerMetrics
 from packhorse.serve.settings.auth import AuthSettings
 from packhorse.serve.settings.http import HttpSettings
 from packhorse.serve.settings.rpc import RpcSettings
-from pydantic import SecretStr
 
 LOOPBACK = AuthSettings(without_keys="loopback")
 KEY = SecretStr("ph-0123456789abcdef")

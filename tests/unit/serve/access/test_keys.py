@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import SecretStr
+from typer.testing import CliRunner
+
 from packhorse.serve.access.keys import Keys, entry_of, new_key, read_keys
 from packhorse.serve.cli import app
 from packhorse.serve.errors import Forbidden, StartupError, Unauthenticated
@@ -21,8 +24,6 @@ from packhorse.serve.messages import ANONYMOUS, SCOPES
 from packhorse.serve.metrics import ServerMetrics
 from packhorse.serve.settings import load
 from packhorse.serve.settings.auth import AuthSettings
-from pydantic import SecretStr
-from typer.testing import CliRunner
 
 GOOD = {"name": "batch", "sha256": hashlib.sha256(b"ph-good").hexdigest()}
 OTHER = {"name": "other", "sha256": hashlib.sha256(b"ph-other").hexdigest()}

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.adapters.base_layers import linear_layers
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
 from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.metrics import ModelMetrics
-
 from tests.conftest import DEMO
 from tests.unit.serve.adapters.loader import Engine, registry_of
 

@@ -10,7 +10,6 @@ from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.errors import Invalid
 from packhorse.serve.messages import AdapterVersion
 from packhorse.serve.metrics import ModelMetrics
-
 from tests.conftest import DEMO
 
 ADAPTERS = DEMO / "adapters"

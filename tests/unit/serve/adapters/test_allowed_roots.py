@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.adapters import folders
 from packhorse.serve.adapters.allowed_roots import AllowedRoots, hub_cache
 from packhorse.serve.adapters.base_layers import linear_layers
@@ -20,7 +21,6 @@ from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.store import EXAMPLES, AdapterStore
 from packhorse.serve.errors import Invalid
 from packhorse.serve.settings.adapters import AdapterSettings
-
 from tests.conftest import DEMO
 from tests.unit.serve.adapter_makers import ada, made
 from tests.unit.serve.adapters.loader import CLINIC

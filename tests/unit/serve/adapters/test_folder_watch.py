@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.adapters.folder_watch import FolderWatch
 from packhorse.serve.adapters.registry import Registry
 from packhorse.serve.metrics import ModelMetrics
-
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine
 
 WEIGHTS = "adapter_model.safetensors"

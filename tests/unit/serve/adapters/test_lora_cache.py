@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.adapters.folder_watch import FolderWatch
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
 from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.errors import Invalid, Overloaded, Unavailable
 from packhorse.serve.metrics import ModelMetrics
-
 from tests.unit.serve.adapters.loader import ADAPTERS, CLINIC, CLINIC_2, CODE, Engine, registry_of
 from tests.unit.serve.cache.making import settled
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
 from packhorse.serve.adapters.store import AdapterStore
@@ -20,7 +21,6 @@ from packhorse.serve.errors import (
     UnknownModel,
 )
 from packhorse.serve.metrics import ModelMetrics
-
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine, registry_of
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from packhorse.serve.adapters import copies, lora_cache, registry
 from packhorse.serve.adapters import store as stores
 from packhorse.serve.adapters.folder_watch import FolderWatch
@@ -22,7 +23,6 @@ from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
 from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.errors import Unavailable
-
 from tests.unit.serve.adapters.loader import CLINIC, CLINIC_2, CODE, Engine, registry_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.validation import validated

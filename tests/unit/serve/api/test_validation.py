@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
+
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.tokenize import TokenizeChatBody

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from packhorse.serve.cache.circuit_breaker import MAX_REFUSALS, MAX_TIMEOUTS, CircuitBreaker
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.cache.key import is_repeatable, scopes_of
 from packhorse.serve.messages import (
@@ -21,7 +22,6 @@ from packhorse.serve.messages import (
     Sampling,
     Settled,
 )
-
 from tests.unit.serve.cache.making import GREEDY, ask, caller, digest, version
 
 PROMPT = Prompt((1, 2, 3), 10, settled=GREEDY)

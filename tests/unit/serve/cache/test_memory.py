@@ -5,7 +5,6 @@ from __future__ import annotations
 from packhorse.serve.cache.invalidation import Epochs
 from packhorse.serve.cache.memory import OVERHEAD_BYTES, MemoryTier
 from packhorse.serve.metrics import ModelMetrics
-
 from tests.unit.serve.cache.making import key
 
 

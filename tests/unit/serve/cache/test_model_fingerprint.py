@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from packhorse.serve.cache import model_fingerprint
 from packhorse.serve.cache.model_fingerprint import FileDigests, fingerprint_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from packhorse.serve.errors import ServeError
 
+from packhorse.serve.errors import ServeError
 from tests.unit.serve.cache.caching_pipeline import Clock, answer, make, read
 from tests.unit.serve.cache.making import ask
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from packhorse.serve.cache.codec import Result, encode, seal
 from packhorse.serve.cache.key import Key
 from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.errors import EngineDied, Invalid, Overloaded, ServeError
 from packhorse.serve.messages import Chunk
-
 from tests.client import request_lines
 from tests.unit.serve.cache.caching_pipeline import Clock, answer, make, read
 from tests.unit.serve.cache.making import ask, caller, settled

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
+
 from packhorse.serve.cache.single_flight import Flight, Flights
 from packhorse.serve.errors import Cancelled, EngineDied, Internal, ServeError
 from packhorse.serve.messages import Chunk
-
 from tests.unit.serve.cache.making import settled
 
 A, B, END = Chunk("a", [1]), Chunk("b", [2]), Chunk("c", [3], "stop")

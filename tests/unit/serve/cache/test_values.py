@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packhorse.serve.cache.codec import (
     COMPRESS_ABOVE_BYTES,
     Result,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from packhorse.serve.errors import Overloaded
 from packhorse.serve.limits import body_memory as module
 from packhorse.serve.limits.body_memory import Bodies

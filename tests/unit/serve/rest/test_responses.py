@@ -26,6 +26,10 @@ class Ended:
     prompt: Prompt = PROMPT
     route: Route = field(default_factory=lambda: Route("m"))
 
+    @property
+    def context(self) -> Ended:
+        return self
+
 
 def chat(**fields: Any) -> ChatEncoder:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}

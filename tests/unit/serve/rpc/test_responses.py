@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.generate import CollectedChoice, head_of, total_usage
@@ -13,7 +14,6 @@ from packhorse.serve.api.validation import validated
 from packhorse.serve.messages import Chunk, Prompt, Route, TokenLogprob, ToolCall, Usage
 from packhorse.serve.rest import responses as rest
 from packhorse.serve.rpc import responses as rpc
-
 from tests.protocol_parity import said_in_json, said_in_messages
 
 LOGPROB = TokenLogprob("é", 5, -1.0, 2, (TokenLogprob("x", 6, -0.5, 1),))
@@ -38,6 +38,10 @@ class Ended:
     usage: Usage = field(default_factory=lambda: Usage(2, 5, 1))
     prompt: Prompt = PROMPT
     route: Route = field(default_factory=lambda: Route("m"))
+
+    @property
+    def context(self) -> Ended:
+        return self
 
 
 def chat(fields: dict[str, Any]) -> tuple[Any, Any]:
