@@ -1,8 +1,9 @@
 """One request, from top to bottom: resolve its model and adapter, render its prompt, look into the
 result cache, pass admission, wait for its turn on the adapter, read the engine.
 
-Every protocol calls `Pipeline.start` and iterates the Stream that it returns. All that can still be
-refused is refused in `start`, because a streaming response sends its status before its first item.
+The API layer calls `Pipeline.start_all` with the requests of one call and iterates the Streams that
+it returns. All that can still be refused is refused there, because a streaming response sends its
+status before its first item.
 What a request holds (its place among those in flight, its deadline, the version of its adapter, its
 look-up, its permit for the engine) is on one exit stack, and is given back in reverse order however
 the request ends.
@@ -66,11 +67,14 @@ class Pipeline:
 
     @property
     def admission(self) -> Admission:
-        """The limits on calls, which hold before anybody knows which model a call is for."""
+        """The limits on calls at once, for the whole server: they hold before a body is read, so
+        before the model is known. They are kept by the first model.
+        """
         return self.models.first.admission
 
     def enter(self, caller: Caller) -> InFlightPermit:
-        """The first step of every call, before its body is read; leave the permit after the last.
+        """Count a call in, before its body is read: middleware and gRPC do so for every endpoint.
+        Release the permit when the call has ended.
 
         Raises Unavailable while draining, Overloaded above the limits on calls at once.
         """
@@ -159,8 +163,8 @@ class Pipeline:
         stream.stack.push(stream.leave_lookup)
 
     def _admit(self, streams: Sequence[Stream]) -> None:
-        """Let rendered streams of one call go to the engine, those that have no answer yet. Raises
-        Overloaded.
+        """Let rendered streams of one call, all of one model, go to the engine where they have no
+        answer yet. Raises Overloaded.
         """
         now_s = time.monotonic()
         for stream in streams:
@@ -234,8 +238,9 @@ class Pipeline:
 
 
 class Stream:
-    """A request that has its first chunk. Iterate it to its end, then read `context.usage`; or
-    `close()` it to abort.
+    """One request and all that it holds. The pipeline hands it out with its first chunk: iterate it
+    to its end (one chunk, when the answer is not streamed), then read `context.usage`; or `close()`
+    it to abort.
     """
 
     lookup: Lookup

@@ -1,5 +1,5 @@
-"""Tenants apart from each other: a mark of each for keys in stores, and a part of the engine's
-prefix cache.
+"""Keeps tenants apart: the salt decides who shares kept results, running generations and blocks of
+the engine's prefix cache; the mark names a tenant in stores without telling who it is.
 
 Always on, whatever the result cache does: a prefix that is already cached is read faster, so
 without a salt the time to the first token tells one tenant what another has asked (CVE-2025-46570).

@@ -2,7 +2,7 @@
 
 Two requests with the same key get the same answer, so anything that is not in here is shared:
 whether it is streamed (except where the answer is parsed, which differs), deadlines, priorities,
-request ids, which of a tenant's keys asked.
+request ids, which of a tenant's API keys asked.
 """
 
 from __future__ import annotations

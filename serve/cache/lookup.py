@@ -24,7 +24,7 @@ MAX_RETRIES = {ErrorKind.CANCELLED: 3, ErrorKind.OVERLOADED: 3, ErrorKind.UNAVAI
 
 
 class Tiers(Protocol):
-    """What a look-up asks of the result cache."""
+    """What a look-up asks of the result cache; ResultCache is the real one."""
 
     metrics: ModelMetrics
 
@@ -49,7 +49,7 @@ class Tiers(Protocol):
         ...
 
     def lead(self, key: Key) -> Flight:
-        """A flight for others to join, if there is none for this key yet."""
+        """A new flight. Others join it, unless this key has a flight already."""
         ...
 
     def recall(self, key: Key, request: GenerateRequest) -> Result | None:
@@ -133,7 +133,7 @@ class CacheLookup:
         tiers, request = self._tiers, self._request
         anew = request.cache.mode == "refresh"
         flight = None if anew else tiers.flight(key)
-        # One that has not begun may yet find a result that is too old for this caller.
+        # A flight that is not launched may still find a kept result, too old for this caller.
         if flight is not None and (flight.is_launched or request.cache.max_age_s is None):
             self.status = "coalesced"
             tiers.metrics.cache_coalesced.inc()

@@ -1,4 +1,5 @@
-"""The result cache: memory over a shared store, flights over both. Satisfies the Results protocol.
+"""The result cache: memory over a shared store, flights over both. It satisfies the protocols
+Results (for operators) and Tiers (for look-ups).
 
 A kept result is given out only while this replica knows of every flush. With a store, it asks for
 the epochs twice a second, and does without its memory, too, when it has had no answer for longer

@@ -34,7 +34,7 @@ SETTINGS = {"PACKHORSE_ENGINE__KIND": "echo"}
 ADDED = {
     "quantize model": "--no-verify --no-quality --calibration-tokens 2048 --force",
 }
-"""Options that are added to commands: no load proof in vLLM, little calibration text."""
+"""Options that are added to commands: no load check in vLLM, little calibration text."""
 CURL = "fail-with-body\nsilent\nshow-error\n"
 """~/.curlrc: an answer whose status is an error fails the example."""
 MADE_BEFORE = {
