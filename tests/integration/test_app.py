@@ -17,6 +17,7 @@ from packhorse.serve.settings import Settings
 from packhorse.serve.settings.engine import EngineSettings
 from packhorse.serve.settings.routing import RoutingSettings
 from packhorse.serve.settings.service import ServiceSettings
+from tests.integration.serving import until
 
 
 def settings(name: str, delay_s: float = 0.0) -> Settings:
@@ -61,6 +62,10 @@ class Call:
             self.pieces.put_nowait(message.get("body", b""))
             if not message.get("more_body"):
                 self.pieces.put_nowait(None)
+
+    def leave(self) -> None:
+        """As a client that closes its connection."""
+        self._incoming.put_nowait({"type": "http.disconnect"})
 
     async def rest(self) -> str:
         """What is left of the body."""
@@ -159,3 +164,16 @@ async def test_before_it_is_started_it_lives_and_is_not_ready() -> None:
     assert "still loading" in await ready.rest()
     assert (live.status, ready.status) == (200, 503)
     await app.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_is_noticed_in_any_host(stream: bool) -> None:
+    """Ours tells when a connection is lost; others are asked, as ASGI has it."""
+    async with running("first", 600) as app:
+        call = chat(app, "first", "a b c", stream=stream)
+        await until(lambda: app.pipeline.in_flight == 1)
+        call.leave()
+        await asyncio.wait_for(call.task, 30)
+        assert app.pipeline.in_flight == 0
+        outcomes = app.model.metrics.requests_by_outcome
+        assert outcomes["cancelled"]._value.get() == 1
