@@ -127,6 +127,7 @@ class App:
         self._lag = LoopLag()
         self.metrics.loop_lag.set_function(self._lag.worst)
         self._tasks: list[asyncio.Task[None]] = []
+        self._starting: asyncio.Future[None] | None = None
 
     def rpc(self) -> RpcServer:
         """The gRPC API of `settings.rpc`, its port taken, not started. Raises StartupError."""
@@ -167,6 +168,10 @@ class App:
 
     async def start(self) -> None:
         """Return when requests are taken. Raises StartupError. May be cancelled."""
+        self._starting = asyncio.ensure_future(self._start())
+        await self._starting
+
+    async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         self.metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
         self._watch(self._lag.watch())
@@ -239,6 +244,10 @@ class App:
         """Let the engine go, and all that belongs to it. Requests that are cut off can still be
         told so. Safe to call before `start` has ended.
         """
+        starting = self._starting
+        if starting is not None and not starting.done():
+            starting.cancel()
+            await asyncio.wait([starting])
         for task in self._tasks:
             task.cancel()
         await self._supervisor.close()

@@ -50,6 +50,10 @@ class Model:
             raise Unavailable("The engine is still loading; try again soon.", retry_after_s=10)
         return self._engine
 
+    @property
+    def is_loading(self) -> bool:
+        return self._engine is None
+
     def attach(self, engine: Engine) -> None:
         """Serve with this engine from now on."""
         self._engine = engine
@@ -117,6 +121,11 @@ class Models:
     @property
     def first(self) -> Model:
         return self._models[0]
+
+    def check_loaded(self) -> None:
+        """Raises Unavailable while no model has an engine: no name can be judged yet."""
+        if all(model.is_loading for model in self._models):
+            raise Unavailable("The engine is still loading; try again soon.", retry_after_s=10)
 
     @property
     def has_adapters(self) -> bool:

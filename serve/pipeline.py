@@ -121,10 +121,17 @@ class Pipeline:
         metrics = self.models.first.metrics
         try:
             self._check_open()
+            self.models.check_loaded()
             timeout_s = self._timeout_s(request)
             resolved = self.models.resolve(request)
             model, lease = resolved.model, resolved.lease
-            metrics, engine = model.metrics, model.engine
+            metrics = model.metrics
+            try:
+                engine = model.engine
+            except ServeError:
+                if lease is not None:
+                    lease.release()
+                raise
         except ServeError as error:
             self._accounting.refused(metrics, request.request_id, error, request.caller)
             raise
@@ -310,11 +317,14 @@ class Stream:
     def leave_lookup(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Tell the look-up how the request ends."""
         context = self.context
+        context.prompt, context.cache_status = self.lookup.prompt, self.lookup.status
         outcome = context.outcome
         if outcome is None:
             outcome = error.kind if isinstance(error, ServeError) else ErrorKind.CANCELLED
             if isinstance(error, Exception) and not isinstance(error, ServeError):
                 outcome = ErrorKind.INTERNAL
+            if self.deadline.passed and isinstance(error, Exception):
+                outcome = ErrorKind.DEADLINE  # whatever the engine has made of it
         self.lookup.close(context.completion_tokens, outcome)
 
     async def __aiter__(self) -> AsyncGenerator[Chunk, None]:

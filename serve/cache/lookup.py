@@ -105,6 +105,9 @@ class CacheLookup:
         try:
             await self._find()
         except BaseException:
+            self._context.cache_status = self.status
+            if self._prompt is not None:
+                self._context.prompt = self._prompt
             self.close(0, ErrorKind.CANCELLED)
             raise
 

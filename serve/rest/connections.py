@@ -150,6 +150,10 @@ class ConnectionLost:
         """Call it when the connection is lost, at once if it is already; None: nobody any more."""
         self._tell = callback
         if self._is_lost and callback is not None:
+            asyncio.get_running_loop().call_soon(self._tell_late, callback)
+
+    def _tell_late(self, callback: Callable[[], None]) -> None:
+        if self._tell == callback:
             callback()
 
     def happened(self) -> None:

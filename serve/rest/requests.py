@@ -5,6 +5,7 @@ Also: work that ends when its client leaves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import zlib
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -232,8 +233,9 @@ class ClientWatch:
         return self
 
     async def _ask(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        with contextlib.suppress(Exception):  # what a host's receive raises is an end, too
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
         self._left()
 
     def _left(self) -> None:

@@ -107,8 +107,8 @@ class EventStream(Response):
         state["is_event_stream"] = True
         try:
             async with ClientWatch(scope, receive) as watch:
-                await self._open(send, body_send)
                 self._look_later(watch)
+                await self._open(send, body_send)
                 await self._write(body_send)
         except _Stalled:
             self._metrics.stalled_clients.inc()
@@ -201,7 +201,9 @@ class EventStream(Response):
         events = self._events
         pending = b""
         if self._beating is not None:  # it is sending the beginning
+            self._sends += 1  # or a client that does not read would go unnoticed here
             await asyncio.wait([self._beating])
+            self._sends += 1
         try:
             if self._failure is not None:
                 raise self._failure

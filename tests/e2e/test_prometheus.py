@@ -24,7 +24,7 @@ from tests.deploy.test_prometheus import alerts
 WITH_ADAPTERS = {"vllm:lora_requests_info"}
 # Panels of what this server does not have or do: adapters, and refusals (a counter's labels come
 # with the first of its kind).
-EMPTY = {"Routes", "Waiting for an adapter's turn", "Refusals"}
+EMPTY = {"Routes", "Adapter queue", "Refusals"}
 
 
 def use(server: Server) -> None:

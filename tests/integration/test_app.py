@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from packhorse.serve import engine_builder
 from packhorse.serve.app import App, create
+from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import StartupError
 from packhorse.serve.settings import Settings
 from packhorse.serve.settings.engine import EngineSettings
@@ -177,3 +180,25 @@ async def test_a_client_that_leaves_is_noticed_in_any_host(stream: bool) -> None
         assert app.pipeline.in_flight == 0
         outcomes = app.model.metrics.requests_by_outcome
         assert outcomes["cancelled"]._value.get() == 1
+
+
+async def test_a_stop_in_the_middle_of_a_start_leaves_no_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = []
+
+    def slowly(model: str, name: str, settings: EngineSettings, metrics: Any) -> EchoEngine:
+        built.append(name)
+        time.sleep(0.3)
+        return EchoEngine(settings)
+
+    monkeypatch.setitem(engine_builder.ENGINES, "echo", slowly)
+    before = asyncio.all_tasks()
+    app = create(settings("first"))
+    starting = asyncio.create_task(app.start())
+    await until(lambda: built == ["first"])
+    await app.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await until(lambda: asyncio.all_tasks() <= before)
+    assert built == ["first"], "nothing takes the engine for dead, and builds another"

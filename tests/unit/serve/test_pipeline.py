@@ -366,3 +366,11 @@ async def test_the_log_line_names_the_key_and_its_tenant(caplog: pytest.LogCaptu
     await text_of(pipeline, replace(ask("a", max_tokens=1), caller=LIMITED))
     (line,) = request_lines(caplog)
     assert (line["key"], line["tenant"], line["outcome"]) == ("batch", "acme", "ok")
+
+
+@pytest.mark.parametrize("name", ["echo", "an-adapter-that-is-not-there-yet"])
+async def test_while_the_engine_loads_no_name_is_judged(name: str) -> None:
+    pipeline = Pipeline(Models(Model("echo")))
+    with pytest.raises(Unavailable, match="still loading"):
+        await pipeline.start(ask("hi", model=name))
+    assert await pipeline.drain(10)
