@@ -55,7 +55,7 @@ ROUND = Load(320, 32, stream=True, seed="", prompt_tokens=129, output_tokens=128
 # Says which tree it runs, then is the `packhorse` command.
 COMMAND = """\
 import importlib, os, pathlib, sys
-has_package = pathlib.Path(os.environ["PYTHONPATH"], "packhorse").is_dir()  # older commits have none
+has_package = pathlib.Path(os.environ["PYTHONPATH"], "packhorse").is_dir()  # since 2026-11
 serve = importlib.import_module("packhorse.serve" if has_package else "serve")
 pathlib.Path(sys.argv.pop(1)).write_text(serve.__file__)
 importlib.import_module(serve.__name__ + ".cli").app()
