@@ -136,7 +136,7 @@ def build_app(*, cached: bool) -> Any:
     cache = None
     if cached:
         cache = ResultCache(b"s" * 32, memory_bytes=2**28, max_entry_bytes=2**20, ttl_s=600)
-        cache.identity = b"echo"
+        cache.fingerprint = b"echo"
     model = Model(MODEL, cache=cache)
     model.attach(EchoEngine(EngineSettings(kind="echo")))
     return build(Pipeline(Models(model)), HttpSettings())
@@ -147,12 +147,12 @@ async def before_the_engine_us() -> float:
     of several rounds.
     """
     from packhorse.serve.cache.result_cache import ResultCache
-    from packhorse.serve.messages import GenerateRequest, Prompt, Route, Sampling, Settled
+    from packhorse.serve.messages import EffectiveSampling, GenerateRequest, Prompt, Route, Sampling
     from packhorse.serve.tenancy import Tenancy
 
     tenancy = Tenancy(b"s" * 32)
     cache = ResultCache(b"s" * 32, memory_bytes=2**26, max_entry_bytes=2**20, ttl_s=600)
-    cache.identity, route, number = b"m" * 32, Route(MODEL), 2000
+    cache.fingerprint, route, number = b"m" * 32, Route(MODEL), 2000
     asked = [
         (
             GenerateRequest(
@@ -161,7 +161,12 @@ async def before_the_engine_us() -> float:
                 Sampling(temperature=0.0),
                 messages=({"role": "user", "content": f"{n}"},),
             ),
-            Prompt(tuple(range(n, n + 80)), 64, settled=Settled(temperature=0.0), is_lasting=True),
+            Prompt(
+                tuple(range(n, n + 80)),
+                64,
+                effective_sampling=EffectiveSampling(temperature=0.0),
+                is_lasting=True,
+            ),
         )
         for n in range(number)
     ]

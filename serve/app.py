@@ -207,7 +207,7 @@ class App:
             limits,
             slots=capacity.max_loras,
             extra_slots=capacity.max_active_loras - capacity.max_loras,
-            few_requests=capacity.max_num_seqs,  # all fit in it
+            extra_slots_max_requests=capacity.max_num_seqs,  # all fit in it
             max_waiting=settings.adapters.max_waiting or capacity.max_num_seqs,
         )
         watching = []

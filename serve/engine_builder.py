@@ -85,11 +85,11 @@ class Builder:
         self._metrics = metrics or ModelMetrics(name)
         self._environment = environment
         self._model = Model(settings.model, settings.engine)
-        self._identities = None
+        self._fingerprints = None
         if cache is not None:
             file = settings.cache.digests_file or cache_home() / "digests.json"
             digests = FileDigests(file) if settings.cache.store is not None else None
-            self._identities = Fingerprints(digests, partial(setattr, cache, "identity"))
+            self._fingerprints = Fingerprints(digests, partial(setattr, cache, "fingerprint"))
 
     def build(self) -> Engine:
         """The engine of the settings; the cache is told which model it is. Raises StartupError."""
@@ -108,7 +108,7 @@ class Builder:
         return engine
 
     def _loading(self, found: Found | None) -> Loading | None:
-        if self._identities is None:
+        if self._fingerprints is None:
             return None
         engine = self._settings.engine
         parts = [engine.model_dump_json(exclude=SILENT)]
@@ -121,7 +121,7 @@ class Builder:
                 if engine.chat_template is not None:
                     parts.append(Path(engine.chat_template).read_text(encoding="utf-8"))
             folders = (found.folder, *found.others) if found else ()
-            return self._identities.begin(folders, "\0".join(parts), environment)
+            return self._fingerprints.begin(folders, "\0".join(parts), environment)
         except OSError as error:
             raise StartupError(f"The model's files cannot be read: {error}") from error
 

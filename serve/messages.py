@@ -221,7 +221,7 @@ class Route:
         return self.adapter.name if self.adapter else self.model
 
 
-class Settled(NamedTuple):
+class EffectiveSampling(NamedTuple):
     """The sampling fields that a model may have defaults for, filled in. Names are Sampling's."""
 
     temperature: float = 1.0
@@ -234,7 +234,7 @@ class Settled(NamedTuple):
     seed: int | None = None
 
 
-NEUTRAL = Settled()
+NEUTRAL = EffectiveSampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ class Prompt:
     max_tokens: int
     text: str | None = None
     engine_input: Any = field(default=None, repr=False)
-    settled: Settled = NEUTRAL
+    effective_sampling: EffectiveSampling = NEUTRAL
     is_parsed: bool = False
     is_lasting: bool = False
     ignored: tuple[str, ...] = ()

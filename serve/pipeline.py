@@ -302,7 +302,7 @@ class Stream:
         """What the engine does for this request; shared with others, it may outlast the stream."""
         lease = self.context.lease
         if lease is not None and self.lookup.is_shared:
-            lease = lease.again()
+            lease = lease.duplicate()
         return EngineSource(self, prompt, permit, lease)
 
     def _work_again(self, prompt: Prompt) -> EngineSource:

@@ -36,7 +36,7 @@ class Lease(Protocol):
     @property
     def adapter(self) -> AdapterVersion: ...
 
-    def again(self) -> Lease:
+    def duplicate(self) -> Lease:
         """Another lease on the same version. This one must not have been released."""
         ...
 

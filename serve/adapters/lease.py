@@ -42,7 +42,7 @@ class Lease:
         self._charged_tokens: int | None = None
         version.leases += 1
 
-    def again(self) -> Lease:
+    def duplicate(self) -> Lease:
         return Lease(self._version, self._registry, self._metrics)
 
     async def ready(self, prompt_tokens: int, max_tokens: int) -> None:

@@ -34,17 +34,17 @@ class LoraQueue:
         max_concurrent_per_adapter: int | None = None,
         max_waiting: int | None = None,
         extra_slots: int = 0,
-        few_requests: int = 0,
+        extra_slots_max_requests: int = 0,
         metrics: ModelMetrics | None = None,
     ) -> None:
         """`max_concurrent_per_adapter` limits the requests of one adapter in the engine,
         `max_waiting` those of one adapter in this queue: a long queue of one adapter would use up
         the server's admission limits. `extra_slots` are given while there are at most
-        `few_requests`, waiting ones included. None: no limit.
+        `extra_slots_max_requests`, waiting ones included. None: no limit.
         """
         self._slots = slots
         self._extra_slots = extra_slots
-        self._few_requests = few_requests
+        self._extra_slots_max_requests = extra_slots_max_requests
         self._slots_given = 0
         self._requests = 0  # in the engine or waiting for it
         self._quantum = quantum_tokens
@@ -113,7 +113,7 @@ class LoraQueue:
 
     def _free_slots(self) -> int:
         """How many slots may be given; negative when more are given than may be now."""
-        extra = self._extra_slots if self._requests <= self._few_requests else 0
+        extra = self._extra_slots if self._requests <= self._extra_slots_max_requests else 0
         return self._slots + extra - self._slots_given
 
     def _release(self, adapter: int, queue: _AdapterQueue) -> None:

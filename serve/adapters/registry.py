@@ -98,7 +98,7 @@ class Registry:
         *,
         slots: int,
         extra_slots: int = 0,
-        few_requests: int = 0,
+        extra_slots_max_requests: int = 0,
         max_waiting: int | None = None,
     ) -> None:
         """Serve the adapters that were registered before a restart. One that cannot be served is
@@ -110,7 +110,10 @@ class Registry:
         self._limits = limits
         self._slots = slots + extra_slots
         self.lora_queue = self._new_queue(
-            slots, max_waiting=max_waiting, extra_slots=extra_slots, few_requests=few_requests
+            slots,
+            max_waiting=max_waiting,
+            extra_slots=extra_slots,
+            extra_slots_max_requests=extra_slots_max_requests,
         )
         self._lora_cache.loader = loader
         registered = await asyncio.to_thread(self._store.load)

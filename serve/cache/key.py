@@ -16,7 +16,14 @@ from typing import Any
 
 import msgspec
 
-from packhorse.serve.messages import ChatOptions, GenerateRequest, Prompt, Route, Sampling, Settled
+from packhorse.serve.messages import (
+    ChatOptions,
+    EffectiveSampling,
+    GenerateRequest,
+    Prompt,
+    Route,
+    Sampling,
+)
 
 # Changes when the meaning of the parts below does.
 VERSION = b"packhorse-result-2"
@@ -24,7 +31,7 @@ VERSION = b"packhorse-result-2"
 # Of Sampling: written in another form below, or decided by `Prompt`.
 _ELSEWHERE = {
     "max_tokens", "default_max_tokens", "stop_token_ids", "allowed_token_ids", "bad_words",
-    "logit_bias", "constraint", *Settled._fields,
+    "logit_bias", "constraint", *EffectiveSampling._fields,
 }  # fmt: skip
 _as_sent = attrgetter(*(f.name for f in fields(Sampling) if f.name not in _ELSEWHERE))
 _encoder = msgspec.msgpack.Encoder(enc_hook=repr)
@@ -74,9 +81,9 @@ def is_repeatable(request: GenerateRequest, prompt: Prompt) -> bool:
     """Whether the model says the same each time: greedy, or from a seed of the request's own that
     the engine honours (some values mean "random" to it).
     """
-    settled = prompt.settled
-    seeded = request.sampling.seed is not None and settled.seed is not None
-    return settled.temperature == 0 or seeded
+    effective = prompt.effective_sampling
+    seeded = request.sampling.seed is not None and effective.seed is not None
+    return effective.temperature == 0 or seeded
 
 
 def scopes_of(route: Route, tenant: bytes) -> tuple[str, ...]:
@@ -86,13 +93,13 @@ def scopes_of(route: Route, tenant: bytes) -> tuple[str, ...]:
 
 
 def digest_of(
-    route: Route, content: bytes, *, identity: bytes, salt: str, epochs: Sequence[str]
+    route: Route, content: bytes, *, fingerprint: bytes, salt: str, epochs: Sequence[str]
 ) -> bytes:
-    """32 bytes. `content` is `content_of` the request; `identity` is the model's and its engine's,
-    `salt` says who may share (see `tenancy`), `epochs` what flushes have made of it.
+    """32 bytes. `content` is `content_of` the request; `fingerprint` is the model's and its
+    engine's, `salt` says who may share (see `tenancy`), `epochs` what flushes have made of it.
     """
     adapter = route.adapter.digest if route.adapter else None
-    parts = (VERSION, identity, salt, epochs, route.model, adapter, content)
+    parts = (VERSION, fingerprint, salt, epochs, route.model, adapter, content)
     return hashlib.blake2b(_encode(parts), digest_size=32).digest()
 
 
@@ -103,15 +110,15 @@ def content_of(request: GenerateRequest, prompt: Prompt) -> bytes:
     the engine has filled in for those left out. What means a set is sorted. A JSON schema is not:
     the order of its properties is the order in which the model writes them.
     """
-    sampling, settled = request.sampling, prompt.settled
-    if settled.temperature == 0:
+    sampling, effective = request.sampling, prompt.effective_sampling
+    if effective.temperature == 0:
         # These have no effect then; engines may leave them as sent.
-        settled = settled._replace(top_p=1.0, top_k=0, min_p=0.0, seed=None)
+        effective = effective._replace(top_p=1.0, top_k=0, min_p=0.0, seed=None)
     constraint = sampling.constraint
     parts = (
         array("q", prompt.token_ids).tobytes(),
         prompt.max_tokens,
-        tuple(settled._replace(top_k=max(settled.top_k, 0))),  # vLLM takes -1 for all, too
+        tuple(effective._replace(top_k=max(effective.top_k, 0))),  # vLLM takes -1 for all, too
         _as_sent(sampling),
         sorted(set(sampling.stop_token_ids)),
         None if sampling.allowed_token_ids is None else sorted(set(sampling.allowed_token_ids)),

@@ -31,16 +31,16 @@ class Prompts:
     def __init__(self) -> None:
         self._known: LRUCache[bytes, Known] = LRUCache(MAX_BYTES, getsizeof=_size)
 
-    def get(self, request: GenerateRequest, identity: bytes) -> Known | None:
-        """`identity` is the engine's: another may render in another way."""
-        return self._known.get(identity + rendering_of(request))
+    def get(self, request: GenerateRequest, fingerprint: bytes) -> Known | None:
+        """`fingerprint` is the engine's: another may render in another way."""
+        return self._known.get(fingerprint + rendering_of(request))
 
-    def learn(self, request: GenerateRequest, identity: bytes, prompt: Prompt) -> Known:
+    def learn(self, request: GenerateRequest, fingerprint: bytes, prompt: Prompt) -> Known:
         """What `get` answers from now on, if the prompt lasts."""
         known = Known(prompt, content_of(request, prompt))
         if prompt.is_lasting and _size(known) <= MAX_BYTES:
             light = replace(prompt, token_ids=tuple(prompt.token_ids), engine_input=None)
-            self._known[identity + rendering_of(request)] = replace(known, prompt=light)
+            self._known[fingerprint + rendering_of(request)] = replace(known, prompt=light)
         return known
 
 

@@ -52,7 +52,7 @@ class ResultCache:
         metrics: ModelMetrics | None = None,
     ) -> None:
         """`clock` gives Unix time in seconds."""
-        self.identity = b""
+        self.fingerprint = b""
         """The model's and its engine's; set when there is an engine, again with each new one."""
         self.metrics = metrics or ModelMetrics()
         self._secret = secret
@@ -85,10 +85,10 @@ class ResultCache:
         return mode != "off" and (mode == "always" or keys.may_be_repeatable(request))
 
     def known(self, request: GenerateRequest) -> Known | None:
-        return self._prompts.get(request, self.identity)
+        return self._prompts.get(request, self.fingerprint)
 
     def learn(self, request: GenerateRequest, prompt: Prompt) -> Known:
-        return self._prompts.learn(request, self.identity, prompt)
+        return self._prompts.learn(request, self.fingerprint, prompt)
 
     def key(self, request: GenerateRequest, route: Route, known: Known) -> Key | None:
         if request.cache.mode != "always" and not keys.is_repeatable(request, known.prompt):
@@ -98,7 +98,7 @@ class ResultCache:
         digest = keys.digest_of(
             route,
             known.content,
-            identity=self.identity,
+            fingerprint=self.fingerprint,
             salt=self._tenancy.prefix_cache_salt(tenant, request.cache_salt),
             epochs=self._epochs.of(scopes),
         )
@@ -111,7 +111,7 @@ class ResultCache:
         return self._flights.get(key.digest)
 
     def lead(self, key: Key) -> Flight:
-        return self._flights.lead(key.digest, partial(self._keep, key, self.identity))
+        return self._flights.lead(key.digest, partial(self._keep, key, self.fingerprint))
 
     def recall(self, key: Key, request: GenerateRequest) -> Result | None:
         if not self._knows_flushes():
@@ -162,9 +162,9 @@ class ResultCache:
     def _left_s(self, result: Result) -> float:
         return self._ttl_s - (self._clock() - result.created_s)
 
-    def _keep(self, key: Key, identity: bytes, whole: tuple[Chunk, ...] | None) -> None:
+    def _keep(self, key: Key, fingerprint: bytes, whole: tuple[Chunk, ...] | None) -> None:
         """A flight has ended."""
-        if whole is None or identity != self.identity:  # replayed on a new engine, perhaps
+        if whole is None or fingerprint != self.fingerprint:  # replayed on a new engine, perhaps
             return
         try:
             content = encode(Result(whole, self._clock()))

@@ -16,11 +16,11 @@ from packhorse.serve.errors import Unavailable
 from packhorse.serve.messages import (
     AdapterVersion,
     Chunk,
+    EffectiveSampling,
     FinishReason,
     GenerateRequest,
     Prompt,
     Route,
-    Settled,
 )
 from packhorse.serve.settings.engine import EngineSettings
 
@@ -83,9 +83,11 @@ class EchoEngine:
         text = _text(request)
         token_ids = _tokens(text)
         budget = answer_budget(request, len(token_ids), self.max_model_len)
-        asked = {name: getattr(request.sampling, name) for name in Settled._fields}
-        settled = Settled(**{name: value for name, value in asked.items() if value is not None})
-        return Prompt(token_ids, budget, text, text, settled, is_lasting=True)
+        asked = {name: getattr(request.sampling, name) for name in EffectiveSampling._fields}
+        effective = EffectiveSampling(
+            **{name: value for name, value in asked.items() if value is not None}
+        )
+        return Prompt(token_ids, budget, text, text, effective, is_lasting=True)
 
     async def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route

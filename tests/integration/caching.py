@@ -17,7 +17,7 @@ MARK = "x-packhorse-cache"
 def a_cache(**options: Any) -> ResultCache:
     known: dict[str, Any] = {"memory_bytes": 2**24, "max_entry_bytes": 2**16, "ttl_s": 600.0}
     cache = ResultCache(b"s" * 32, **{**known, **options})
-    cache.identity = b"model"
+    cache.fingerprint = b"model"
     return cache
 
 

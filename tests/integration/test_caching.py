@@ -241,7 +241,7 @@ class Lease:
     def __init__(self, adapter: AdapterVersion) -> None:
         self.adapter = adapter
 
-    def again(self) -> Lease:
+    def duplicate(self) -> Lease:
         return Lease(self.adapter)
 
     async def ready(self, prompt_tokens: int, max_tokens: int) -> None: ...

@@ -29,7 +29,7 @@ ANSWER = (Chunk("the answer", [1, 2], "stop"),)
 
 
 def prompt(text: str) -> Prompt:
-    return Prompt(tuple(text.encode()), 10, settled=GREEDY)
+    return Prompt(tuple(text.encode()), 10, effective_sampling=GREEDY)
 
 
 @pytest.fixture(params=["redis", "memcached"])
@@ -60,7 +60,7 @@ async def cache_at(
     """A replica, watching; it gives up on a store late, since the machine may be busy."""
     store = STORES[url.partition("://")[0]](url, "test", timeout_s)
     cache = ResultCache(SECRET, memory_bytes=memory, max_entry_bytes=2**20, ttl_s=60, store=store)
-    cache.identity = b"model"
+    cache.fingerprint = b"model"
     await cache.start()
     watching = asyncio.create_task(cache.watch())
     try:
@@ -179,7 +179,7 @@ async def test_replicas_share(server: StoreServer) -> None:
         assert await find(two) == "the answer"
         assert await find(two, tenant="other") is None
         other = ResultCache(b"t" * 32, memory_bytes=0, max_entry_bytes=9, ttl_s=9, store=one._store)
-        other.identity = b"model"
+        other.fingerprint = b"model"
         await other.start()
         assert await find(other) is None, "another secret, another world"
 

@@ -42,7 +42,7 @@ from packhorse.serve.engines.vllm.health import Health, Heartbeat, has_died
 from packhorse.serve.engines.vllm.loras import Loras
 from packhorse.serve.engines.vllm.outputs import PlainOutputs, chunks_of, refuse_failure
 from packhorse.serve.engines.vllm.patches.forkserver import engines_are_forked
-from packhorse.serve.engines.vllm.sampling import invalid, sampling_params, settled
+from packhorse.serve.engines.vllm.sampling import effective_sampling, invalid, sampling_params
 from packhorse.serve.errors import EngineDied, Invalid, Overloaded, StartupError
 from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
 from packhorse.serve.metrics import ModelMetrics
@@ -230,7 +230,7 @@ class VllmEngine:
             budget,
             text,
             rendered,
-            settled(params),
+            effective_sampling(params),
             is_parsed=reader is not None,
             is_lasting=template is None or self._chat.is_lasting(request),
             ignored=ignored,

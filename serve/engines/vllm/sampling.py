@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from packhorse.serve.engines.base import TOO_LONG
 from packhorse.serve.errors import Invalid
-from packhorse.serve.messages import GenerateRequest, Settled
+from packhorse.serve.messages import EffectiveSampling, GenerateRequest
 
 # Fields that None leaves to the model's generation_config.json.
 OPTIONAL = (
@@ -64,11 +64,11 @@ def sampling_params(
         raise invalid(error) from error
 
 
-def settled(params: SamplingParams) -> Settled:
+def effective_sampling(params: SamplingParams) -> EffectiveSampling:
     """The values that vLLM uses for the fields that models have defaults for. At temperature 0 it
     sets fields without effect to their neutral values.
     """
-    return Settled(
+    return EffectiveSampling(
         params.temperature,
         params.top_p,
         params.top_k,

@@ -62,7 +62,7 @@ def builder(
     settings = Settings.model_validate(
         {"model": str(model), "engine": {"kind": "echo", **engine}, "cache": cache}
     )
-    told = SimpleNamespace(identity=b"")
+    told = SimpleNamespace(fingerprint=b"")
     return Builder(settings, "name", told, {}), told  # type: ignore[arg-type]
 
 
@@ -97,17 +97,17 @@ def test_without_a_store_no_weight_is_read(
     monkeypatch.setattr(model_fingerprint.hashlib, "file_digest", never)
     makes, cache = builder(folder, tmp_path)
     makes.build()
-    first = cache.identity
+    first = cache.fingerprint
     assert len(first) == 32
     makes.build()
-    assert cache.identity == first, "the same files: what was kept is right"
+    assert cache.fingerprint == first, "the same files: what was kept is right"
     (folder / "model.safetensors").write_bytes(bytes(999) + b"\x01")
     makes.build()
-    assert cache.identity != first
+    assert cache.fingerprint != first
     assert not (tmp_path / "digests.json").exists()
     other, others = builder(folder, tmp_path)
     other.build()
-    assert others.identity != cache.identity
+    assert others.fingerprint != cache.fingerprint
 
 
 def test_with_a_store_files_are_read_beside_the_loading(
@@ -115,13 +115,13 @@ def test_with_a_store_files_are_read_beside_the_loading(
 ) -> None:
     makes, cache = builder(folder, tmp_path, store=True)
     makes.build()  # though nothing can be read yet
-    own = cache.identity
+    own = cache.fingerprint
     assert len(own) == 32
     gate.set()
-    soon(lambda: cache.identity != own)
+    soon(lambda: cache.fingerprint != own)
     other, others = builder(folder, tmp_path / "elsewhere", store=True)
     other.build()
-    soon(lambda: others.identity == cache.identity)
+    soon(lambda: others.fingerprint == cache.fingerprint)
 
 
 def test_what_is_read_late_is_not_told_of_the_next_engine(
@@ -134,17 +134,17 @@ def test_what_is_read_late_is_not_told_of_the_next_engine(
     gate.set()
     other, others = builder(folder, tmp_path / "elsewhere", store=True)
     other.build()
-    soon(lambda: others.identity == cache.identity)
+    soon(lambda: others.fingerprint == cache.fingerprint)
 
 
 def shared(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> bytes:
-    """The identity by which replicas know it."""
+    """The fingerprint by which replicas know it."""
     caplog.clear()
     makes, cache = builder(folder, tmp_path, store=True)
     with caplog.at_level(logging.INFO):
         makes.build()
         soon(lambda: "results are shared" in caplog.text)
-    found: bytes = cache.identity
+    found: bytes = cache.fingerprint
     return found
 
 
@@ -167,7 +167,7 @@ def test_files_that_change_while_they_are_loaded_are_noticed(
     monkeypatch.setitem(ENGINES, "echo", build)
     known.add(shared(folder, tmp_path, caplog))
     assert len(known) == 2
-    assert cache.identity not in known
+    assert cache.fingerprint not in known
 
 
 def test_files_that_change_while_they_are_read_are_noticed(
@@ -176,10 +176,10 @@ def test_files_that_change_while_they_are_read_are_noticed(
 ) -> None:  # fmt: skip
     makes, cache = builder(folder, tmp_path, store=True)
     makes.build()
-    own = cache.identity
+    own = cache.fingerprint
     (folder / "model.safetensors").write_bytes(bytes(999) + b"\x01")
     gate.set()
-    soon(lambda: cache.identity != own)
+    soon(lambda: cache.fingerprint != own)
     assert CHANGED in caplog.text
 
 
@@ -194,7 +194,7 @@ def test_files_that_cannot_be_read_are_shared_with_nobody(
     makes, cache = builder(folder, tmp_path, store=True)
     makes.build()
     soon(lambda: "no result is shared: a bad disk" in caplog.text)
-    assert len(cache.identity) == 32
+    assert len(cache.fingerprint) == 32
 
 
 @pytest.fixture
@@ -216,13 +216,13 @@ def test_a_branch_that_moves_changes_nothing_under_a_server(
     with caplog.at_level(logging.INFO):
         makes.build()
     assert f"organisation/model is at commit {COMMITS['one']}" in caplog.text
-    first, layers = cache.identity, makes.layers()
+    first, layers = cache.fingerprint, makes.layers()
     assert layers
     hub.push(COMMITS["two"], {"config.json": b"{}", "model.safetensors": b"another"})
     makes.build()
     assert built[0] == built[1]
     assert built[0].endswith(COMMITS["one"])
-    assert cache.identity == first
+    assert cache.fingerprint == first
     assert makes.layers() == layers
 
 

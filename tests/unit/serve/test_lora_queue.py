@@ -167,7 +167,7 @@ async def test_a_request_cancelled_as_it_is_admitted_gives_its_slot_back() -> No
 
 
 async def test_extra_slots_are_given_at_low_load() -> None:
-    requests = Requests(1, extra_slots=1, few_requests=3)
+    requests = Requests(1, extra_slots=1, extra_slots_max_requests=3)
     await requests.ask(1, 2, 3)
     assert sorted(requests.admitted) == [1, 2]
     await requests.end(2)
@@ -186,7 +186,7 @@ async def test_extra_slots_are_given_at_low_load() -> None:
 
 async def test_active_adapters_fall_to_the_slots_at_high_load() -> None:
     """Also when no adapter is without a slot: both use their quantum, then one has to wait."""
-    requests = Requests(1, extra_slots=1, few_requests=2)
+    requests = Requests(1, extra_slots=1, extra_slots_max_requests=2)
     await requests.ask(1, 2)
     await requests.ask(*[1] * 9, *[2] * 9)
     assert {adapter: requests.admitted.count(adapter) for adapter in (1, 2)} == {1: 4, 2: 4}
@@ -197,7 +197,7 @@ async def test_active_adapters_fall_to_the_slots_at_high_load() -> None:
 
 
 async def test_requests_that_give_up_are_not_counted() -> None:
-    queue = LoraQueue(1, QUANTUM, extra_slots=1, few_requests=2, max_waiting=1)
+    queue = LoraQueue(1, QUANTUM, extra_slots=1, extra_slots_max_requests=2, max_waiting=1)
     await queue.enter(1, 1, "a1")
     waiting = [asyncio.create_task(queue.enter(adapter, 1, "a")) for adapter in (2, 3, 3)]
     await settle()

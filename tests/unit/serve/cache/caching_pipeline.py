@@ -60,7 +60,7 @@ def make(
     known: dict[str, Any] = {"memory_bytes": 2**20, "max_entry_bytes": 2**16, "ttl_s": 60.0}
     metrics = ModelMetrics("echo")
     cache = ResultCache(b"s" * 32, metrics=metrics, **{**known, **options})
-    cache.identity = b"model"
+    cache.fingerprint = b"model"
     admission = Admission(AdmissionSettings(**(limits or {})))
     model = Model("echo", admission=admission, cache=cache if has_cache else None, metrics=metrics)
     model.attach(engine)

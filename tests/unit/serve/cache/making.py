@@ -11,14 +11,14 @@ from packhorse.serve.messages import (
     AdapterVersion,
     CachePolicy,
     Caller,
+    EffectiveSampling,
     GenerateRequest,
     Prompt,
     Route,
     Sampling,
-    Settled,
 )
 
-GREEDY = Settled(temperature=0.0)
+GREEDY = EffectiveSampling(temperature=0.0)
 
 
 def caller(tenant: str, **fields: Any) -> Caller:
@@ -57,8 +57,10 @@ def digest(
     prompt: Prompt | None = None,
     **fields: Any,
 ) -> bytes:
-    known: dict[str, Any] = {"identity": b"model", "salt": "t" * 32, "epochs": ["", "", ""]}
-    content = content_of(request or ask(), prompt or Prompt((1, 2, 3), 10, settled=GREEDY))
+    known: dict[str, Any] = {"fingerprint": b"model", "salt": "t" * 32, "epochs": ["", "", ""]}
+    content = content_of(
+        request or ask(), prompt or Prompt((1, 2, 3), 10, effective_sampling=GREEDY)
+    )
     return digest_of(route or Route("echo"), content, **{**known, **fields})
 
 

@@ -16,15 +16,15 @@ from packhorse.serve.messages import (
     CachePolicy,
     ChatOptions,
     Constraint,
+    EffectiveSampling,
     GenerateRequest,
     Prompt,
     Route,
     Sampling,
-    Settled,
 )
 from tests.unit.serve.cache.making import GREEDY, ask, caller, digest, version
 
-PROMPT = Prompt((1, 2, 3), 10, settled=GREEDY)
+PROMPT = Prompt((1, 2, 3), 10, effective_sampling=GREEDY)
 # Another value for every field of Sampling. What the engine settles is below.
 OTHER_SAMPLING: dict[str, Any] = {
     "min_tokens": 1,
@@ -42,10 +42,10 @@ OTHER_SAMPLING: dict[str, Any] = {
     "prompt_logprobs": 0,
     "constraint": Constraint("regex", "a+"),
 }
-# Their effect is in the prompt: what was settled, and how many tokens the answer may have.
-BY_PROMPT = {"max_tokens", "default_max_tokens", *Settled._fields}
-SAMPLED = Settled(temperature=0.7, seed=1)
-OTHER_SETTLED: dict[str, Any] = {
+# Their effect is in the prompt: the sampling in effect, and how many tokens the answer may have.
+BY_PROMPT = {"max_tokens", "default_max_tokens", *EffectiveSampling._fields}
+SAMPLED = EffectiveSampling(temperature=0.7, seed=1)
+OTHER_EFFECTIVE: dict[str, Any] = {
     "temperature": 0.8,
     "top_p": 0.9,
     "top_k": 3,
@@ -71,7 +71,7 @@ OTHER_CHAT: dict[str, Any] = {
 
 def test_the_tables_name_every_field() -> None:
     assert set(OTHER_SAMPLING) | BY_PROMPT == {field.name for field in fields(Sampling)}
-    assert set(OTHER_SETTLED) == set(Settled._fields)
+    assert set(OTHER_EFFECTIVE) == set(EffectiveSampling._fields)
     assert set(OTHER_CHAT) == {field.name for field in fields(ChatOptions)}
 
 
@@ -80,10 +80,10 @@ def test_every_sampling_field_is_in_it(name: str) -> None:
     assert digest(ask(**{name: OTHER_SAMPLING[name]})) != digest(ask())
 
 
-@pytest.mark.parametrize("name", OTHER_SETTLED)
-def test_everything_that_is_settled_is_in_it(name: str) -> None:
-    one = replace(PROMPT, settled=SAMPLED)
-    other = replace(PROMPT, settled=SAMPLED._replace(**{name: OTHER_SETTLED[name]}))
+@pytest.mark.parametrize("name", OTHER_EFFECTIVE)
+def test_every_effective_parameter_is_in_it(name: str) -> None:
+    one = replace(PROMPT, effective_sampling=SAMPLED)
+    other = replace(PROMPT, effective_sampling=SAMPLED._replace(**{name: OTHER_EFFECTIVE[name]}))
     assert digest(prompt=one) != digest(prompt=other)
 
 
@@ -97,7 +97,7 @@ def test_how_an_answer_is_parsed_is_in_it(name: str) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"identity": b"other"},
+        {"fingerprint": b"other"},
         {"salt": "u" * 32},
         {"epochs": ["1", "", ""]},
         {"epochs": ["", "1", ""]},
@@ -157,7 +157,7 @@ def test_the_order_of_a_schema_counts() -> None:
 
 def test_without_effect_at_temperature_0() -> None:
     other = GREEDY._replace(seed=3, top_p=0.5, top_k=4, min_p=0.1)
-    assert digest(prompt=replace(PROMPT, settled=other)) == digest()
+    assert digest(prompt=replace(PROMPT, effective_sampling=other)) == digest()
 
 
 def request_of(body: dict[str, Any]) -> GenerateRequest:
@@ -209,21 +209,21 @@ def test_equal_only_if_all_is_equal(
 
 
 @pytest.mark.parametrize(
-    ("settled", "seed", "expected"),
+    ("effective", "seed", "expected"),
     [
         (GREEDY, None, True),
         (GREEDY, 1, True),
         (SAMPLED, 1, True),
-        (Settled(), None, False),
+        (EffectiveSampling(), None, False),
         (SAMPLED, None, False),
-        (Settled(), -1, False),
+        (EffectiveSampling(), -1, False),
     ],
 )
-def test_what_is_repeatable(settled: Settled, seed: int | None, expected: bool) -> None:
+def test_what_is_repeatable(effective: EffectiveSampling, seed: int | None, expected: bool) -> None:
     """A seed counts when the request itself has it (that of the server is one for all), and the
     engine takes it for one: -1 is "random" to vLLM.
     """
-    assert is_repeatable(ask(seed=seed), replace(PROMPT, settled=settled)) is expected
+    assert is_repeatable(ask(seed=seed), replace(PROMPT, effective_sampling=effective)) is expected
 
 
 def test_scopes() -> None:

@@ -1,4 +1,4 @@
-"""Another model, another identity; the same one is read once."""
+"""Another model, another fingerprint; the same one is read once."""
 
 from __future__ import annotations
 

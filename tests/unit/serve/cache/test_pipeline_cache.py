@@ -101,7 +101,7 @@ async def test_large_results_are_not_kept() -> None:
 async def test_another_engine_is_another_model() -> None:
     pipeline, engine = make()
     await answer(pipeline, ask())
-    pipeline.models.first.cache.identity = b"another"  # type: ignore[attr-defined]
+    pipeline.models.first.cache.fingerprint = b"another"  # type: ignore[attr-defined]
     assert (await answer(pipeline, ask()))[0] == "miss"
     assert engine.generations == 2
 
@@ -110,8 +110,8 @@ async def test_what_two_engines_answered_is_not_kept() -> None:
     """An engine that was replaced on the way may have answered, or the one that came after it."""
     pipeline, engine = make(0.05)
     stream = await pipeline.start(ask("a b c", stream=True))
-    pipeline.models.first.cache.identity = b"another"  # type: ignore[attr-defined]
+    pipeline.models.first.cache.fingerprint = b"another"  # type: ignore[attr-defined]
     assert await read(stream) == "a b c"
-    pipeline.models.first.cache.identity = b"model"  # type: ignore[attr-defined]
+    pipeline.models.first.cache.fingerprint = b"model"  # type: ignore[attr-defined]
     assert (await answer(pipeline, ask("a b c")))[0] == "miss"
     assert engine.generations == 2
