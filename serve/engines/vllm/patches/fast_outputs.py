@@ -58,7 +58,7 @@ APPLIES_TO = {
         "enable_envs_cache": "call()",
     },
 }
-WITHOUT = "A streamed token costs the server about twice the CPU time."
+WITHOUT = "A streamed token costs the server more CPU time."
 
 
 def probe(root: Path | None = None) -> str | None:

@@ -36,7 +36,7 @@ APPLIES_TO = {
         "get_mp_context": "sha256:8265c8641673e125",
     },
 }
-WITHOUT = "Each engine process imports vLLM anew: starts and rebuilds take about twice as long."
+WITHOUT = "Each engine process imports vLLM anew, so that starts and rebuilds take longer."
 
 # What the forkserver imports, in this order: all that an engine's process has when it is ready.
 PRELOADED = [
