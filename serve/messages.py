@@ -14,6 +14,10 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import msgspec
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+# What a pooling model makes of a text, in vLLM's words; `token_...`: of each token.
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
+# How a pooling model scores two texts, in vLLM's words.
+ScoreType = Literal["bi-encoder", "cross-encoder", "late-interaction"]
 ToolChoice = Literal["none", "auto", "required", "named"]
 RouteStage = Literal["explicit", "rules", "learned", "default"]
 Scope = Literal["inference", "admin", "metrics"]
@@ -94,6 +98,41 @@ class ChatOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooling:
+    """What a request wants of a pooling model, which generates nothing.
+
+    `task` None is the model's own: a vector a token. `pair` is the second text of a cross-encoder,
+    the document to the request's prompt as the query. `dimensions` shortens the embeddings of a
+    Matryoshka model. `use_activation` is the last step, which normalizes an embedding and turns
+    logits into probabilities; None is the model's own habit. Of too long a text, truncation leaves
+    out the end, or the beginning (`truncation_side`: what is left out); a query or a document of a
+    pair may have a limit of its own.
+    """
+
+    task: PoolingTask | None = None
+    pair: str | None = None
+    dimensions: int | None = None
+    use_activation: bool | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    max_tokens_per_query: int | None = None
+    max_tokens_per_doc: int | None = None
+    param: str = field(default="input", compare=False)
+    """The name of the field that holds the text, for error messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pooler:
+    """What a pooling model can do.
+
+    `score_type` None: it scores no pairs. `labels` are the names of its classes, by number; empty
+    where they have none.
+    """
+
+    score_type: ScoreType | None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class CachePolicy:
     """What a caller wants of the result cache.
 
@@ -154,7 +193,7 @@ class GenerateRequest:
     first. `timeout_s` counts from its arrival at the service; None is the server's own. Requests of
     another `cache_salt` share neither blocks of the engine's prefix cache nor answers with it.
     `ignored` are fields that were sent and have no effect. `trace` is there when the call is
-    traced.
+    traced. With `pooling` nothing is generated: the answer is one chunk, with vectors.
     """
 
     request_id: str
@@ -172,12 +211,15 @@ class GenerateRequest:
     timeout_s: float | None = None
     cache: CachePolicy = AUTO_CACHE
     cache_salt: str | None = None
+    pooling: Pooling | None = None
     ignored: tuple[str, ...] = field(default=(), compare=False)
     trace: Trace | None = field(default=None, compare=False, repr=False)
 
     @property
     def prompt_param(self) -> str:
         """The name of the field that holds the prompt, for error messages."""
+        if self.pooling is not None and self.messages is None:
+            return self.pooling.param
         return "messages" if self.messages is not None else "prompt"
 
 
@@ -244,8 +286,9 @@ class Prompt:
 
     `is_parsed`: reasoning or tool calls are read out of the answer, for which it matters whether it
     is streamed. `is_lasting`: the same request renders to the same at any other time; a template
-    that writes today's date does not. `ignored` are fields of the request that have no effect on
-    this model.
+    that writes today's date does not. `images` are the SHA-256 digests of its images, for which the
+    token ids only keep places. `ignored` are fields of the request that have no effect on this
+    model.
     """
 
     token_ids: Sequence[int]
@@ -255,6 +298,7 @@ class Prompt:
     effective_sampling: EffectiveSampling = NEUTRAL
     is_parsed: bool = False
     is_lasting: bool = False
+    images: tuple[bytes, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -289,6 +333,15 @@ class EngineTimes(NamedTuple):
     last_token_s: float
 
 
+class Vectors(msgspec.Struct, frozen=True, gc=False):
+    """What a pooling model made of a text: `data` is float32, little-endian, row by row. `rows` is
+    the number of tokens with a vector each; None: one vector for the whole text.
+    """
+
+    data: bytes
+    rows: int | None = None
+
+
 class Chunk(msgspec.Struct, frozen=True, gc=False):
     """Newly generated tokens of one choice. The last chunk of each choice, and only that, has a
     finish_reason; `stop_reason` is the stop string or token id that was met. That one may have the
@@ -310,6 +363,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: int = 0
     reasoning_tokens: int = 0
     times: EngineTimes | None = None
+    vectors: Vectors | None = None
+    """Of a request with `pooling`, whose only chunk this is."""
 
     @property
     def is_plain(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.generate import CallContext, requests_of
@@ -23,6 +23,8 @@ class ModelCard:
     """The most tokens of prompt and answer together."""
     parent: str | None = None
     """An adapter's base model."""
+    runner: Literal["generate", "pooling"] = "generate"
+    """What it is for: to generate text, or for embeddings, rerank and classification."""
 
 
 def list_models(pipeline: Pipeline, caller: Caller) -> list[ModelCard]:
@@ -38,7 +40,9 @@ def get_model(pipeline: Pipeline, name: str, caller: Caller) -> ModelCard:
 def _card(pipeline: Pipeline, name: str, caller: Caller) -> ModelCard:
     model = pipeline.models.of(name, caller)
     parent = None if name == model.name else model.name
-    return ModelCard(name, pipeline.created_s, model.engine.max_model_len, parent)
+    engine = model.engine
+    runner: Literal["generate", "pooling"] = "pooling" if engine.pooler else "generate"
+    return ModelCard(name, pipeline.created_s, engine.max_model_len, parent, runner)
 
 
 @dataclass(frozen=True, slots=True)

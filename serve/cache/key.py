@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -81,6 +81,8 @@ def is_repeatable(request: GenerateRequest, prompt: Prompt) -> bool:
     """Whether the model says the same each time: greedy, or from a seed of the request's own that
     the engine honours (some values mean "random" to it).
     """
+    if request.pooling is not None:
+        return True
     effective = prompt.effective_sampling
     seeded = request.sampling.seed is not None and effective.seed is not None
     return effective.temperature == 0 or seeded
@@ -118,6 +120,7 @@ def content_of(request: GenerateRequest, prompt: Prompt) -> bytes:
     parts = (
         array("q", prompt.token_ids).tobytes(),
         prompt.max_tokens,
+        *(() if request.pooling is None else (replace(request.pooling, param=""),)),
         tuple(effective._replace(top_k=max(effective.top_k, 0))),  # vLLM takes -1 for all, too
         _as_sent(sampling),
         sorted(set(sampling.stop_token_ids)),
@@ -126,6 +129,7 @@ def content_of(request: GenerateRequest, prompt: Prompt) -> bytes:
         sorted(sampling.logit_bias.items()),
         (constraint.kind, constraint.value) if constraint else None,
         _parsing(request) if prompt.is_parsed else None,
+        *prompt.images,
     )
     return hashlib.blake2b(_encode(parts), digest_size=32).digest()
 
@@ -146,6 +150,7 @@ def rendering_of(request: GenerateRequest) -> bytes:
         request.caller.tenant,
         request.cache_salt,
         request.stream,
+        request.pooling,
     )
     return hashlib.blake2b(_encode(parts), digest_size=32).digest()
 

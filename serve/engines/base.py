@@ -4,12 +4,20 @@ tests quick and fails on purpose.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from packhorse.serve.errors import Invalid
-from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.messages import (
+    AdapterVersion,
+    Chunk,
+    GenerateRequest,
+    Pooler,
+    PoolingTask,
+    Prompt,
+    Route,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,11 @@ class Engine(Protocol):
         """How much the engine holds at once; admission derives its limits from it."""
         ...
 
+    @property
+    def pooler(self) -> Pooler | None:
+        """What a pooling model can do; None: the model generates."""
+        ...
+
     async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
         """The prompt's token ids, however many. Raises Invalid when it does not render."""
         ...
@@ -60,15 +73,16 @@ class Engine(Protocol):
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
         """The request's prompt, for `generate`. Raises Invalid when it is too long or does not
-        render.
+        render, and for a pooling request that the model cannot answer.
         """
         ...
 
     def generate(
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
-        """The answer, chunk by chunk; closing the generator aborts the request. Raises Invalid on
-        the first step, EngineDied when the engine is gone.
+        """The answer, chunk by chunk; closing the generator aborts the request. A request with
+        `pooling` has one chunk, with its vectors. Raises Invalid on the first step, EngineDied when
+        the engine is gone.
         """
         ...
 
@@ -95,6 +109,56 @@ class Engine(Protocol):
         to call twice, and on an engine that hangs.
         """
         ...
+
+
+def check_kind(engine: Engine, request: GenerateRequest) -> None:
+    """Raises Invalid for a request that generates on a pooling model, and the other way round."""
+    if request.pooling is not None and engine.pooler is None:
+        raise Invalid(
+            f"The model {request.model[:80]!r} generates text, and this call needs a pooling model "
+            "(embedding, cross-encoder, classifier): serve one beside it on a port of its own, or "
+            "serve this one with engine.runner=pooling.",
+            param="model",
+        )
+    if request.pooling is None and engine.pooler is not None:
+        raise Invalid(
+            f"The model {request.model[:80]!r} is a pooling model and generates no text: call "
+            "/v1/embeddings, /v1/rerank, /v1/score, /classify or /pooling, or send this to a "
+            "generating model.",
+            param="model",
+        )
+
+
+def pooling_task(request: GenerateRequest, tasks: Collection[str]) -> PoolingTask:
+    """The task of a pooling request: its own, or else the model's. Raises Invalid when `tasks`, the
+    model's, have none.
+    """
+    asked = request.pooling.task if request.pooling else None
+    choices: Sequence[PoolingTask] = (asked,) if asked else ("token_embed", "token_classify")
+    for task in choices:
+        if task in tasks:
+            return task
+    raise Invalid(
+        f"This model's pooling tasks are {', '.join(sorted(tasks))}, and this call needs "
+        f"{' or '.join(choices)}: send it to another model.",
+        param="model",
+    )
+
+
+def check_pooling_room(
+    request: GenerateRequest, num_prompt_tokens: int, max_model_len: int
+) -> None:
+    """Raises Invalid for an input without tokens, or with more than the model takes."""
+    if num_prompt_tokens == 0:
+        raise Invalid("An input is empty; send at least one token.", param=request.prompt_param)
+    if num_prompt_tokens > max_model_len:
+        raise Invalid(
+            f"{TOO_LONG}: This model's maximum context length is {max_model_len} tokens. However, "
+            f"an input has {num_prompt_tokens}. Please reduce its length, or send "
+            "truncate_prompt_tokens=-1.",
+            param=request.prompt_param,
+            code="context_length_exceeded",
+        )
 
 
 # Anthropic's words, then OpenAI's and vLLM's: agents look for one or the other in an error, and

@@ -76,9 +76,11 @@ class Quarantine:
             sorted(sampling.logit_bias.items()),
             sorted(sampling.bad_words),
             sampling.allowed_token_ids,
+            request.pooling.task if request.pooling else None,
         )
         made = hashlib.blake2b(_encode(parts), key=self._secret, digest_size=16)
         made.update(array("q", prompt.token_ids).tobytes())
+        made.update(b"".join(prompt.images))
         return made.digest()
 
     def is_poison(self, fingerprint: bytes) -> bool:

@@ -32,7 +32,14 @@ from packhorse.serve.errors import (
     StartupError,
     Unavailable,
 )
-from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Prompt, Route
+from packhorse.serve.messages import (
+    AdapterVersion,
+    Chunk,
+    GenerateRequest,
+    Pooler,
+    Prompt,
+    Route,
+)
 from packhorse.serve.metrics import ModelMetrics
 from packhorse.serve.settings.supervisor import SupervisorSettings
 
@@ -65,6 +72,7 @@ class Supervisor:
         self._watching: asyncio.Task[None] | None = None
         self.max_model_len = 0
         self.capacity = Capacity(0, 0)
+        self.pooler: Pooler | None = None
         self._built_in_s = 30.0
         self._down_since_s = 0.0
         self._restarts = RestartPolicy(settings)
@@ -120,6 +128,7 @@ class Supervisor:
     def _have(self, engine: Engine) -> None:
         self._building = None
         self.max_model_len, self.capacity = engine.max_model_len, engine.capacity
+        self.pooler = engine.pooler
         self._engine = engine
         self._generation += 1
         self._detector.engine_is_new(self._generation)

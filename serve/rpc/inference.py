@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from packhorse.serve.api import models, tokenize
+from packhorse.serve.api import pooling as pooling_api
 from packhorse.serve.api.chat import ChatBody
 from packhorse.serve.api.completions import CompletionBody
 from packhorse.serve.api.generate import (
@@ -18,15 +19,17 @@ from packhorse.serve.api.generate import (
     requests_of,
     total_usage,
 )
+from packhorse.serve.api.pooling import Pooled, PoolingBody
 from packhorse.serve.messages import AUTO_CACHE, GenerateRequest
 from packhorse.serve.pipeline import Pipeline, merged
-from packhorse.serve.rpc import responses
+from packhorse.serve.rpc import pooling, responses
 from packhorse.serve.rpc.calls import Call
 from packhorse.serve.rpc.pb import inference_pb2 as pb
 from packhorse.serve.rpc.requests import chat_body, completion_body, detokenize_body, tokenize_body
 from packhorse.serve.rpc.responses import ChatEncoder, CompletionEncoder, Encoder
 
 GeneratingCall = Call[pb.ChatRequest] | Call[pb.CompleteRequest]
+PoolingCall = Call[pb.EmbedRequest] | Call[pb.RerankRequest]
 
 
 class Inference:
@@ -77,6 +80,25 @@ class Inference:
             body = chat_body(call.request, stream=False)
         return responses.route(models.decide_route(self._pipeline, body, call.context))
 
+    async def embed(self, call: Call[pb.EmbedRequest]) -> pb.EmbedResponse:
+        with RefusalsCounted(self._pipeline, call.request_id, call.caller):
+            body = pooling.embed_body(call.request)
+            requests = body.to_requests(self._pipeline, self._context(call, body))
+        pooled = await self._pool(call, requests)
+        return pooling.embed_response(pooled, call.request_id)
+
+    async def rerank(self, call: Call[pb.RerankRequest]) -> pb.RerankResponse:
+        with RefusalsCounted(self._pipeline, call.request_id, call.caller):
+            body = pooling.rerank_body(call.request)
+            requests = body.to_requests(self._pipeline, self._context(call, body))
+        pooled = await self._pool(call, requests)
+        return pooling.rerank_response(body, pooled, call.request_id)
+
+    async def _pool(self, call: PoolingCall, requests: Sequence[GenerateRequest]) -> Pooled:
+        pooled = await pooling_api.pool(self._pipeline, requests)
+        call.trailers |= answer_metadata(self._pipeline, pooled.streams)
+        return pooled
+
     def _chat(
         self, call: Call[pb.ChatRequest], *, stream: bool
     ) -> tuple[ChatBody, list[GenerateRequest]]:
@@ -91,7 +113,11 @@ class Inference:
             body = completion_body(call.request, stream=stream)
             return body, requests_of(self._pipeline, body, self._context(call, body))
 
-    def _context(self, call: GeneratingCall, body: ChatBody | CompletionBody) -> CallContext:
+    def _context(
+        self,
+        call: GeneratingCall | PoolingCall,
+        body: ChatBody | CompletionBody | PoolingBody,
+    ) -> CallContext:
         """The shorter of the field's time and the call's deadline counts. A deadline may be longer
         than the server allows.
         """

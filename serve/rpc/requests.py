@@ -5,6 +5,7 @@ HTTP.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from packhorse.serve.api.chat import ChatBody
@@ -35,18 +36,23 @@ def chat_body(request: pb.ChatRequest, *, stream: bool) -> ChatBody:
 def completion_body(request: pb.CompleteRequest, *, stream: bool) -> CompletionBody:
     """Raises Invalid."""
     body = sent_fields(request, "model", "echo", "logprobs") | _options(request.options)
-    prompts = [
-        list(prompt.token_ids.ids) if prompt.WhichOneof("kind") == "token_ids" else prompt.text
-        for prompt in request.prompts
-    ]
-    if len({type(prompt) for prompt in prompts}) > 1:
-        raise Invalid(
-            "prompts: some are text and some are token ids; send a call for each kind.",
-            param="prompts",
-        )
-    if prompts:
-        body["prompt"] = prompts if len(prompts) > 1 else prompts[0]
+    if sent := prompts(request.prompts, "prompts"):
+        body["prompt"] = sent if len(sent) > 1 else sent[0]
     return validated({**body, "stream": stream}, CompletionBody)
+
+
+def prompts(sent: Iterable[pb.Prompt], name: str) -> list[str | list[int]]:
+    """The prompts of a batch, all text or all token ids. Raises Invalid."""
+    found = [
+        list(prompt.token_ids.ids) if prompt.WhichOneof("kind") == "token_ids" else prompt.text
+        for prompt in sent
+    ]
+    if len({type(prompt) for prompt in found}) > 1:
+        raise Invalid(
+            f"{name}: some are text and some are token ids; send a call for each kind.",
+            param=name,
+        )
+    return found
 
 
 def tokenize_body(request: pb.TokenizeRequest) -> TokenizeChatBody | TokenizeTextBody:

@@ -76,7 +76,7 @@ class ChatEncoder:
         )
 
     def usage(self, usage: Usage) -> pb.ChatChunk:
-        return pb.ChatChunk(usage=_usage(usage))
+        return pb.ChatChunk(usage=usage_message(usage))
 
     def whole(
         self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
@@ -86,7 +86,7 @@ class ChatEncoder:
             id=answer.head.id,
             created=answer.head.created,
             model=answer.head.model,
-            usage=_usage(answer.usage),
+            usage=usage_message(answer.usage),
             choices=map(_chat_choice, answer.choices),
             prompt_token_ids=answer.prompt_token_ids or (),
             prompt_logprobs=_prompt_logprobs(answer.prompt_logprobs),
@@ -119,7 +119,7 @@ class CompletionEncoder:
         )
 
     def usage(self, usage: Usage) -> pb.CompleteChunk:
-        return pb.CompleteChunk(usage=_usage(usage))
+        return pb.CompleteChunk(usage=usage_message(usage))
 
     def whole(
         self, request_id: str, streams: Sequence[Stream], choices: Sequence[CollectedChoice]
@@ -129,7 +129,7 @@ class CompletionEncoder:
             id=answer.head.id,
             created=answer.head.created,
             model=answer.head.model,
-            usage=_usage(answer.usage),
+            usage=usage_message(answer.usage),
             choices=map(_completion_choice, answer.choices),
         )
 
@@ -171,7 +171,7 @@ def _opening(head: AnswerHead) -> pb.Opening:
     return pb.Opening(id=head.id, created=head.created, model=head.model)
 
 
-def _usage(usage: Usage) -> pb.Usage:
+def usage_message(usage: Usage) -> pb.Usage:
     return pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -212,7 +212,11 @@ def _prompt_logprobs(logprobs: PromptLogprobs | None) -> list[pb.TokenLogprob]:
 
 def model(card: ModelCard) -> pb.Model:
     return pb.Model(
-        id=card.id, created=card.created, max_model_len=card.max_model_len, parent=card.parent
+        id=card.id,
+        created=card.created,
+        max_model_len=card.max_model_len,
+        parent=card.parent,
+        runner=card.runner,
     )
 
 

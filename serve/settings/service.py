@@ -16,6 +16,8 @@ class ServiceSettings(Section):
     """Time limit of a request that sets no timeout itself, waiting included."""
     max_request_timeout_s: float = Field(3600.0, gt=0)
     """The highest timeout that a request may set."""
+    max_inputs: int = Field(2048, ge=1)
+    """Inputs of one call on a pooling model: texts of embeddings, documents of rerank."""
 
     @model_validator(mode="after")
     def _default_is_allowed(self) -> ServiceSettings:
