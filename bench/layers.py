@@ -169,6 +169,56 @@ def layers(work_folder: Path) -> dict[str, Any]:
     return result
 
 
+def api_bodies(words: str, tokens: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """API -> its path and a body: the same streamed request over each."""
+    messages = [{"role": "user", "content": words}]
+    common = {"model": MODEL, "stream": True}
+    return {
+        "chat": ("/v1/chat/completions", {**common, "messages": messages, "max_tokens": tokens}),
+        "responses": ("/v1/responses", {**common, "input": words, "max_output_tokens": tokens}),
+        "messages": ("/v1/messages", {**common, "messages": messages, "max_tokens": tokens}),
+    }
+
+
+async def apis_us(streams: int = 64, tokens: int = 512, rounds: int = 9) -> dict[str, Any]:
+    """CPU microseconds per streamed token over each API, in process, and what each costs of chat's:
+    the median of rounds in which they take turns. Raises LoadError.
+    """
+    app = build_echo_app(0.0)
+    words = " ".join(f"word{number}" for number in range(tokens + 1))
+    asked = {
+        name: (path, json.dumps(body).encode())
+        for name, (path, body) in api_bodies(words, tokens).items()
+    }
+    costs: dict[str, list[float]] = {name: [] for name in asked}
+    for number in range(rounds + 1):
+        for name, (path, body) in asked.items():
+            cpu_s, answers = await cpu_of_all([call(app, path, body) for _ in range(streams)])
+            if number:  # the first round warms up
+                costs[name].append(cpu_s / streams / tokens * 1e6)
+            told = b"".join(answers[0])
+            if told.count(b"word") < tokens:
+                raise LoadError(f"not {tokens} words: {told[-2000:]!r}")
+    return {
+        name: {
+            "in_process_us_per_token": statistics.median(us),
+            "of_chat": statistics.median(
+                one / chat for one, chat in zip(us, costs["chat"], strict=True)
+            ),
+        }
+        for name, us in costs.items()
+    }
+
+
+def apis_report(result: dict[str, Any]) -> str:
+    lines = [f"{'CPU us per streamed token':26}{'in process':>20}{'of chat':>20}"]
+    lines += [
+        f"{name:26}{found['in_process_us_per_token']:20.2f}{found['of_chat']:20.2f}"
+        for name, found in result.items()
+    ]
+    return "\n".join(lines)
+
+
 def report(result: dict[str, Any]) -> str:
     """The layers for people."""
     columns = ("in_process", "sleeps", "server", "uvicorn_and_socket")

@@ -3,6 +3,7 @@
     python bench/serve_load.py --url http://127.0.0.1:8000 --model demo-int8 --pid 1234
     python bench/serve_load.py --compare --ceiling      # about 25 minutes on two cores
     python bench/serve_load.py --layers                 # about a minute, no model
+    python bench/serve_load.py --apis                   # half a minute, no model
     python bench/serve_load.py --grpc                   # gRPC against HTTP, some minutes
 
 Any OpenAI-compatible server on loopback can be measured with --url. --compare starts ours and
@@ -25,6 +26,7 @@ ratios as measured, and again with every cell's times and rates corrected by its
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -38,6 +40,7 @@ from typing import Any
 import compare
 import grpc_load
 import layers
+import uvloop
 from bench_models import four_bit_llama
 from ladder import Ladder, climb, progress, table
 from load import LoadError, Target
@@ -53,6 +56,9 @@ def arguments() -> argparse.Namespace:
     what.add_argument("--url", help="a running server, as in http://127.0.0.1:8000")
     what.add_argument("--compare", action="store_true", help="ours against vLLM's own, in pairs")
     what.add_argument("--layers", action="store_true", help="our code alone, on the echo engine")
+    what.add_argument(
+        "--apis", action="store_true", help="Responses and Messages against chat, echo engine"
+    )
     what.add_argument("--grpc", action="store_true", help="our gRPC against our HTTP, in pairs")
     what.add_argument(
         "--ceiling", action="store_true", help="vllm.LLM.generate on the same prompts, once"
@@ -90,10 +96,10 @@ def arguments() -> argparse.Namespace:
         help="keeps the model and the servers' logs [default: a temporary folder]",
     )  # fmt: skip
     given = parser.parse_args()
-    chosen = [given.url is not None, given.compare, given.layers, given.grpc]
+    chosen = [given.url is not None, given.compare, given.layers, given.apis, given.grpc]
     if sum(chosen) > 1 or not (any(chosen) or given.ceiling):
-        parser.error("choose one of --url, --compare, --layers, --grpc, --ceiling")
-    if given.ceiling and (given.url or given.layers or given.grpc):
+        parser.error("choose one of --url, --compare, --layers, --apis, --grpc, --ceiling")
+    if given.ceiling and (given.url or given.layers or given.apis or given.grpc):
         parser.error("--ceiling goes alone or with --compare")
     if given.url and not given.model:
         parser.error("--url needs --model")
@@ -125,6 +131,10 @@ def measure(given: argparse.Namespace, work_folder: Path) -> dict[str, Any]:
     if given.layers:
         result["layers"] = layers.layers(work_folder)
         print(layers.report(result["layers"]))
+    if given.apis:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            result["apis"] = runner.run(layers.apis_us())
+        print(layers.apis_report(result["apis"]))
     if given.grpc:
         result["grpc"] = grpc_load.grpc(work_folder)
         print(grpc_load.report(result["grpc"]))

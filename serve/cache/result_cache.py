@@ -69,6 +69,15 @@ class ResultCache:
         self._known_until_s = 0.0  # monotonic; until then every flush of before is known
         self._puts: set[asyncio.Task[None]] = set()
 
+    @property
+    def shared_store(self) -> tuple[Store, CircuitBreaker] | None:
+        """The store that replicas share, for others who keep something there; the cache closes it.
+        None: there is none.
+        """
+        if self._store is None or self._breaker is None:
+            return None
+        return self._store, self._breaker
+
     # What requests ask
 
     async def look_up(self, context: RequestContext, render: Render) -> Lookup:

@@ -17,6 +17,8 @@ import yaml
 
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
+from packhorse.serve.api.responses.service import Responses
+from packhorse.serve.cache.response_store import MemoryResponses
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.limits.admission import Admission
 from packhorse.serve.metrics import ModelMetrics, ServerMetrics
@@ -40,6 +42,7 @@ class Served:
     engine: EchoEngine
     http: httpx.AsyncClient
     metrics: ServerMetrics
+    responses: Responses
 
     @property
     def address(self) -> tuple[str, int]:
@@ -63,10 +66,13 @@ async def serving(
     routing: Any = None,
     cache: Any = None,
     metrics: ModelMetrics | None = None,
+    max_background: int = 8,
+    kept: Any = None,
     **options: Any,
 ) -> AsyncIterator[Served]:
     """`limits` are admission's settings, `http` those of that section; `clock` is for keys and
-    quotas, `options` are the pipeline's.
+    quotas, `kept` is the store of
+    responses, `options` are the pipeline's.
     """
     settings = HttpSettings(**{"port": 0, **(http or {})})
     clocked: dict[str, Any] = {"clock": clock} if clock else {}
@@ -81,9 +87,15 @@ async def serving(
     )  # fmt: skip
     pipeline = Pipeline(Models(model), **options)
     engine = engine or EchoEngine(EngineSettings(kind="echo", echo_delay_s=delay_s))
+    kept = kept or MemoryResponses(
+        max_entries=100, max_bytes=2**22, max_entry_bytes=2**20, ttl_s=600, metrics=of_server
+    )
+    responses = Responses(pipeline, kept, max_background=max_background)
     listeners = Listeners(
         settings,
-        build_app(pipeline, settings, known, admin, tracing, metrics=of_server),
+        build_app(
+            pipeline, settings, known, admin, tracing, metrics=of_server, responses=responses
+        ),
         build_admin_app(pipeline, settings, known, admin, metrics=of_server),
         metrics=of_server,
     )
@@ -94,8 +106,10 @@ async def serving(
         async with httpx.AsyncClient(
             base_url=listeners.url, timeout=30, verify=verify, limits=limit
         ) as client:
-            yield Served(listeners, pipeline, engine, client, of_server)
+            yield Served(listeners, pipeline, engine, client, of_server, responses)
     finally:
+        await responses.close()
+        await kept.close()
         await listeners.stop()
 
 
