@@ -10,7 +10,7 @@ ServeError
   TooLarge           body above the limit
   UnsupportedCoding  body compressed in a way that is not known here
   Cancelled          the caller left
-  Overloaded         refused at once; try later
+  Overloaded         refused at once; try later (QuotaSpent: by a limit of the key's own)
   DeadlineExceeded   took longer than the caller or the server allows
   Unavailable        engine starting, dead or draining; try later
   Internal           anything unexpected; no detail goes out
@@ -151,6 +151,10 @@ class Cancelled(ServeError):
 
 class Overloaded(ServeError):
     kind = ErrorKind.OVERLOADED
+
+
+class QuotaSpent(Overloaded):
+    """A limit of the key's own: the server has room for others."""
 
 
 class DeadlineExceeded(ServeError):

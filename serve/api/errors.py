@@ -1,10 +1,10 @@
-"""Errors as answers report them, in OpenAI's words."""
+"""Errors as answers report them, in OpenAI's words and in Anthropic's."""
 
 from __future__ import annotations
 
 from typing import TypedDict
 
-from packhorse.serve.errors import Internal, ServeError
+from packhorse.serve.errors import ErrorKind, Internal, QuotaSpent, ServeError
 
 
 class ErrorDocument(TypedDict):
@@ -25,6 +25,35 @@ def error_document(error: ServeError) -> ErrorDocument:
         "code": error.openai_code,
         "kind": str(error.kind),
     }
+
+
+class AnthropicError(TypedDict):
+    """Anthropic's fields of an error."""
+
+    type: str
+    message: str
+
+
+# Of other kinds: invalid_request_error.
+_ANTHROPIC = {
+    ErrorKind.UNAUTHENTICATED: "authentication_error",
+    ErrorKind.FORBIDDEN: "permission_error",
+    ErrorKind.UNKNOWN_MODEL: "not_found_error",
+    ErrorKind.NOT_FOUND: "not_found_error",
+    ErrorKind.TOO_LARGE: "request_too_large",
+    ErrorKind.OVERLOADED: "overloaded_error",
+    ErrorKind.UNAVAILABLE: "overloaded_error",
+    ErrorKind.DEADLINE: "timeout_error",
+    ErrorKind.INTERNAL: "api_error",
+}
+
+
+def anthropic_error(error: ServeError) -> AnthropicError:
+    """Clients tell a spent quota from a full server by the type."""
+    kind = _ANTHROPIC.get(error.kind, "invalid_request_error")
+    if isinstance(error, QuotaSpent):
+        kind = "rate_limit_error"
+    return {"type": kind, "message": error.message}
 
 
 def retry_after_s(error: ServeError) -> float | None:

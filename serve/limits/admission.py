@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from packhorse.serve.errors import Overloaded
+from packhorse.serve.errors import Overloaded, QuotaSpent
 from packhorse.serve.limits.body_memory import Bodies
 from packhorse.serve.messages import Caller
 from packhorse.serve.metrics import ModelMetrics, ServerMetrics
@@ -119,6 +119,8 @@ class Admission:
             self._settings.max_bodies_bytes, metrics=server_metrics, model_metrics=self._metrics
         )
         self.in_flight = 0
+        self.entered: Callable[[], None] | None = None
+        """Told of each call that is let in, by the task that runs."""
         self.running = 0
         self.waiting = 0
         self.queued_tokens = 0
@@ -160,6 +162,8 @@ class Admission:
             self.calls_rate.restart()
         self.in_flight += 1
         account.concurrent += 1
+        if self.entered is not None:
+            self.entered()
         return InFlightPermit(self, account)
 
     def admit(
@@ -255,7 +259,8 @@ class Admission:
         self._metrics.admission_refusals.labels(reason).inc()
         if clamp:
             retry_after_s = min(max(retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
-        return Overloaded(message, retry_after_s=retry_after_s)
+        kind = QuotaSpent if reason.startswith("key_") else Overloaded
+        return kind(message, retry_after_s=retry_after_s)
 
 
 class _Account:

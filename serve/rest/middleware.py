@@ -19,7 +19,8 @@ from packhorse.serve.errors import ServeError
 from packhorse.serve.messages import ANONYMOUS, Caller
 from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.request_context import request_id_from
-from packhorse.serve.rest.errors import error_response
+from packhorse.serve.rest.errors import error_response, is_anthropic
+from packhorse.serve.rest.in_process import CALLER
 
 if TYPE_CHECKING:
     from packhorse.serve.telemetry.tracing import CallSpan, Tracing
@@ -102,6 +103,8 @@ class RequestIds:
         # Streams use the server's own `send`; the framework wraps it several times.
         scope.setdefault("state", {}).update(request_id=request_id, send=send)
         headers = [(b"x-request-id", request_id.encode())]
+        if is_anthropic(scope):
+            headers.append((b"request-id", request_id.encode()))
         status = 499  # the client left before the answer
         span = None
         if self._tracing is not None and scope["path"].startswith("/v1/"):
@@ -156,7 +159,7 @@ class Guard:
                 self._exposure.check(sender_of(scope))
             except ServeError as error:
                 self._pipeline.refused(scope.get("state", {}).get("request_id", "-"), error)
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -187,7 +190,9 @@ class Access:
         caller = ANONYMOUS
         permit = None
         try:
-            if self._keys is not None:
+            if (vouched := scope.get(CALLER)) is not None:  # by code of this process
+                caller = vouched
+            elif self._keys is not None:
                 caller = self._identified(scope, self._keys)
             state["caller"] = caller
             needed = scope_of(path)
@@ -197,7 +202,7 @@ class Access:
                 permit = self._pipeline.enter(caller)
         except ServeError as error:
             self._pipeline.refused(state.get("request_id", "-"), error, caller)
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
@@ -206,11 +211,14 @@ class Access:
                 permit.leave()
 
     def _identified(self, scope: Scope, keys: Keys) -> Caller:
-        """Raises Unauthenticated."""
+        """Raises Unauthenticated. Anthropic's clients send a key as x-api-key, or as others do."""
+        given = None
         for name, value in scope["headers"]:
             if name == b"authorization":
                 return keys.caller(value)
-        return keys.caller(None)
+            if name == b"x-api-key":
+                given = b"Bearer " + value
+        return keys.caller(given)
 
 
 def scope_of(path: str) -> messages.Scope:

@@ -77,10 +77,13 @@ class EventStream(Response):
         heartbeat_s: float | None,
         headers: Callable[[Sequence[Stream]], dict[str, str]],
         metrics: ServerMetrics,
+        heartbeat: bytes = HEARTBEAT,
     ) -> None:
         """`start` gives the streams. `headers` makes the response's headers from them; they are
-        left out when the response begins before the streams are there.
+        left out when the response begins before the streams are there. `heartbeat` is what is sent
+        to keep the connection.
         """
+        self._heartbeat = heartbeat
         self._start = start
         self._events = events
         self._headers_of = headers
@@ -99,6 +102,8 @@ class EventStream(Response):
         self.background = None
         self._streams: Sequence[Stream] = ()
         self._failure: ServeError | None = None
+        self._unsent = b""
+        """What comes before the first event; sent together with it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The server's own send: its wrappers only look at the start of a response.
@@ -160,7 +165,7 @@ class EventStream(Response):
 
     async def _begin_without_streams(self, send: Send, body_send: Send) -> None:
         await self._begin(send, ())
-        await body_send(_body(HEARTBEAT))
+        await body_send(_body(self._heartbeat))
         self._beats(body_send)
 
     def _beats(self, send: Send) -> None:
@@ -179,7 +184,7 @@ class EventStream(Response):
     async def _send_comment(self, send: Send) -> None:
         if not self._is_over:
             with contextlib.suppress(RuntimeError):  # the stream ended meanwhile
-                await send(_body(HEARTBEAT))
+                await send(_body(self._heartbeat))
 
     def _look_later(self, watch: ClientWatch) -> None:
         loop = asyncio.get_running_loop()
@@ -199,7 +204,6 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         events = self._events
-        pending = b""
         if self._beating is not None:  # it is sending the beginning
             self._sends += 1  # or a client that does not read would go unnoticed here
             await asyncio.wait([self._beating])
@@ -207,26 +211,27 @@ class EventStream(Response):
         try:
             if self._failure is not None:
                 raise self._failure
-            pending = events.begin(self._streams)
+            self._unsent = events.begin(self._streams)
             if len(self._streams) == 1:
-                pending = await self._write_one(self._streams[0], send, pending)
+                await self._write_one(self._streams[0], send)
             else:
                 async with aclosing(merged(self._streams)) as chunks:
                     async for number, chunk in chunks:
                         event = events.event(number, chunk)
+                        event, self._unsent = self._unsent + event, b""
                         self._sends += 1
-                        await send(_body(pending + event))
+                        await send(_body(event))
                         self._sends += 1
-                        pending = b""
-            pending += events.end()
+            last = events.end()
         except ServeError as error:
-            pending += events.fail(error)
+            last = events.fail(error)
         self._is_over = True
         self._sends += 1
-        await send({"type": "http.response.body", "body": pending, "more_body": False})
+        last = self._unsent + last
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _write_one(self, stream: Stream, send: Send, pending: bytes) -> bytes:
-        """Send the events of the only stream, `pending` before the first. Returns unsent bytes."""
+    async def _write_one(self, stream: Stream, send: Send) -> None:
+        """Send the events of the only stream."""
         event_of = self._events.event
         plain = self._events.plain()
         head, tail = plain or ("", "")
@@ -237,12 +242,11 @@ class EventStream(Response):
                     event = f"{head}{_quote(chunk.text)}{tail}".encode()
                 else:
                     event = event_of(0, chunk)
-                if pending:
-                    event, pending = pending + event, b""
+                if self._unsent:
+                    event, self._unsent = self._unsent + event, b""
                 self._sends += 1
                 await send({"type": "http.response.body", "body": event, "more_body": True})
                 self._sends += 1
-        return pending
 
 
 def _body(content: bytes) -> dict[str, Any]:
