@@ -223,6 +223,20 @@ class Keys:
             raise self._unauthenticated("unknown", "There is no such API key here, or not any more")
         return found
 
+    def again(self, name: str, tenant: str) -> Caller:
+        """The caller of this name as it is now, for work that goes on after its call. Raises
+        Unauthenticated when there is no such key of the tenant any more.
+        """
+        self._look()
+        known = [caller for _, caller in self._known] or [ANONYMOUS]
+        for caller in known:
+            if (caller.name, caller.tenant) == (name, tenant):
+                return caller
+        raise Unauthenticated(
+            f"There is no key {name!r} of the tenant {tenant!r} any more; work that was begun with "
+            "it does not go on."
+        )
+
     def check_scope(self, caller: Caller, scope: Scope) -> None:
         """Raises Forbidden when the caller's key does not have the scope."""
         if scope in caller.scopes:
