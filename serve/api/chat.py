@@ -49,17 +49,44 @@ TEXTS = {
 }
 
 
-class TextPart(LenientBody):
-    type: Literal["text"] = "text"
-    text: str
+class ImageUrl(LenientBody):
+    url: str
+
+
+class ContentPart(LenientBody):
+    """A part of a message: text, or an image."""
+
+    type: Literal["text", "image_url"] = "text"
+    text: str | None = None
+    image_url: ImageUrl | None = None
     # From answers that clients send back; without effect.
     annotations: Any = None
     logprobs: Any = None
 
+    @model_validator(mode="after")
+    def _has_what_its_type_says(self) -> ContentPart:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of type {self.type} needs the field {self.type}")
+        return self
+
+    def as_part(self) -> dict[str, Any]:
+        """OpenAI's form."""
+        if self.image_url is not None and self.type == "image_url":
+            return {"type": "image_url", "image_url": {"url": self.image_url.url}}
+        return {"type": "text", "text": self.text}
+
     @classmethod
     def reshaped(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Every type of text becomes `text`; a part of another type stays, to be refused."""
+        """Every type of text becomes `text`, and every type of image `image_url`; a part of another
+        type stays, to be refused.
+        """
         kind = document.get("type", "text")
+        if kind in ("image_url", "input_image"):
+            image = document.get("image_url")
+            if isinstance(image, str):
+                image = {"url": image, "detail": document.get("detail")}
+            kept = {name: value for name, value in document.items() if name != "detail"}
+            return {**kept, "type": "image_url", "image_url": image}
         name = TEXTS.get(kind) if isinstance(kind, str) else None
         if name is None or kind == "text":
             return document
@@ -69,13 +96,13 @@ class TextPart(LenientBody):
 
 class ChatMessage(LenientBody):
     unsupported: ClassVar = {
-        "images": Unsupported(([],), "this server reads text alone"),
+        "images": Unsupported(([],), "send parts of type image_url as content"),
         "function_call": Unsupported((), "send tool_calls, its present form"),
         "audio": Unsupported((), "send its transcript as content"),
     }
 
     role: Role
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     reasoning: str | None = Field(
         None, validation_alias=AliasChoices("reasoning", "reasoning_content")
@@ -99,6 +126,9 @@ class ChatMessage(LenientBody):
     def _says_something(self) -> ChatMessage:
         if self.content is None and self.role in ("user", "system", "developer"):
             raise ValueError(f"a message of role {self.role} needs content")
+        parts = self.content if isinstance(self.content, list) else ()
+        if self.role != "user" and any(part.type != "text" for part in parts):
+            raise ValueError(f"a message of role {self.role} cannot have images; a user's can")
         return self
 
     def as_message(self) -> Message:
@@ -107,7 +137,7 @@ class ChatMessage(LenientBody):
         if self.content is None:
             message["content"] = self.refusal or ""
         elif not isinstance(self.content, str):
-            message["content"] = [{"type": "text", "text": part.text} for part in self.content]
+            message["content"] = [part.as_part() for part in self.content]
         if self.tool_calls:
             message["tool_calls"] = [
                 {

@@ -8,7 +8,36 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from packhorse.serve.settings.hosts import parse_host
 from packhorse.serve.settings.section import Section, stripped
+
+
+class ImageSettings(Section):
+    """Of images in requests (engines/images.py), see docs/api.md."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that images may be fetched from (`images.example.com`), over http and https. None: only
+    data URLs are taken. Addresses that are not public are refused for every host.
+    """
+    max_images: int = Field(8, ge=0)
+    """Most images in one request."""
+    max_bytes: int = Field(8 * 2**20, ge=1)
+    """Size limit of one encoded image. http.max_body_bytes limits data URLs, too."""
+    max_pixels: int = Field(2**24, ge=1)
+    """Most pixels of one image, width times height. It is checked before the image is decoded."""
+    fetch_timeout_s: float = Field(10.0, gt=0, le=600)
+    """Time limit for fetching one image."""
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        names = []
+        for host in hosts:
+            parsed = parse_host(host)
+            if parsed is None or parsed[1] is not None:
+                raise ValueError(f"{host[:80]!r} is not a host name; send images.example.com")
+            names.append(parsed[0])
+        return tuple(names)
 
 
 class EngineSettings(Section):
@@ -19,9 +48,10 @@ class EngineSettings(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    kind: Literal["vllm", "echo"] = "vllm"
+    kind: Literal["vllm", "echo", "vllm-echo"] = "vllm"
     """`echo` answers with the last message and needs no model: for tests of everything around the
-    engine.
+    engine. `vllm-echo` does so with vLLM's rendering and parsers, on a model's folder: a prompt
+    that holds a tool call in the model's own words is answered with the call.
     """
     revision: str | None = None
     """Branch, tag or commit of a model from a hub. It is resolved once: the server keeps to one
@@ -33,6 +63,11 @@ class EngineSettings(Section):
     """Token for the hub. Unset: HF_TOKEN of the environment, or the stored login."""
     download_dir: Path | None = None
     """Folder for downloads. Unset: the hub's own cache folder."""
+    runner: Literal["auto", "generate", "pooling"] = "auto"
+    """What the model is for: to generate text, or for embeddings, rerank and classification. vLLM
+    finds out by itself for nearly all models.
+    """
+    images: ImageSettings = ImageSettings()
     dtype: str = "auto"
     max_model_len: int | None = Field(None, ge=16)
     max_num_seqs: int | None = Field(None, ge=1)

@@ -29,7 +29,7 @@ EXECUTOR = "packhorse.serve.engines.vllm.patches.in_process_executor.InProcessCP
 SCHEDULER = "packhorse.serve.engines.vllm.patches.lora_time_slicing.scheduler"
 # Settings that have vLLM's own names; the rest of EngineSettings is not for vLLM's engine.
 SHARED = (
-    "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
+    "runner", "dtype", "max_model_len", "max_num_seqs", "kv_cache_dtype", "kv_cache_memory_bytes",
     "enforce_eager", "seed",
 )  # fmt: skip
 LORA = ("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank")
@@ -64,6 +64,13 @@ def engine_args(folder: Path, name: str, settings: EngineSettings) -> AsyncEngin
         given["hf_token"] = settings.hf_token.get_secret_value()
     free = dict(settings.model_extra or {})
     _refuse_unknown(free)
+    if free.get("mm_processor_cache_gb"):
+        raise StartupError(
+            "engine.mm_processor_cache_gb: vLLM's cache of processed images takes every rendered "
+            "request for one that reaches the engine; here some are answered from the result cache "
+            "or refused. Leave it out."
+        )
+    given["mm_processor_cache_gb"] = 0
     bound = settings.max_json_whitespace
     if patches.use("json_whitespace", needed=bound is not None):
         from packhorse.serve.engines.vllm.patches.json_whitespace import KEY

@@ -8,6 +8,7 @@ parser.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -28,6 +29,7 @@ from vllm.renderers.params import ChatParams, merge_kwargs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from packhorse.serve.engines.images import ImageLoader, LoadedImage, image_url_of, image_urls
 from packhorse.serve.engines.vllm.constraints import check_integers, check_tools
 from packhorse.serve.engines.vllm.sampling import invalid
 from packhorse.serve.errors import Invalid, StartupError
@@ -90,6 +92,7 @@ class Chat:
         self._template = template_of(settings)
         self._defaults = dict(settings.default_chat_template_kwargs)
         self._is_lasting: dict[bool, bool] = {}  # with tools, without
+        self._images = ImageLoader(settings.images) if reads_images(llm) else None
         self._parser_class = parser_class(
             settings,
             is_harmony=llm.model_config.hf_config.model_type == "gpt_oss",
@@ -112,8 +115,33 @@ class Chat:
             **({"chat_template": template} if template else {}),
         }
 
+    async def load_images(self, request: GenerateRequest) -> list[LoadedImage]:
+        """The images of the request's messages, decoded. Raises Invalid."""
+        urls = image_urls(request.messages or ())
+        if not urls:
+            return []
+        if self._images is None:
+            raise Invalid(
+                "This model reads text alone, and the conversation has images; send it to a "
+                "vision-language model, or describe them in words.",
+                param="messages",
+            )
+        if request.truncate_prompt_tokens is not None:
+            raise Invalid(
+                "truncate_prompt_tokens could cut an image in two; leave it out, or leave out "
+                "the images.",
+                param="truncate_prompt_tokens",
+            )
+        return await self._images.load(urls)
+
     def is_lasting(self, request: GenerateRequest) -> bool:
-        """Whether the same messages always become the same prompt: the template reads no clock."""
+        """Whether the same messages always become the same prompt: the template reads no clock, and
+        no image comes from elsewhere.
+        """
+        if self._images is not None and any(
+            not url.startswith("data:") for url in image_urls(request.messages or ())
+        ):
+            return False
         with_tools = bool(request.chat.tools)  # there may be a template of their own
         if with_tools not in self._is_lasting:
             # Other renderers write the date in code of their own.
@@ -218,6 +246,36 @@ class Chat:
             chat_template_kwargs=params.chat_template_kwargs,
             model_config=self._llm.model_config,
         )
+
+
+def reads_images(llm: AsyncLLM) -> bool:
+    """Whether the model takes images."""
+    processor = getattr(llm.renderer, "mm_processor", None)
+    return processor is not None and "image" in processor.info.supported_mm_limits
+
+
+def with_pictures(
+    messages: Iterable[dict[str, Any]], images: Sequence[LoadedImage]
+) -> list[dict[str, Any]]:
+    """The messages as vLLM's renderer takes them, with a decoded picture for each image, in
+    order.
+    """
+    if not images:
+        return list(messages)
+    pictures = iter(images)
+    shown = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                part
+                if image_url_of(part) is None
+                else {"type": "image_pil", "image_pil": next(pictures).picture}
+                for part in content
+            ]
+            message = {**message, "content": parts}
+        shown.append(message)
+    return shown
 
 
 def _plain(value: Any) -> Any:
@@ -365,7 +423,7 @@ def _vllm_request(
     made = ChatCompletionRequest(
         model=request.model,
         messages=[dict(message) for message in request.messages or ()],
-        tools=[dict(tool) for tool in options.tools] or None,
+        tools=_tools_of(options) or None,
         tool_choice=choice,
         parallel_tool_calls=options.parallel_tool_calls,
         include_reasoning=options.include_reasoning,
@@ -375,3 +433,13 @@ def _vllm_request(
     )
     made.structured_outputs = structured
     return made
+
+
+def _tools_of(options: ChatOptions) -> list[dict[str, Any]]:
+    """The tools. Arguments of a forced call follow the schema whatever `strict` says: vLLM would
+    leave them free, and a small model then writes text until max_tokens.
+    """
+    tools = [dict(tool) for tool in options.tools]
+    if options.tool_choice not in ("required", "named"):
+        return tools
+    return [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]

@@ -28,6 +28,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from packhorse.serve.engines.base import Capacity, answer_budget
+from packhorse.serve.engines.images import LoadedImage
 from packhorse.serve.engines.vllm import patches
 from packhorse.serve.engines.vllm.arguments import (
     engine_args,
@@ -36,12 +37,20 @@ from packhorse.serve.engines.vllm.arguments import (
     refuse_what_would_crash,
     warn_of_missing_scales,
 )
-from packhorse.serve.engines.vllm.chat import AnswerReader, Chat, parser_class, template_of
+from packhorse.serve.engines.vllm.chat import (
+    AnswerReader,
+    Chat,
+    parser_class,
+    template_of,
+    with_pictures,
+)
 from packhorse.serve.engines.vllm.constraints import structured_outputs
 from packhorse.serve.engines.vllm.health import Health, Heartbeat, has_died
+from packhorse.serve.engines.vllm.load_errors import MissingModules
 from packhorse.serve.engines.vllm.loras import Loras
 from packhorse.serve.engines.vllm.outputs import PlainOutputs, chunks_of, refuse_failure
 from packhorse.serve.engines.vllm.patches.forkserver import engines_are_forked
+from packhorse.serve.engines.vllm.pooling import Pools, pooler_of
 from packhorse.serve.engines.vllm.sampling import effective_sampling, invalid, sampling_params
 from packhorse.serve.errors import EngineDied, Invalid, Overloaded, StartupError
 from packhorse.serve.messages import AdapterVersion, Chunk, GenerateRequest, Message, Prompt, Route
@@ -93,8 +102,9 @@ class VllmEngine:
         self._watch: EngineWatch | None = None
         self._health: Health | None = None
         loaded: dict[int, LoRARequest] = {}
+        missing = MissingModules()
         try:
-            with _making, engines_are_forked():
+            with _making, engines_are_forked(), missing:
                 self._llm = AsyncLLM.from_engine_args(
                     # The context decides the batch limits: as `vllm serve` has them.
                     args,
@@ -103,7 +113,7 @@ class VllmEngine:
                 )
         except Exception as error:
             # vLLM raises many classes here, its child's failure among them.
-            raise StartupError(f"vLLM could not load {folder}: {error}") from error
+            raise StartupError(missing.explain(folder, error)) from error
         self._closed = False
         self._closing: asyncio.Future[None] | None = None  # made with the first PlainOutputs
         self._numbers = itertools.count()
@@ -128,6 +138,10 @@ class VllmEngine:
     def _set_up(self, settings: EngineSettings, loaded: dict[int, LoRARequest]) -> None:
         """What this class needs of vLLM's engine, which is there now."""
         self._chat = Chat(self._llm, settings)
+        self.pooler = pooler_of(self._llm)
+        self._pools: Pools | None = None
+        if self.pooler is not None:
+            self._pools = Pools(self._llm, self._chat, self.pooler, template_of(settings))
         if patches.use("fast_outputs"):
             from packhorse.serve.engines.vllm.patches.fast_outputs import FastOutputs
 
@@ -147,9 +161,12 @@ class VllmEngine:
         self._every_token = scheduler.stream_interval == 1
         cache = self._llm.vllm_config.cache_config
         lora = self._llm.vllm_config.lora_config
+        kv_cache_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+        if self.pooler is not None and kv_cache_tokens < self.max_model_len:
+            kv_cache_tokens = 0  # an encoder, which has none
         self.capacity = Capacity(
             scheduler.max_num_seqs,
-            (cache.num_gpu_blocks or 0) * cache.block_size,
+            kv_cache_tokens,
             lora.max_loras if lora else 0,
             max_active_loras(settings) if lora else 0,
             lora.max_cpu_loras if lora else 0,
@@ -161,10 +178,16 @@ class VllmEngine:
         config = self._llm.vllm_config
         cache = config.cache_config
         tokens = self.capacity.kv_cache_tokens
-        logger.info(
-            "KV cache: %d tokens (%s), %.1f contexts of %d tokens at once",
-            tokens, cache.cache_dtype, tokens / self.max_model_len, self.max_model_len,
-        )  # fmt: skip
+        if self.pooler is not None:
+            logger.info(
+                "A pooling model: %s, at most %d tokens a text",
+                self.pooler.score_type or "no scores", self.max_model_len,
+            )  # fmt: skip
+        if tokens:
+            logger.info(
+                "KV cache: %d tokens (%s), %.1f contexts of %d tokens at once",
+                tokens, cache.cache_dtype, tokens / self.max_model_len, self.max_model_len,
+            )  # fmt: skip
         compilation = config.compilation_config
         attention = getattr(config.attention_config, "backend", None)
         logger.info(
@@ -184,7 +207,8 @@ class VllmEngine:
         logger.info("Patches of vLLM: %s", patches.summary())
 
     async def tokenize(self, request: GenerateRequest) -> list[int]:
-        engine_input, _, _ = await self._engine_input(request, max_total_tokens=None)
+        images = await self._chat.load_images(request)
+        engine_input, _, _ = await self._engine_input(request, images, max_total_tokens=None)
         return list(engine_input["prompt_token_ids"])
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -201,10 +225,13 @@ class VllmEngine:
         return self._chat.tokenizer_info()
 
     async def render(self, request: GenerateRequest, route: Route) -> Prompt:
+        if request.pooling is not None and self._pools is not None:
+            return await self._pools.render(request, request.pooling, route)
         constraint = request.sampling.constraint
         structured = structured_outputs(constraint) if constraint else None
+        images = await self._chat.load_images(request)
         engine_input, template, ignored = await self._engine_input(
-            request, max_total_tokens=self.max_model_len
+            request, images, max_total_tokens=self.max_model_len
         )
         token_ids = engine_input["prompt_token_ids"]
         budget = answer_budget(request, len(token_ids), self.max_model_len)
@@ -233,14 +260,19 @@ class VllmEngine:
             effective_sampling(params),
             is_parsed=reader is not None,
             is_lasting=template is None or self._chat.is_lasting(request),
+            images=tuple(image.digest for image in images),
             ignored=ignored,
         )
 
     async def _engine_input(
-        self, request: GenerateRequest, *, max_total_tokens: int | None
+        self,
+        request: GenerateRequest,
+        images: Sequence[LoadedImage] = (),
+        *,
+        max_total_tokens: int | None,
     ) -> tuple[Any, ChatParams | None, tuple[str, ...]]:
         """vLLM's rendered prompt, for chat what its template was given, and the fields that it has
-        no use for. Raises Invalid.
+        no use for. `images` are the conversation's, loaded. Raises Invalid.
         """
         is_chat = request.messages is not None
         special = request.add_special_tokens
@@ -263,7 +295,7 @@ class VllmEngine:
             )
             if request.messages is not None:
                 template, ignored = self._chat.params(request)
-                messages = [_own_copy(message) for message in request.messages]
+                messages = with_pictures(map(_own_copy, request.messages), images)
                 _, (rendered,) = await renderer.render_chat_async([messages], template, limits)
                 return rendered, template, ignored
             if isinstance(prompt, str):
@@ -297,11 +329,18 @@ class VllmEngine:
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
         rendered: Rendered = prompt.engine_input
-        constrained = rendered.params.structured_outputs is not None
+        constrained = request.pooling is None and rendered.params.structured_outputs is not None
         outputs = None
         finished = False
         try:
-            outputs = await self._submit(rendered, request, self._loras.of(route.adapter))
+            lora = self._loras.of(route.adapter)
+            if self._pools is not None:
+                priority = request.priority if self._by_priority else 0
+                yield await self._pools.vectors(
+                    prompt.engine_input, request, lora, self._when_closing(), priority=priority
+                )
+                return
+            outputs = await self._submit(rendered, request, lora)
             reader = rendered.reader
             while not finished:
                 output = await outputs.get()
@@ -363,8 +402,6 @@ class VllmEngine:
                 priority=priority,
                 reasoning=reasoning,
             )
-        if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_future()
         # Of its own, because an abort by this id ends all requests that have it.
         external_id = f"{request.request_id}-{next(self._numbers)}"
         outputs = self._llm.generate(
@@ -375,7 +412,14 @@ class VllmEngine:
             priority=priority,
             **{name: value for name, value in reasoning.items() if value is not None},
         )
-        return PlainOutputs(outputs, partial(self._llm.abort, external_id), self._closing)
+        abort = partial(self._llm.abort, external_id)
+        return PlainOutputs(outputs, abort, self._when_closing())
+
+    def _when_closing(self) -> asyncio.Future[None]:
+        """Done when the engine is being closed."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_future()
+        return self._closing
 
     async def _abort(self, outputs: PlainOutputs | ChunkCollector) -> None:
         if isinstance(outputs, PlainOutputs):
