@@ -45,7 +45,7 @@ test-fast: setup ## unit, integration and rule tests, without an engine (seconds
 mutants: setup ## break the product in twenty ways; a test must notice each (minutes)
 	@$(ONE_THREAD) "$(PY)" tools/mutants.py $(ARGS)
 
-clients: setup ## install the client libraries that tests and a benchmark use, in out/clients (1.3 GB)
+clients: setup ## install the client libraries and agents that tests and a benchmark use, in out/clients (2 GB)
 	@"$(PY)" tools/setup_clients.py
 
 services: ## install what tests use and the package index does not have (Debian, as root)

@@ -1,12 +1,15 @@
-"""Makes the environments of the client libraries in out/clients, from tests/clients/pins.
+"""Makes the environments of client libraries and agents in out/clients, from tests/clients/pins.
 
     python tools/setup_clients.py
 
 Two of Python, `new` and `old`, since some libraries want openai 3 and others openai 2; and one of
-Node, whose interpreter comes with `new` from the package index. 1.3 GB, two minutes; quick when
-nothing has changed. What cannot be made is told and left out: the tests of it are skipped. Of the
-system it names java, curl and wget where they are missing. Called by `make clients`; standard
-library only.
+Node, whose interpreter comes with `new` from the package index, as an embedding model does. 2 GB,
+two to three minutes; quick when nothing has changed. What cannot be made is told and left out: the
+tests of it are skipped. Of the system it names java, curl and wget where they are missing. Called
+by `make clients`; standard library only.
+
+Two coding agents are among the packages of Node. Scripts of packages do not run, so opencode is the
+package of its program, for x86-64 alone, and not `opencode-ai`, whose script would choose one.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ def test_its_program_knows_every_call(client: Client) -> None:
         known = set(re.findall(r'case "(\w+)":', text))
     else:
         known = set(re.findall(r"^@call\n(?:async )?def (\w+)\(", text, re.MULTILINE))
-    assert set(client.calls) <= known
-    assert len(set(client.calls)) == len(client.calls)
+    calls = (*client.calls, *client.scripted)
+    assert set(calls) <= known
+    assert len(set(calls)) == len(calls)
+    assert not client.scripted or client.is_agent
 
 
 @pytest.mark.parametrize("name", ["new", "old"])
@@ -42,7 +44,9 @@ def test_the_lock_names_no_registry_but_the_public_one() -> None:
 def test_the_page_tells_what_each_server_answers() -> None:
     good, bad = Outcome(True, "{}"), Outcome(False, "Error: a | b <c>\nat 127.0.0.1:4711")
     assert [word(good, good), word(bad, bad), word(good, bad)] == ["yes", "no", "yes / no"]
-    ours = {client.name: dict.fromkeys(client.calls, good) for client in CLIENTS}
+    ours = {
+        client.name: dict.fromkeys((*client.calls, *client.scripted), good) for client in CLIENTS
+    }
     plain = {client.name: dict.fromkeys(client.calls, good) for client in CLIENTS}
     plain["LangChain"] = {**plain["LangChain"], "too_long": bad}
     text = page({"packhorse": ours, "vllm": plain}, "0.32.0")
@@ -54,3 +58,18 @@ def test_the_page_tells_what_each_server_answers() -> None:
     assert "| yes / no |" in row
     told = next(line for line in text.splitlines() if line.startswith("| LangChain | `too_long`"))
     assert told.endswith(r"| answered | Error: a \| b &lt;c&gt; at SERVER |")
+    # What only this server was asked is no part of the count.
+    codex = next(line for line in text.splitlines() if line.startswith("| Codex CLI |"))
+    assert codex.endswith("| responses | yes | yes | yes / - |")
+    ours["Codex CLI"] = {**ours["Codex CLI"], "tools": bad}
+    text = page({"packhorse": ours, "vllm": plain}, "0.32.0")
+    assert f"answers {total} as they should be" in text
+    assert "| Codex CLI | `tools` | Error: a \\| b &lt;c&gt; at SERVER | not asked |" in text
+
+
+def test_each_api_has_clients() -> None:
+    for api in ("chat", "responses", "messages"):
+        libraries = [c for c in CLIENTS if c.api == api and set(USUAL) <= set(c.calls)]
+        agents = [c for c in CLIENTS if c.api == api and c.is_agent]
+        assert len(libraries) >= 6, api
+        assert agents, api

@@ -1,22 +1,28 @@
-// Vercel's AI SDK with its provider for compatible servers.
+// Vercel's AI SDK with its providers: for compatible servers, OpenAI (Responses), Anthropic.
+import { createAnthropic } from "@ai-sdk/anthropic";
+import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { APICallError, Output, generateText, jsonSchema, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";
 import {
-  BASE_URL, CAPITAL, DESCRIPTION, JSON_TOKENS, KEY, LONG, MAX_TOKENS, MODEL, PARAMETERS, RESULT,
+  API, BASE_URL, CAPITAL, DESCRIPTION, JSON_TOKENS, KEY, LONG, MAX_TOKENS, MODEL, PARAMETERS, RESULT,
   UNKNOWN_MODEL, WEATHER, WRONG_KEY, cityOf, main, refused, said, streamed,
 } from "./common.mjs";
 
 globalThis.AI_SDK_LOG_WARNINGS = false;
 const City = z.object({ size: z.union([z.literal(1), z.literal(2)]), coastal: z.boolean() });
 
+function languageModel(name, apiKey) {
+  const where = { baseURL: BASE_URL, apiKey };
+  if (API === "responses") return createOpenAI(where).responses(name);
+  if (API === "messages") return createAnthropic(where).messages(name);
+  const options = { name: "packhorse", includeUsage: true, supportsStructuredOutputs: true };
+  return createOpenAICompatible({ ...where, ...options }).chatModel(name);
+}
+
 function asked(prompt, { key = KEY, model = MODEL, ...more } = {}) {
-  const provider = createOpenAICompatible({
-    name: "packhorse", baseURL: BASE_URL, apiKey: key, includeUsage: true,
-    supportsStructuredOutputs: true,
-  });
   const limits = { temperature: 0, maxOutputTokens: MAX_TOKENS, maxRetries: 0 };
-  return { model: provider.chatModel(model), prompt, ...limits, ...more };
+  return { model: languageModel(model, key), prompt, ...limits, ...more };
 }
 
 // The first turn must call; a tiny model does not always do so by itself.

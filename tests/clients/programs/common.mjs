@@ -1,5 +1,7 @@
 // What the Node programs share: the questions, and one JSON line for each call (see common.py).
 export const [BASE_URL, MODEL, KEY, ...NAMES] = process.argv.slice(2);
+export const ROOT_URL = BASE_URL.replace(/\/v1$/, "");
+export const API = process.env.CLIENT_API ?? "chat";
 export const WRONG_KEY = "sk-a-key-that-nobody-has-given-out";
 export const UNKNOWN_MODEL = "no-such-model";
 export const CAPITAL = "What is the capital of Felonia?";

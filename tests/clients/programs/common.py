@@ -26,6 +26,10 @@ os.environ.update(
 warnings.simplefilter("ignore")
 
 BASE_URL, MODEL, KEY = sys.argv[1:4]
+ROOT_URL = BASE_URL.removesuffix("/v1")
+"""Anthropic's clients write `/v1` themselves."""
+API = os.environ.get("CLIENT_API", "chat")
+"""For programs whose library speaks several: `chat`, `responses`, `messages`."""
 WRONG_KEY = "sk-a-key-that-nobody-has-given-out"
 UNKNOWN_MODEL = "no-such-model"
 CAPITAL = "What is the capital of Felonia?"
@@ -36,18 +40,17 @@ LONG = "The capital of Felonia is a town on the river. " * 500
 MAX_TOKENS = 60
 JSON_TOKENS = 500
 """Enough for a small object with bounded white space between all its parts."""
-GET_WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}},
-            "required": ["city"],
-        },
+WEATHER_TOOL: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "Get the weather in a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
     },
 }
+"""As each API wraps it: chat in `function`, responses flat, messages as `input_schema`."""
+GET_WEATHER: dict[str, Any] = {"type": "function", "function": WEATHER_TOOL}
 
 Call = Callable[[], Any]
 calls: dict[str, Call] = {}

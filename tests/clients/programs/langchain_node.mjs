@@ -1,10 +1,10 @@
-// LangChain.js's ChatOpenAI.
+// LangChain.js's ChatOpenAI, on chat completions or Responses.
 import { ContextOverflowError } from "@langchain/core/errors";
 import { HumanMessage, ToolMessage } from "@langchain/core/messages";
 import { ChatOpenAI } from "@langchain/openai";
 import { z } from "zod";
 import {
-  BASE_URL, CAPITAL, GET_WEATHER, JSON_TOKENS, KEY, LONG, MAX_TOKENS, MODEL, RESULT,
+  API, BASE_URL, CAPITAL, GET_WEATHER, JSON_TOKENS, KEY, LONG, MAX_TOKENS, MODEL, RESULT,
   UNKNOWN_MODEL, WEATHER, WRONG_KEY, cityOf, main, refused, said, streamed,
 } from "./common.mjs";
 
@@ -13,7 +13,7 @@ const SKY = new HumanMessage(WEATHER);
 
 const open = ({ apiKey = KEY, model = MODEL, maxTokens = MAX_TOKENS } = {}) => new ChatOpenAI({
   model, apiKey, maxTokens, temperature: 0, maxRetries: 0, timeout: 60000, streamUsage: true,
-  configuration: { baseURL: BASE_URL },
+  configuration: { baseURL: BASE_URL }, useResponsesApi: API === "responses",
 });
 const bound = (choice) => open({ maxTokens: JSON_TOKENS }).bindTools([GET_WEATHER], { tool_choice: choice });
 

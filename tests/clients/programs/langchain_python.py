@@ -1,10 +1,11 @@
-"""LangChain's ChatOpenAI."""
+"""LangChain's ChatOpenAI, on chat completions or Responses, and its ChatAnthropic."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from common import (
+    API,
     BASE_URL,
     CAPITAL,
     GET_WEATHER,
@@ -14,6 +15,7 @@ from common import (
     MAX_TOKENS,
     MODEL,
     RESULT,
+    ROOT_URL,
     UNKNOWN_MODEL,
     WEATHER,
     WRONG_KEY,
@@ -24,6 +26,7 @@ from common import (
     said,
     streamed,
 )
+from langchain_anthropic import ChatAnthropic
 from langchain_core.exceptions import (
     ContextOverflowError,
     ModelAuthenticationError,
@@ -39,12 +42,14 @@ class City(BaseModel):
     coastal: bool
 
 
-def model(name: str = MODEL, key: str = KEY, max_tokens: int = MAX_TOKENS) -> ChatOpenAI:
-    options: Any = {"model": name, "max_tokens": max_tokens, "stream_usage": True}
-    return ChatOpenAI(
-        base_url=BASE_URL, api_key=SecretStr(key), temperature=0, max_retries=0, timeout=60,
-        **options,
-    )  # fmt: skip
+def model(name: str = MODEL, key: str = KEY, max_tokens: int = MAX_TOKENS) -> Any:
+    options: Any = {
+        "model": name, "max_tokens": max_tokens, "stream_usage": True, "api_key": SecretStr(key),
+        "temperature": 0, "max_retries": 0, "timeout": 60,
+    }  # fmt: skip
+    if API == "messages":
+        return ChatAnthropic(base_url=ROOT_URL, **options)
+    return ChatOpenAI(base_url=BASE_URL, use_responses_api=API == "responses", **options)
 
 
 @call
@@ -71,13 +76,13 @@ def bound(choice: str) -> Any:
 
 @call
 def tools() -> Any:
-    return second_turn(bound("required").invoke([HumanMessage(WEATHER)]))
+    return second_turn(bound("any").invoke([HumanMessage(WEATHER)]))
 
 
 @call
 def tools_streamed() -> Any:
     whole: Any = None
-    for chunk in bound("required").stream([HumanMessage(WEATHER)]):
+    for chunk in bound("any").stream([HumanMessage(WEATHER)]):
         whole = chunk if whole is None else whole + chunk
     return second_turn(whole)
 

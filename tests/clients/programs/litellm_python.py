@@ -1,4 +1,6 @@
-"""LiteLLM, with the provider that stands in front of the model's name: hosted_vllm or openai."""
+"""LiteLLM, with the provider that stands in front of the model's name: hosted_vllm, openai, or
+anthropic, which calls Messages.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from common import (
     MAX_TOKENS,
     MODEL,
     RESULT,
+    ROOT_URL,
     UNKNOWN_MODEL,
     WEATHER,
     WRONG_KEY,
@@ -44,7 +47,11 @@ class City(BaseModel):
 
 def ask(messages: Any, *, model: str = MODEL, key: str = KEY, **more: Any) -> Any:
     options: Any = {"temperature": 0, "max_tokens": MAX_TOKENS, "num_retries": 0, **more}
-    where: Any = {"api_base": BASE_URL, "api_key": key, "timeout": 60}
+    where: Any = {
+        "api_base": ROOT_URL if PROVIDER == "anthropic" else BASE_URL,
+        "api_key": key,
+        "timeout": 60,
+    }
     return litellm.completion(
         model=f"{PROVIDER}/{model}",
         messages=[{"role": "user", "content": messages}] if isinstance(messages, str) else messages,

@@ -1,4 +1,4 @@
-"""OpenAI's Agents SDK on chat completions."""
+"""OpenAI's Agents SDK on chat completions, and on its default, Responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, Literal
 import openai
 from agents import Agent, ModelSettings, Runner, function_tool, set_tracing_disabled
 from agents.models.openai_chatcompletions import OpenAIChatCompletionsModel
+from agents.models.openai_responses import OpenAIResponsesModel
 from common import (
+    API,
     BASE_URL,
     CAPITAL,
     JSON_TOKENS,
@@ -51,12 +53,13 @@ def agent(
     **more: Any,
 ) -> Agent[Any]:
     client = openai.AsyncOpenAI(base_url=BASE_URL, api_key=key, max_retries=0, timeout=60)
+    kind = OpenAIResponsesModel if API == "responses" else OpenAIChatCompletionsModel
     settings = ModelSettings(
         temperature=0, max_tokens=max_tokens, include_usage=True, tool_choice=choice
     )
     return Agent(
         name="clerk",
-        model=OpenAIChatCompletionsModel(model=model, openai_client=client),
+        model=kind(model=model, openai_client=client),
         model_settings=settings,
         **more,
     )

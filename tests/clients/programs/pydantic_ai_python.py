@@ -1,10 +1,11 @@
-"""pydantic-ai: agents on its OpenAI chat model."""
+"""pydantic-ai: agents on its OpenAI models, chat and Responses, and its Anthropic model."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from common import (
+    API,
     BASE_URL,
     CAPITAL,
     GET_WEATHER,
@@ -14,6 +15,7 @@ from common import (
     MAX_TOKENS,
     MODEL,
     RESULT,
+    ROOT_URL,
     UNKNOWN_MODEL,
     WEATHER,
     WRONG_KEY,
@@ -31,10 +33,17 @@ from pydantic_ai.exceptions import (
     ModelHTTPError,
 )
 from pydantic_ai.messages import ModelResponse, ToolCallPart
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.profiles.anthropic import AnthropicModelProfile
+from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 
+PROFILES: dict[str, Any] = {
+    "messages": {"profile": AnthropicModelProfile(supports_json_schema_output=True)}
+}
+"""Of a model that it does not know by name, it expects no JSON schemas over Messages."""
 DESCRIPTION = GET_WEATHER["function"]["description"]
 
 
@@ -50,11 +59,13 @@ class GetWeather(BaseModel):
 def agent(
     output: Any = str, *, key: str = KEY, model: str = MODEL, max_tokens: int = MAX_TOKENS
 ) -> Any:
-    provider = OpenAIProvider(base_url=BASE_URL, api_key=key)
+    kind: Any = OpenAIResponsesModel if API == "responses" else OpenAIChatModel
+    provider: Any = OpenAIProvider(base_url=BASE_URL, api_key=key)
+    if API == "messages":
+        kind, provider = AnthropicModel, AnthropicProvider(base_url=ROOT_URL, api_key=key)
     settings = ModelSettings(temperature=0, max_tokens=max_tokens, timeout=60)
-    return Agent(
-        OpenAIChatModel(model, provider=provider), output_type=output, model_settings=settings
-    )
+    made = kind(model, provider=provider, **PROFILES.get(API, {}))
+    return Agent(made, output_type=output, model_settings=settings)
 
 
 def forced_once(context: Any) -> ModelSettings:
