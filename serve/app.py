@@ -25,22 +25,33 @@ from packhorse.serve.adapters.formats import AdapterLimits
 from packhorse.serve.adapters.registry import Registry
 from packhorse.serve.adapters.store import AdapterStore
 from packhorse.serve.api.admin import Admin
+from packhorse.serve.api.batches import Batches
+from packhorse.serve.api.responses.service import Responses
+from packhorse.serve.api.responses.store import ResponseStore
+from packhorse.serve.batches.gate import Gate
+from packhorse.serve.batches.records import Owner
+from packhorse.serve.batches.runner import Runner
+from packhorse.serve.batches.store import BatchStore
 from packhorse.serve.cache import STORES
+from packhorse.serve.cache.response_store import MemoryResponses, SharedResponses
 from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.engine_builder import Builder
 from packhorse.serve.engines.supervisor import Supervisor
 from packhorse.serve.engines.vllm import patches
 from packhorse.serve.errors import ServeError, StartupError
 from packhorse.serve.limits.admission import Admission
+from packhorse.serve.messages import Caller
 from packhorse.serve.metrics import ModelMetrics, ServerMetrics
 from packhorse.serve.models import Model, Models
 from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.rest.app import build_admin_app, build_app
+from packhorse.serve.rest.in_process import InProcess
 from packhorse.serve.routing.base import AUTO
 from packhorse.serve.routing.router import Router
 from packhorse.serve.routing.table_cache import TableCache
 from packhorse.serve.settings import Settings, answer_environment, shown
 from packhorse.serve.settings.cache import CacheSettings
+from packhorse.serve.settings.responses import ResponsesSettings
 from packhorse.serve.telemetry.logs import RequestLog
 from packhorse.serve.telemetry.machine import LoopLag
 from packhorse.serve.tenancy import Tenancy
@@ -51,6 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("packhorse")
 
 
+LINE_BYTES = 16 * 1024  # of a batch's line, besides the body of its call
 TABLES = ".routes"  # beside the adapters in their store; no adapter's name
 
 
@@ -96,6 +108,7 @@ class App:
             accounting=Accounting(RequestLog(prompts=settings.log_prompts)),
             request_timeout_s=settings.service.request_timeout_s,
             max_request_timeout_s=settings.service.max_request_timeout_s,
+            max_inputs=settings.service.max_inputs,
         )
         self._keys = Keys(settings.auth, metrics=self.metrics)
         self._admin = Admin(
@@ -105,6 +118,16 @@ class App:
             model=self.name,
             settings=shown(settings),
         )
+        self._response_store = build_response_store(
+            settings.responses, self._cache, secret, self.metrics
+        )
+        self._responses = Responses(
+            self.pipeline,
+            self._response_store,
+            max_background=settings.responses.max_background,
+        )
+        self._gate = build_gate(settings, self.model.admission)
+        self._batch_store = build_batch_store(settings)
         self.asgi = build_app(
             self.pipeline,
             settings.http,
@@ -113,12 +136,27 @@ class App:
             self._tracing,
             metrics=self.metrics,
             patches=lambda: [row._asdict() for row in patches.table()],
+            batches=self._batches(),
+            responses=self._responses,
         )
         """The users' HTTP API; the operators' too, unless they have a port of their own."""
         self.admin_asgi = build_admin_app(
             self.pipeline, settings.http, self._keys, self._admin, metrics=self.metrics
         )
         """What is on the operators' own port; None when they have none."""
+        self.in_process = InProcess(self.asgi)
+        """Makes calls to `asgi` as any caller, for work of this process."""
+        self._runner = None
+        if self._batch_store is not None:
+            self._runner = Runner(
+                self._batch_store,
+                settings.batches,
+                self._gate,
+                answer=self.in_process,
+                caller_of=self._caller_of,
+                max_line_bytes=max_line_bytes(settings),
+                metrics=self.metrics,
+            )
         # Before the engine: vLLM adds to the environment.
         self._builder = Builder(
             settings, self.name, self._cache, answer_environment(), metrics=counted
@@ -146,6 +184,25 @@ class App:
             self._tracing,
             metrics=self.metrics,
         )
+
+    def _batches(self) -> Batches | None:
+        """The files and batches, if the settings have a folder for them."""
+        if self._batch_store is None:
+            return None
+        self.model.admission.entered = self._gate.entered
+        settings = self.settings.batches
+        return Batches(
+            self._batch_store,
+            self._gate,
+            max_window_s=settings.max_completion_window_s,
+            max_file_bytes=settings.max_file_bytes,
+        )
+
+    def _caller_of(self, owner: Owner) -> Caller:
+        """Who a batch runs as, with the rights of now. Raises Unauthenticated, Forbidden."""
+        caller = self._keys.again(owner.name, owner.tenant)
+        self._keys.check_scope(caller, "inference")
+        return caller
 
     @property
     def has_routes(self) -> bool:
@@ -182,8 +239,14 @@ class App:
             await self._cache.start()
             self._watch(self._cache.watch())
         capacity = self._supervisor.capacity
-        self.model.admission.fit(capacity.max_num_seqs, capacity.kv_cache_tokens)
+        max_num_seqs = capacity.max_num_seqs
+        if self._supervisor.pooler is not None:  # one call may have more inputs than a batch holds
+            max_num_seqs = max(max_num_seqs, self.settings.service.max_inputs)
+        self.model.admission.fit(max_num_seqs, capacity.kv_cache_tokens)
         self.model.attach(self._supervisor)
+        if self._runner is not None:
+            self._gate.limit = self.settings.batches.concurrency or max(1, capacity.max_num_seqs)
+            self._watch(self._runner.run())
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work))
@@ -225,8 +288,12 @@ class App:
         return watching
 
     def stop_admitting(self) -> None:
-        """From now on every new request is refused; those in flight go on."""
+        """From now on every new request is refused; those in flight go on, except lines of batches,
+        which another server takes up.
+        """
         self.pipeline.stop_admitting()
+        if self._runner is not None:
+            self._runner.pause()
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
         """Wait for the requests in flight, at most timeout_s or until `hurry`."""
@@ -248,11 +315,18 @@ class App:
         if starting is not None and not starting.done():
             starting.cancel()
             await asyncio.wait([starting])
+        if self._runner is not None:
+            await self._runner.close()
         for task in self._tasks:
             task.cancel()
+        await self._responses.close()
         await self._supervisor.close()
+        if self._response_store is not None:
+            await self._response_store.close()
         if self._cache is not None:
             await self._cache.close()
+        if self._batch_store is not None:
+            await self._batch_store.close()
 
     async def close_tracing(self) -> None:
         """Send what is left of the traces: the last step, after the last answer."""
@@ -270,6 +344,35 @@ class App:
 def _secret(settings: CacheSettings) -> bytes:
     given = settings.secret
     return given.get_secret_value().encode() if given else secrets.token_bytes(32)
+
+
+def build_gate(settings: Settings, admission: Admission) -> Gate:
+    """What lets lines of batches run beside live calls, of which they leave half the room."""
+
+    def has_room() -> bool:
+        return (
+            admission.running < max(1, admission.max_in_engine // 2)
+            and admission.queued_tokens <= admission.max_queued_tokens // 2
+        )
+
+    return Gate(
+        lambda: admission.in_flight,
+        share=settings.batches.share_beside_live,
+        quiet_s=settings.batches.quiet_s,
+        max_step_s=settings.batches.max_step_s,
+        has_room=has_room,
+    )
+
+
+def build_batch_store(settings: Settings) -> BatchStore | None:
+    """Files and batches, if the settings have a folder for them. Raises StartupError."""
+    folder = settings.batches.folder
+    return None if folder is None else BatchStore(settings.batches, folder)
+
+
+def max_line_bytes(settings: Settings) -> int:
+    """The most that a line of a batch may have: a body, and what is around it."""
+    return settings.http.max_body_bytes + LINE_BYTES
 
 
 def build_registry(settings: Settings, name: str, metrics: ModelMetrics) -> Registry | None:
@@ -313,6 +416,25 @@ def build_router(
         train=TableCache(store_folder / TABLES),
         metrics=metrics,
     )
+
+
+def build_response_store(
+    settings: ResponsesSettings, cache: ResultCache | None, secret: bytes, metrics: ServerMetrics
+) -> ResponseStore | None:
+    """Where responses are kept: in the result cache's shared store, if it has one, or in memory."""
+    if not settings.max_kept or not settings.max_kept_bytes:
+        return None
+    memory = MemoryResponses(
+        max_entries=settings.max_kept,
+        max_bytes=settings.max_kept_bytes,
+        max_entry_bytes=settings.max_entry_bytes,
+        ttl_s=settings.ttl_s,
+        metrics=metrics,
+    )
+    shared = cache.shared_store if cache is not None else None
+    if shared is None:
+        return memory
+    return SharedResponses(memory, *shared, secret=secret, ttl_s=settings.ttl_s)
 
 
 def build_cache(

@@ -1,5 +1,5 @@
-"""`packhorse serve`: flags become settings, errors become exit codes. `packhorse keys new` prints a
-key. Nothing else happens here.
+"""`packhorse serve` and `packhorse batch`: flags become settings, errors become exit codes.
+`packhorse keys new` prints a key. Nothing else happens here.
 """
 
 from __future__ import annotations
@@ -110,6 +110,12 @@ def serve(
             help="Folder with a folder for each LoRA adapter, watched for changes. [default: none]"
         ),
     ] = None,
+    batches: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for uploaded files and batches. [default: none; there are no batches]"
+        ),
+    ] = None,
     routes: Annotated[
         Path | None,
         typer.Option(
@@ -127,7 +133,7 @@ def serve(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="vllm, or echo: an engine without a model, for tests. [default: vllm]"),
+        typer.Option(help="vllm; for tests echo, without a model, or vllm-echo. [default: vllm]"),
     ] = None,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning or error. [default: info]")
@@ -151,6 +157,7 @@ def serve(
         "rpc": {"port": grpc_port},
         "auth": {"keys_file": api_keys},
         "adapters": {"folder": adapters},
+        "batches": {"folder": batches},
         "routing": {"file": routes},
         "service": {"served_model_name": served_model_name, "drain_timeout_s": drain_timeout_s},
         "engine": {
@@ -166,7 +173,7 @@ def serve(
     }
     try:
         settings = load(config, _typed(flags))
-        if not settings.model and settings.engine.kind == "vllm":
+        if not settings.model and settings.engine.kind != "echo":
             raise StartupError("Which model? Give its folder: packhorse serve FOLDER.")
         # Imported late, so that --help and mistakes answer at once.
         from packhorse.serve.server import run
@@ -174,6 +181,107 @@ def serve(
         run(settings)
     except StartupError as error:
         raise _exit(error) from error
+
+
+@app.command()
+def batch(
+    file: Annotated[
+        Path, typer.Argument(help="JSONL: custom_id, method, url and body in each line.")
+    ],
+    model: Annotated[str, typer.Option(help="Model folder, as for `serve`, or a hub name.")] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the answers go. [default: beside FILE, NAME.output.jsonl]"),
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(help="Name that the lines have as `model`. [default: the folder's name]"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with any setting, nested as in docs/settings.md; flags win over it."
+        ),
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a folder for each LoRA adapter. [default: none]"),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, help="Lines in the engine at once. [default: its max_num_seqs]"),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="A running server that is to do it, instead of this command itself."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="OPENAI_API_KEY", help="A key, if that server has keys."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm; for tests echo, without a model. [default: vllm]"),
+    ] = None,
+) -> None:
+    """Answer every line of FILE with MODEL, without a server; or, with --url, by a server. Cut
+    short, it goes on where it was when it is run again.
+
+    \b
+    packhorse batch questions.jsonl --model out/demo-int8
+    packhorse batch questions.jsonl --url http://127.0.0.1:8000
+
+    Answers go to --output, and errors of lines beside it (NAME.errors.jsonl), in OpenAI's format.
+    Exit code 0: all lines are answered; 1: some are errors; 2: it could not start as configured;
+    130: stopped, run it again.
+    """
+    flags: dict[str, Any] = {
+        "model": model or None,
+        "adapters": {"folder": adapters},
+        "service": {"served_model_name": served_model_name},
+        "engine": {"kind": engine},
+    }
+    if output is None:
+        output = file.with_name(f"{file.stem}.output.jsonl")
+    errors = output.with_name(
+        output.name.removesuffix(".jsonl").removesuffix(".output") + ".errors.jsonl"
+    )
+    try:
+        if url is not None:
+            code = _remotely(url, api_key, file, output, errors, alone=_typed(flags) or config)
+        else:
+            settings = load(config, _typed(flags))
+            if not settings.model and settings.engine.kind != "echo":
+                raise StartupError(
+                    "Which model? Give its folder: packhorse batch FILE --model FOLDER; or give "
+                    "the --url of a server."
+                )
+            from packhorse.serve.batch_command import Files, run_file
+
+            code = run_file(settings, Files(file, output, errors), concurrency)
+    except StartupError as error:
+        raise _exit(error) from error
+    if code:
+        raise typer.Exit(code)
+
+
+def _remotely(
+    url: str, api_key: str | None, file: Path, output: Path, errors: Path, *, alone: object
+) -> int:
+    """`packhorse batch --url`; `alone` are options that have no effect with it."""
+    if alone:
+        raise StartupError("With --url the server has the model and its settings; leave out both.")
+    from packhorse.serve.batch_remote import Server, run_file
+
+    return run_file(Server(url, _header_key(api_key)), file, output, errors)
+
+
+def _header_key(api_key: str | None) -> str | None:
+    """A key as a header can hold it. Raises StartupError, which does not show it."""
+    api_key = (api_key or "").strip()  # a file's end of line is no part of it
+    if api_key and not (api_key.isascii() and api_key.isprintable()):  # urllib would show it
+        raise StartupError("The API key has characters that no header can hold.")
+    return api_key or None
 
 
 @app.command()
@@ -194,10 +302,11 @@ def route(
     """
     body = {"model": "auto", "messages": [{"role": "user", "content": text}]}
     headers = {"content-type": "application/json"}
-    if api_key := (api_key or "").strip():  # a file's end of line is no part of it
-        if not api_key.isascii() or not api_key.isprintable():  # urllib would show it
-            raise _exit(StartupError("The API key has characters that no header can hold."))
-        headers["authorization"] = f"Bearer {api_key}"
+    try:
+        if key := _header_key(api_key):
+            headers["authorization"] = f"Bearer {key}"
+    except StartupError as error:
+        raise _exit(error) from error
     try:
         asked = urllib.request.Request(
             url.rstrip("/") + "/v1/route", json.dumps(body).encode(), headers

@@ -31,7 +31,7 @@ logger = logging.getLogger("packhorse")
 # The engine's settings that decide no answer: the files that they lead to are looked at themselves.
 SILENT = {
     "stall_timeout_s", "step_timeout_s", "revision", "tokenizer_revision", "hf_token",
-    "download_dir",
+    "download_dir", "images",
 }  # fmt: skip
 
 
@@ -58,11 +58,18 @@ def _echo(model: str, name: str, settings: EngineSettings, metrics: ModelMetrics
     return EchoEngine(settings)
 
 
+def _vllm_echo(model: str, name: str, settings: EngineSettings, metrics: ModelMetrics) -> Engine:
+    from packhorse.serve.engines.vllm.echo import VllmEchoEngine
+
+    return VllmEchoEngine(Path(model), name, settings, metrics=metrics)
+
+
 # name -> build(model folder, served name, settings, metrics). Building vLLM's takes long: do it in
 # a worker thread.
 ENGINES: dict[str, Callable[[str, str, EngineSettings, ModelMetrics], Engine]] = {
     "vllm": _vllm,
     "echo": _echo,
+    "vllm-echo": _vllm_echo,
 }
 
 

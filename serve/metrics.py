@@ -52,8 +52,18 @@ IGNORED_NAMES = frozenset((
     "messages.thinking_blocks", "messages.provider_specific_fields",
     "messages.tool_calls.provider_specific_fields",
     "messages.tool_calls.function.parsed_arguments", "messages.tool_calls.extra_content",
-    "messages.prefix", "messages.partial", "messages.weight", "messages.metadata",
-    "tools.cache_control", "tools.function.cache_control",
+    "thinking.budget_tokens", "output_config.effort", "context_management", "betas", "container",
+    "mcp_servers", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id",
+    "tools.defer_loading", "tools.allowed_callers", "tools.input_examples",
+    "tools.bash_20250124", "tools.text_editor_20250728", "tools.web_search_20250305",
+    "tools.web_fetch_20250910", "tools.memory_20250818",
+    "messages.content.redacted_thinking", "messages.prefix", "messages.partial",
+    "messages.weight", "messages.metadata",
+    "tools.cache_control", "tools.function.cache_control", "include.reasoning.encrypted_content",
+    "reasoning.summary", "reasoning.effort", "text.verbosity", "client_metadata",
+    "prompt_cache_options", "max_tool_calls", "tools.web_search", "tools.web_search_preview",
+    "tools.file_search", "tools.code_interpreter", "tools.image_generation", "tools.local_shell",
+    "tools.shell", "tools.mcp", "tools.apply_patch", "tools.tool_search", "tools.format",
 ))  # fmt: skip
 
 
@@ -120,6 +130,16 @@ class ServerMetrics:
             "packhorse_keys_stale",
             "1 while the keys file is not what is in use, since it cannot be read.",
         )
+        self.batch_lines = make.counter(
+            "packhorse_batch_lines_total",
+            "Times that a line of a batch was run, by what came of it: answered, failed (an error "
+            "that its batch keeps), postponed (refused for the moment, by a quota or a full "
+            "server), or preempted (ended for a live call; it runs again).",
+            ["outcome"],
+        )
+        self.batches_unfinished = make.gauge(
+            "packhorse_batches_unfinished", "Batches that have not ended."
+        )
         self.stalled_clients = make.counter(
             "packhorse_stalled_clients_total",
             "Clients cut off because they stopped reading their stream.",
@@ -135,8 +155,26 @@ class ServerMetrics:
             "packhorse_event_loop_tasks",
             "Tasks of the server's event loop: requests, and some of its own.",
         )
+        self.responses_kept = make.gauge(
+            "packhorse_responses_kept", "Responses that this process keeps in memory."
+        )
+        self.responses_kept_bytes = make.gauge(
+            "packhorse_responses_kept_bytes", "Memory of the responses that are kept in it."
+        )
+        self.responses_dropped = make.counter(
+            "packhorse_responses_dropped_total",
+            "Responses that memory does not keep, by reason: evicted (older than others, when it "
+            "is full) or too_large.",
+            ["reason"],
+        )
+        self.responses_in_background = make.gauge(
+            "packhorse_responses_in_background",
+            "Responses with `background` that wait or are generated.",
+        )
         # Every value that labels of a closed set can have.
         self.closed: dict[Counter, tuple[str, ...]] = {
+            self.responses_dropped: ("evicted", "too_large"),
+            self.batch_lines: ("answered", "failed", "postponed", "preempted"),
             self.auth_failures: (
                 "missing", "malformed", "unknown", "scope", "remote", "forwarded", "host",
                 "origin",

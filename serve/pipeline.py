@@ -22,7 +22,7 @@ from typing import TypeVar
 from packhorse.serve.accounting import Accounting
 from packhorse.serve.adapters.base import Lease
 from packhorse.serve.cache.base import Lookup
-from packhorse.serve.engines.base import Engine
+from packhorse.serve.engines.base import Engine, check_kind
 from packhorse.serve.errors import ErrorKind, Invalid, ServeError, Unavailable
 from packhorse.serve.limits.admission import Admission, Cost, EnginePermit, InFlightPermit
 from packhorse.serve.limits.deadline import Deadline
@@ -35,6 +35,9 @@ from packhorse.serve.tenancy import Tenancy
 
 # Errors that are not the caller's doing.
 SERVERS_FAULT = {ErrorKind.UNAVAILABLE, ErrorKind.INTERNAL, ErrorKind.OVERLOADED}
+
+# Of one call, so many requests take a step before others have the event loop again.
+YIELD_EVERY = 32
 
 Step = TypeVar("Step")
 
@@ -50,15 +53,17 @@ class Pipeline:
         accounting: Accounting | None = None,
         request_timeout_s: float = 600.0,
         max_request_timeout_s: float = 3600.0,
+        max_inputs: int = 2048,
     ) -> None:
-        """A request takes at most request_timeout_s, or what it asks for up to the maximum.
-        `tenancy` None: one with a secret of its own.
+        """A request takes at most request_timeout_s, or what it asks for up to the maximum. A call
+        on a pooling model has at most max_inputs. `tenancy` None: one with a secret of its own.
         """
         self.models = models
         self._tenancy = tenancy or Tenancy(secrets.token_bytes(32))
         self._accounting = accounting or Accounting()
         self._request_timeout_s = request_timeout_s
         self.max_request_timeout_s = max_request_timeout_s
+        self.max_inputs = max_inputs
         self.created_s = int(time.time())
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -97,7 +102,9 @@ class Pipeline:
         """
         streams: list[Stream] = []
         try:
-            for request in requests:
+            for number, request in enumerate(requests, 1):
+                if number % YIELD_EVERY == 0:
+                    await asyncio.sleep(0)
                 stream = self._stream(request)
                 streams.append(stream)
                 await stream.step(partial(self._look_up, stream))
@@ -105,7 +112,11 @@ class Pipeline:
             if len(streams) == 1:
                 await streams[0].step(streams[0].open)
             else:
-                openings = [stream.open_meanwhile() for stream in streams]
+                openings = []
+                for number, stream in enumerate(streams, 1):
+                    openings.append(stream.open_meanwhile())
+                    if number % YIELD_EVERY == 0:
+                        await asyncio.sleep(0)
                 done, _ = await asyncio.wait(openings, return_when=asyncio.FIRST_COMPLETED)
                 for opening in done:
                     opening.result()
@@ -128,6 +139,7 @@ class Pipeline:
             metrics = model.metrics
             try:
                 engine = model.engine
+                check_kind(engine, request)
             except ServeError:
                 if lease is not None:
                     lease.release()
@@ -285,6 +297,7 @@ class Stream:
         """Wait for the first chunk. Raises ServeError."""
         context, lookup = self.context, self.lookup
         self._first, self._chunks = await lookup.open(self._work_again)
+        context.cached_tokens = self._first.cached_tokens
         context.prompt, context.cache_status = lookup.prompt, lookup.status
         self.stack.push_async_callback(self._chunks.aclose)
         timings = context.timings
@@ -460,9 +473,13 @@ async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Chunk],
         except ServeError as error:
             await ready.put((number, error))
 
-    pumps = [asyncio.create_task(pump(*numbered)) for numbered in enumerate(streams)]
-    running = len(pumps)
+    pumps: list[asyncio.Task[None]] = []
+    running = len(streams)
     try:
+        for stream in streams:
+            pumps.append(asyncio.create_task(pump(len(pumps), stream)))
+            if len(pumps) % YIELD_EVERY == 0:
+                await asyncio.sleep(0)
         while running:
             number, item = await ready.get()
             if isinstance(item, BaseException):

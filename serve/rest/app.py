@@ -17,11 +17,15 @@ from starlette.types import ASGIApp
 from packhorse.serve.access.exposure import Exposure
 from packhorse.serve.access.keys import Keys
 from packhorse.serve.api.admin import Admin
+from packhorse.serve.api.batches import Batches
+from packhorse.serve.api.responses.service import Responses
 from packhorse.serve.errors import ServeError
 from packhorse.serve.metrics import Exposition, ServerMetrics
 from packhorse.serve.pipeline import Pipeline
 from packhorse.serve.rest import admin as operators
-from packhorse.serve.rest import errors, generate, models, openapi
+from packhorse.serve.rest import anthropic, errors, generate, models, openapi, pooling
+from packhorse.serve.rest import batches as batch_rest
+from packhorse.serve.rest import openai_responses as responses_rest
 from packhorse.serve.rest.middleware import Access, Guard, MethodsAndSlashes, RequestIds
 from packhorse.serve.settings.http import HttpSettings
 
@@ -31,7 +35,10 @@ if TYPE_CHECKING:
 Patches = Callable[[], Sequence[Mapping[str, Any]]]
 
 # Endpoints that generate nothing; see docs/add-an-endpoint.md.
-ENDPOINTS: tuple[Callable[[Pipeline, HttpSettings], APIRouter], ...] = (models.routes,)
+ENDPOINTS: tuple[Callable[[Pipeline, HttpSettings], APIRouter], ...] = (
+    models.routes,
+    pooling.routes,
+)
 
 
 def build_app(
@@ -43,15 +50,22 @@ def build_app(
     *,
     metrics: ServerMetrics | None = None,
     patches: Patches | None = None,
+    batches: Batches | None = None,
+    responses: Responses | None = None,
 ) -> ASGIApp:
     """The HTTP application over one pipeline; without /metrics and /admin when these have their own
     port. `keys` None: every call is allowed. `patches` gives the table of vLLM patches in /version.
+    `batches` None: the server keeps no files. `responses` None: it keeps no responses.
     """
     metrics = metrics or ServerMetrics()
     app = _bare_app(pipeline)
     app.include_router(generate.routes(pipeline, settings, metrics))
+    responses = responses or Responses(pipeline)
+    app.include_router(responses_rest.routes(pipeline, settings, responses, metrics))
+    app.include_router(anthropic.routes(pipeline, settings, metrics))
     for routes in ENDPOINTS:
         app.include_router(routes(pipeline, settings))
+    app.include_router(batch_rest.routes(pipeline, settings, batches))
     _add_state_routes(app, pipeline, patches)
     openapi.add_schemas(app, None if pipeline.models.has_adapters else pipeline.models.first.name)
     if settings.admin_port is None:
@@ -190,10 +204,12 @@ def _wrapped(
             allow_headers=("*",),
             expose_headers=(
                 "x-request-id",
+                "request-id",
                 "retry-after",
                 "traceparent",
                 "x-packhorse-ignored",
                 "x-packhorse-max-tokens",
+                "x-packhorse-dropped-items",
                 "x-packhorse-cache",
                 "x-packhorse-model",
             ),

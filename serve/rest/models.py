@@ -17,6 +17,8 @@ from packhorse.serve.api.models import ModelCard
 from packhorse.serve.api.tokenize import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from packhorse.serve.api.validation import LenientBody, validated
 from packhorse.serve.pipeline import Pipeline
+from packhorse.serve.rest.anthropic import model_info, models_page
+from packhorse.serve.rest.errors import is_anthropic
 from packhorse.serve.rest.openapi import body_document, documented
 from packhorse.serve.rest.requests import BodyLimits, read_body, read_object
 from packhorse.serve.rest.responses import json_response
@@ -32,11 +34,14 @@ def routes(pipeline: Pipeline, settings: HttpSettings) -> APIRouter:
     async def list_models(request: Request) -> dict[str, Any]:
         """The model, and the adapters that this key may use."""
         cards = model_api.list_models(pipeline, request.state.caller)
+        if is_anthropic(request.scope):
+            return models_page(cards, request.query_params)
         return {"object": "list", "data": list(map(_card, cards))}
 
     @router.get("/v1/models/{model:path}", responses=documented("Model"))
     async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
-        return _card(model_api.get_model(pipeline, model, request.state.caller))
+        card = model_api.get_model(pipeline, model, request.state.caller)
+        return model_info(card) if is_anthropic(request.scope) else _card(card)
 
     @router.post(
         "/tokenize",
@@ -80,6 +85,7 @@ def _card(card: ModelCard) -> dict[str, Any]:
         "owned_by": "packhorse",
         "max_model_len": card.max_model_len,
         **({} if card.parent is None else {"parent": card.parent}),
+        **({} if card.runner == "generate" else {"runner": card.runner}),
     }
 
 

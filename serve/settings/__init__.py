@@ -27,10 +27,12 @@ from packhorse.serve.errors import StartupError
 from packhorse.serve.settings.adapters import AdapterSettings
 from packhorse.serve.settings.admission import AdmissionSettings
 from packhorse.serve.settings.auth import AuthSettings
+from packhorse.serve.settings.batches import BatchSettings
 from packhorse.serve.settings.cache import CacheSettings
 from packhorse.serve.settings.engine import EngineSettings
 from packhorse.serve.settings.http import HttpSettings
 from packhorse.serve.settings.renamed import RENAMED, Renames
+from packhorse.serve.settings.responses import ResponsesSettings
 from packhorse.serve.settings.routing import RoutingSettings
 from packhorse.serve.settings.rpc import RpcSettings
 from packhorse.serve.settings.section import Section
@@ -63,6 +65,8 @@ class Settings(BaseSettings):
     adapters: AdapterSettings = AdapterSettings()
     routing: RoutingSettings = RoutingSettings()
     cache: CacheSettings = CacheSettings()
+    responses: ResponsesSettings = ResponsesSettings()
+    batches: BatchSettings = BatchSettings()
     tracing: TracingSettings = TracingSettings()
     engine: EngineSettings = EngineSettings()
 

@@ -106,7 +106,7 @@ class RequestTimings:
             "engine", self.launched_s, max(ended_s, self.launched_s),
             **{
                 "packhorse.request_id": request.request_id,
-                "gen_ai.operation.name": "text_completion" if request.messages is None else "chat",
+                "gen_ai.operation.name": _operation(request),
                 "gen_ai.request.model": request.model,
                 "gen_ai.response.model": route.name,
                 "gen_ai.usage.input_tokens": usage.prompt_tokens,
@@ -121,3 +121,10 @@ class RequestTimings:
         if times.first_token_s:
             engine.span("engine.prefill", times.scheduled_s, times.first_token_s)
             engine.span("engine.decode", times.first_token_s, times.last_token_s)
+
+
+def _operation(request: GenerateRequest) -> str:
+    """OpenTelemetry's word for what is asked."""
+    if request.pooling is not None:
+        return "embeddings"
+    return "text_completion" if request.messages is None else "chat"

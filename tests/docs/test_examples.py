@@ -32,9 +32,12 @@ ADAPTERS = ("clinic", "ledger", "code")
 """Those that `make demo` copies to out/adapters."""
 SETTINGS = {"PACKHORSE_ENGINE__KIND": "echo"}
 ADDED = {
+    "packhorse batch questions.jsonl --model": "--engine echo",
     "quantize model": "--no-verify --no-quality --calibration-tokens 2048 --force",
 }
-"""Options that are added to commands: no load check in vLLM, little calibration text."""
+"""Options that are added to commands: no load check in vLLM, little calibration text, no vLLM where
+a command and not a server has it.
+"""
 CURL = "fail-with-body\nsilent\nshow-error\n"
 """~/.curlrc: an answer whose status is an error fails the example."""
 MADE_BEFORE = {

@@ -129,6 +129,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "PACKHORSE_ENGINE__STALL_TIMEOUT_S": "5",
     }
     folder = tmp_path_factory.mktemp("demo")
+    arguments += ("--batches", str(folder / "batches"))
     with running_server(folder, *arguments, environment=environment) as server:
         yield server
 

@@ -148,8 +148,10 @@ def test_tokenize_tells_it_too(http: httpx.Client) -> None:
 
 
 def test_an_error_after_the_first_byte_is_the_last_event(http: httpx.Client) -> None:
-    *_, last = events(http.post(CHAT, json=hello("!dead-later", stream=True)))
+    *found, last = events(http.post(CHAT, json=hello("!dead-later", stream=True)))
     assert last["error"]["kind"] == "unavailable"
+    deltas = [event["choices"][0]["delta"] for event in found]
+    assert ["role" in delta for delta in deltas] == [True, False], "it begins once"
     *_, last = events(http.post(CHAT, json=hello("!bug-later", stream=True)))
     assert last["error"]["kind"] == "internal"
     assert http.post(CHAT, json=hello("!bug-later")).status_code == 500
