@@ -34,6 +34,11 @@ def ignore_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
+def take_hangups() -> None:
+    """As a shell does, also where these tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def said_after(
     *signals: signal.Signals,
     routes: bool,
@@ -43,7 +48,11 @@ def said_after(
     """What it says after these signals. SIGTERM ends it in every case."""
     command = [sys.executable, "-c", SERVER, "routes" if routes else "-"]
     with subprocess.Popen(
-        command, stdin=stdin, stdout=subprocess.PIPE, text=True, preexec_fn=before
+        command,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=before or take_hangups,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
