@@ -5,10 +5,11 @@ the command line; what is kept of a run that was cut short is in `<output>.part`
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import uvloop
 from rich.console import Console
@@ -62,7 +63,7 @@ def run_file(settings: Settings, files: Files, at_once: int | None) -> int:
 async def _run(settings: Settings, files: Files, at_once: int | None) -> int:
     signals = Signals()
     console = Console(stderr=True)
-    _claim(files)
+    lock = _claim(files)
     run = _open(files, settings)
     try:
         app = create(settings)
@@ -82,6 +83,7 @@ async def _run(settings: Settings, files: Files, at_once: int | None) -> int:
         )
         return INTERRUPTED
     _publish(files)
+    lock.close()
     console.print(f"{done} answers in {files.output}", highlight=False, soft_wrap=True)
     if failed:
         console.print(f"{failed} errors in {files.errors}", highlight=False, soft_wrap=True)
@@ -130,9 +132,9 @@ async def _answer(
         return False
 
 
-def _claim(files: Files) -> None:
-    """Make the folder of the run, or find that of an earlier one over the same input. Raises
-    StartupError.
+def _claim(files: Files) -> IO[str]:
+    """Make the folder of the run, or find that of an earlier one over the same input. Returns its
+    lock, to be kept open. Raises StartupError.
     """
     for path in (files.output, files.errors):
         if path.exists():
@@ -141,6 +143,8 @@ def _claim(files: Files) -> None:
         with files.input.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files.part.mkdir(exist_ok=True)
+        lock = (files.part / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mark = files.part / "input.sha256"
         if not mark.exists():
             mark.write_text(digest + "\n")
@@ -149,8 +153,14 @@ def _claim(files: Files) -> None:
                 f"{files.part} holds answers to another content of {files.input}; delete it to "
                 "begin again, or give another --output."
             )
+    except BlockingIOError as error:
+        raise StartupError(
+            f"Another `packhorse batch` is writing {files.output}; wait for it, or give another "
+            "--output."
+        ) from error
     except OSError as error:
         raise StartupError(f"{error.filename}: {error.strerror}.") from error
+    return lock
 
 
 def _open(files: Files, settings: Settings) -> BatchRun:
@@ -180,4 +190,5 @@ def _publish(files: Files) -> None:
         journals.errors.unlink()
     journals.output.rename(files.output)
     (files.part / "input.sha256").unlink()
+    (files.part / "lock").unlink()
     files.part.rmdir()

@@ -200,4 +200,6 @@ def _download(server: Server, file_id: str, path: Path) -> None:
         part.open("wb") as file,
     ):
         copyfileobj(answer, file)
+        if answer.length:  # http.client takes an early end for the end
+            raise OSError("the connection ended before the file did")
     part.rename(path)

@@ -30,6 +30,8 @@ from packhorse.serve.messages import (
 )
 from packhorse.serve.pipeline import Pipeline, Stream, merged
 
+MAX_VECTOR_BYTES = 128 * 2**20
+"""Of all vectors of one call, as float32. Their JSON takes several times as much."""
 Input = str | tuple[int, ...]
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 TokenLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
@@ -217,10 +219,18 @@ async def pool(pipeline: Pipeline, requests: Sequence[GenerateRequest]) -> Poole
     """Answer the requests of one call, all or none. Raises ServeError."""
     streams = await pipeline.start_all(requests)
     found: dict[int, Vectors] = {}
+    held = 0
     try:
         async with aclosing(merged(streams)) as chunks:
             async for number, chunk in chunks:
                 if chunk.vectors is not None:
+                    held += len(chunk.vectors.data)
+                    if held > MAX_VECTOR_BYTES:
+                        raise Invalid(
+                            f"The vectors of this call have more than {MAX_VECTOR_BYTES} bytes; "
+                            "send fewer or shorter inputs.",
+                            param=requests[0].prompt_param,
+                        )
                     found[number] = chunk.vectors
     finally:
         for stream in streams:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from packhorse.serve.api.generate import CallContext
-from packhorse.serve.api.pooling import Pooled, PoolingBody, floats, numbered, rows
+from packhorse.serve.api.pooling import Pooled, PoolingBody, floats, numbered
 from packhorse.serve.api.validation import LenientBody, Unsupported
 from packhorse.serve.errors import Invalid
 from packhorse.serve.messages import GenerateRequest, Pooling, PoolingTask, ScoreType, Vectors
@@ -132,7 +132,9 @@ def _similarity(query: Vectors, document: Vectors) -> float:
 def _max_sim(query: Vectors, document: Vectors) -> float:
     import numpy as np  # only the engine's dependencies bring it, and only they make such vectors
 
-    q_TD, d_TD = (np.array(rows(each), dtype=np.float32) for each in (query, document))
+    q_TD, d_TD = (
+        np.frombuffer(each.data, "<f4").reshape(each.rows or 1, -1) for each in (query, document)
+    )
     return float((q_TD @ d_TD.T).max(axis=1).sum())
 
 

@@ -132,7 +132,14 @@ class BatchRun:
             if message := lines.refusal(line):
                 self._keep(position, lines.refused(line.custom_id, request_id, message), None)
                 return None
-            body = json.dumps(line.body).encode()
+            try:
+                body = json.dumps(line.body, ensure_ascii=False, separators=(",", ":")).encode(
+                    "utf-8", "surrogatepass"
+                )
+            except RecursionError:
+                message = "body: nested too deeply."
+                self._keep(position, lines.refused(line.custom_id, request_id, message), None)
+                return None
             began_s = time.monotonic()
             reply = await answer(line.url, body, caller, request_id)
             took_s = time.monotonic() - began_s

@@ -222,6 +222,9 @@ class Runner:
             await self._finalize(batch, "failed")
         except OSError as error:
             self._rest(batch, error)
+        except Exception:  # the edge: the batch must not be held for ever
+            logger.exception("%s could not be taken up", batch.id)
+            self._rest(batch, OSError("unexpected"))
         if run is None:
             self._held.discard(batch.id)
         elif is_queued:

@@ -204,7 +204,8 @@ class BatchStore:
         await self._remove_file(file)
 
     async def _remove_file(self, file: FileRecord) -> None:
-        self._files.pop(file.id, None)
+        if self._files.pop(file.id, None) is None:
+            return  # somebody else has removed it meanwhile
         self.add_bytes(file.tenant, -file.bytes)
         await self._on_disk(_unlink, self._record_path(file), self.content_path(file.id))
 
@@ -335,7 +336,10 @@ class BatchStore:
         if batch.status != "cancelling":
             batch.status = "cancelling"
             batch.cancelling_at = int(self._clock())
-            await self.save(batch)
+            try:
+                await self.save(batch)
+            except OSError as error:
+                raise _not_kept(error) from error
         self.changed.set()
         return batch
 

@@ -80,7 +80,10 @@ class MemoryResponses:
         self._drop_old()
         size = len(content) + OVERHEAD_BYTES
         while self.entries >= self._max_entries or self.bytes + size > self._max_bytes:
-            largest = max(self._bytes_of, key=self._bytes_of.__getitem__)
+            if self.entries >= self._max_entries:
+                largest = max(self._of_tenant, key=lambda each: len(self._of_tenant[each]))
+            else:
+                largest = max(self._bytes_of, key=self._bytes_of.__getitem__)
             self.drop(largest, next(iter(self._of_tenant[largest])))
             self._dropped.labels("evicted").inc()
         entry = _Entry(content, self._clock() + self._ttl_s)
@@ -197,6 +200,7 @@ class SharedResponses:
         if not self._breaker.is_open:
             await asyncio.shield(self._write_soon(tenant, response_id))
         if self._memory.peek(tenant, response_id) is GONE:  # it could not be written
+            self._memory.drop(tenant, response_id)  # or a second try would find nothing to delete
             raise self._unavailable()
 
     async def close(self) -> None:

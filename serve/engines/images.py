@@ -11,7 +11,9 @@ import hashlib
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -29,8 +31,15 @@ from packhorse.serve.settings.hosts import canonical
 # What PIL may recognize. Its other decoders are larger targets, and nobody sends their formats.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
-DECODED_AT_ONCE = 2
+FETCHING_AT_ONCE = 8
+DECODING_AT_ONCE = 2
+"""Calls at once that fetch images, and that have decoded ones."""
+JPEG, JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
+MAX_SCANS = 64
+"""A progressive JPEG has about ten scans. Each takes a pass over all pixels, and few bytes."""
 PARAM = "messages"
+# IPv6 networks whose last 32 bits are an IPv4 address.
+EMBEDDING = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b::/96"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,9 @@ def is_public(address: str) -> bool:
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
-        if inner is not None and not inner.is_global:
+        if any(found in network for network in EMBEDDING):
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if found.is_site_local or (inner is not None and not inner.is_global):
             return False
     return found.is_global and not found.is_multicast
 
@@ -75,10 +86,16 @@ class ImageLoader:
         """`accepts_address` says whether an IP address may be connected to."""
         self._settings = settings
         self._accepts_address = accepts_address
-        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
+        self._fetching = asyncio.Semaphore(FETCHING_AT_ONCE)
+        self._decoding = asyncio.Semaphore(DECODING_AT_ONCE)
+        # Of its own: a decoder cannot be cancelled, and must not keep other work waiting.
+        self._threads = ThreadPoolExecutor(DECODING_AT_ONCE, "images")
 
-    async def load(self, urls: Sequence[str]) -> list[LoadedImage]:
-        """The images, decoded. Raises Invalid for the first that cannot be had."""
+    @asynccontextmanager
+    async def loaded(self, urls: Sequence[str]) -> AsyncIterator[list[LoadedImage]]:
+        """The images, decoded. Only so many calls at once have pictures: use them, and leave the
+        context. Raises Invalid for the first image that cannot be had.
+        """
         limit = self._settings.max_images
         if len(urls) > limit:
             raise Invalid(
@@ -86,32 +103,39 @@ class ImageLoader:
                 "request; leave some out.",
                 param=PARAM,
             )
-        return [await self._load(number, url) for number, url in enumerate(urls, 1)]
+        loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as held:
+            encoded: list[str | bytes] = list(urls)
+            remote = [place for place, url in enumerate(urls) if DATA_URL.match(url[:80]) is None]
+            if remote:  # a slow host keeps nobody's data URLs waiting
+                await held.enter_async_context(self._fetching)
+                for place in remote:
+                    encoded[place] = await self._fetch(_name(place), urls[place])
+            await held.enter_async_context(self._decoding)
+            yield [
+                await loop.run_in_executor(self._threads, self._decoded, _name(place), source)
+                for place, source in enumerate(encoded)
+            ]
 
-    async def _load(self, number: int, url: str) -> LoadedImage:
-        name = f"Image {number}"
-        header = DATA_URL.match(url[:80])
-        if header is None and not url.startswith(("http://", "https://")):
-            raise Invalid(
-                f"{name} is neither a data URL (data:image/png;base64,...) nor an http(s) URL.",
-                param=PARAM,
-            )
-        async with self._decoding:
-            if header is not None:
-                return await asyncio.to_thread(self._from_data_url, name, url, header.end())
-            data = await self._fetch(name, url)
-            return await asyncio.to_thread(self._decode, name, data)
-
-    def _from_data_url(self, name: str, url: str, begin: int) -> LoadedImage:
-        self._check_size(name, (len(url) - begin) * 3 // 4 - 2)
+    def _decoded(self, name: str, source: str | bytes) -> LoadedImage:
+        """`source` is a data URL or the encoded image."""
+        if isinstance(source, bytes):
+            return self._decode(name, source)
+        begin = source.index(",") + 1
+        self._check_size(name, (len(source) - begin) * 3 // 4 - 2)
         try:
-            data = base64.b64decode(url[begin:], validate=True)
+            data = base64.b64decode(source[begin:], validate=True)
         except (binascii.Error, ValueError) as error:
             raise Invalid(f"{name}: the data URL is not valid base64.", param=PARAM) from error
         return self._decode(name, data)
 
     def _decode(self, name: str, data: bytes) -> LoadedImage:
         self._check_size(name, len(data))
+        if data.startswith(JPEG) and data.count(JPEG_SCAN) > MAX_SCANS:
+            raise Invalid(
+                f"{name} is a JPEG of more than {MAX_SCANS} scans; send a baseline JPEG.",
+                param=PARAM,
+            )
         limit = self._settings.max_pixels
         try:
             with Image.open(BytesIO(data), formats=FORMATS) as opened:
@@ -140,6 +164,11 @@ class ImageLoader:
 
     async def _fetch(self, name: str, url: str) -> bytes:
         """The bytes behind the URL. No redirect is followed: it could lead anywhere."""
+        if not url.startswith(("http://", "https://")):
+            raise Invalid(
+                f"{name} is neither a data URL (data:image/png;base64,...) nor an http(s) URL.",
+                param=PARAM,
+            )
         settings = self._settings
         host = self._allowed_host(name, url)
         try:
@@ -193,6 +222,10 @@ class ImageLoader:
         if is_refused:
             raise Invalid(f"{name}: {host} is not a public address.", param=PARAM)
         return host
+
+
+def _name(place: int) -> str:
+    return f"Image {place + 1}"
 
 
 class _Refused(OSError):

@@ -198,7 +198,9 @@ class Access:
             needed = scope_of(path)
             if self._keys is not None:
                 self._keys.check_scope(caller, needed)
-            if needed == "inference" and scope["method"] == "POST":
+            # What ends work must not wait for the work's own place.
+            is_counted = scope["method"] == "POST" and not path.endswith("/cancel")
+            if needed == "inference" and is_counted:
                 permit = self._pipeline.enter(caller)
         except ServeError as error:
             self._pipeline.refused(state.get("request_id", "-"), error, caller)

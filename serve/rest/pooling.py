@@ -4,6 +4,7 @@ paths that OpenAI's, Cohere's, Jina's and vLLM's clients use.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -55,7 +56,9 @@ def routes(pipeline: Pipeline, settings: HttpSettings) -> APIRouter:
         async with ClientWatch(request.scope, request.receive):
             pooled = await pool(pipeline, requests)
         # json.dumps takes five times as long for many floats.
-        content = msgspec.json.encode(encode(body, pooled, state.request_id))
+        content = await asyncio.to_thread(
+            lambda: msgspec.json.encode(encode(body, pooled, state.request_id))
+        )
         headers = answer_metadata(pipeline, pooled.streams)
         return Response(content, headers=headers, media_type="application/json")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
@@ -85,14 +86,14 @@ class Inference:
             body = pooling.embed_body(call.request)
             requests = body.to_requests(self._pipeline, self._context(call, body))
         pooled = await self._pool(call, requests)
-        return pooling.embed_response(pooled, call.request_id)
+        return await asyncio.to_thread(pooling.embed_response, pooled, call.request_id)
 
     async def rerank(self, call: Call[pb.RerankRequest]) -> pb.RerankResponse:
         with RefusalsCounted(self._pipeline, call.request_id, call.caller):
             body = pooling.rerank_body(call.request)
             requests = body.to_requests(self._pipeline, self._context(call, body))
         pooled = await self._pool(call, requests)
-        return pooling.rerank_response(body, pooled, call.request_id)
+        return await asyncio.to_thread(pooling.rerank_response, body, pooled, call.request_id)
 
     async def _pool(self, call: PoolingCall, requests: Sequence[GenerateRequest]) -> Pooled:
         pooled = await pooling_api.pool(self._pipeline, requests)

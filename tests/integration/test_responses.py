@@ -474,7 +474,24 @@ async def test_tenants_do_not_find_each_others_responses(tmp_path: Path) -> None
         assert (await served.http.get(url, headers=bearer("amy"))).status_code == 200
 
 
+async def test_one_item_cannot_be_referred_to_without_end() -> None:
+    async with serving() as served:
+        made = await created(served, hello("a" * 300_000))
+        items = (await served.http.get(f"{URL}/{made['id']}/input_items")).json()["data"]
+        again = {"type": "item_reference", "id": items[0]["id"]}
+        answer = await served.http.post(URL, json=hello([again] * 40))
+        assert answer.status_code == 413, answer.text
+        assert "referred to" in answer.json()["error"]["message"]
+
+
 # The background
+
+
+async def test_what_could_not_be_kept_is_not_begun() -> None:
+    async with serving() as served:
+        answer = await served.http.post(URL, json=hello("a" * 4_150_000, background=True))
+        assert answer.status_code == 413, answer.text
+        assert not served.responses.in_background
 
 
 async def test_the_background_goes_from_queued_to_completed() -> None:

@@ -88,13 +88,15 @@ class Background:
         job = self._jobs.get(response_id)
         if job is None or job.caller.tenant != caller.tenant or job.task is None:
             return False
-        job.is_cancelled = True
-        job.task.cancel()
+        if not job.is_cancelled:  # a second time, it could interrupt its own end
+            job.is_cancelled = True
+            job.task.cancel()
         await asyncio.wait([job.task])
         return True
 
     async def close(self) -> None:
         """End all of them: they have failed."""
+        await asyncio.sleep(0)  # a task that has not begun would not clean up
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
         for task in tasks:
             task.cancel()

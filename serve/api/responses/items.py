@@ -250,6 +250,7 @@ def messages_of(items: Iterable[InputItem], instructions: str | None) -> list[di
     instructions first, is one system message, as most templates take only one.
     """
     messages: list[dict[str, Any]] = []
+    more: list[str] = []  # of the system message that comes first
     if instructions:
         messages.append({"role": "system", "content": instructions})
     for item in items:
@@ -258,7 +259,7 @@ def messages_of(items: Iterable[InputItem], instructions: str | None) -> list[di
             is_second = len(messages) == 1 and messages[0]["role"] == role == "system"
             if is_second and not item.has_images and isinstance(messages[0]["content"], str):
                 # Several parts are several lines, as in chat.
-                messages[0]["content"] += "\n\n" + "\n".join(_texts(item.content))
+                more.append("\n".join(_texts(item.content)))
             else:
                 messages.append({"role": role, "content": _parts(item.content)})
         elif item.type in OUTPUTS:
@@ -271,6 +272,8 @@ def messages_of(items: Iterable[InputItem], instructions: str | None) -> list[di
             )
         elif item.type not in WORDLESS:
             _add_to_turn(messages, item)
+    if more:
+        messages[0]["content"] = "\n\n".join([messages[0]["content"], *more])
     return messages
 
 

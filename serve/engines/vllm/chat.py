@@ -8,7 +8,8 @@ parser.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -115,11 +116,15 @@ class Chat:
             **({"chat_template": template} if template else {}),
         }
 
-    async def load_images(self, request: GenerateRequest) -> list[LoadedImage]:
-        """The images of the request's messages, decoded. Raises Invalid."""
+    @asynccontextmanager
+    async def loaded_images(self, request: GenerateRequest) -> AsyncIterator[list[LoadedImage]]:
+        """The images of the request's messages, decoded, as long as the context lasts. Raises
+        Invalid.
+        """
         urls = image_urls(request.messages or ())
         if not urls:
-            return []
+            yield []
+            return
         if self._images is None:
             raise Invalid(
                 "This model reads text alone, and the conversation has images; send it to a "
@@ -132,7 +137,8 @@ class Chat:
                 "the images.",
                 param="truncate_prompt_tokens",
             )
-        return await self._images.load(urls)
+        async with self._images.loaded(urls) as images:
+            yield images
 
     def is_lasting(self, request: GenerateRequest) -> bool:
         """Whether the same messages always become the same prompt: the template reads no clock, and

@@ -207,8 +207,8 @@ class VllmEngine:
         logger.info("Patches of vLLM: %s", patches.summary())
 
     async def tokenize(self, request: GenerateRequest) -> list[int]:
-        images = await self._chat.load_images(request)
-        engine_input, _, _ = await self._engine_input(request, images, max_total_tokens=None)
+        async with self._chat.loaded_images(request) as images:
+            engine_input, _, _ = await self._engine_input(request, images, max_total_tokens=None)
         return list(engine_input["prompt_token_ids"])
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -229,10 +229,12 @@ class VllmEngine:
             return await self._pools.render(request, request.pooling, route)
         constraint = request.sampling.constraint
         structured = structured_outputs(constraint) if constraint else None
-        images = await self._chat.load_images(request)
-        engine_input, template, ignored = await self._engine_input(
-            request, images, max_total_tokens=self.max_model_len
-        )
+        async with self._chat.loaded_images(request) as images:
+            engine_input, template, ignored = await self._engine_input(
+                request, images, max_total_tokens=self.max_model_len
+            )
+            digests = tuple(image.digest for image in images)
+            del images
         token_ids = engine_input["prompt_token_ids"]
         budget = answer_budget(request, len(token_ids), self.max_model_len)
         reader = None
@@ -260,7 +262,7 @@ class VllmEngine:
             effective_sampling(params),
             is_parsed=reader is not None,
             is_lasting=template is None or self._chat.is_lasting(request),
-            images=tuple(image.digest for image in images),
+            images=digests,
             ignored=ignored,
         )
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from packhorse.serve.engines.images import ImageLoader, is_public
+from packhorse.serve.engines.images import DECODING_AT_ONCE, ImageLoader, LoadedImage, is_public
 from packhorse.serve.errors import Invalid
 from packhorse.serve.settings.engine import ImageSettings
 
@@ -28,9 +28,14 @@ def data_url(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+async def loaded(loader: ImageLoader, urls: Sequence[str]) -> list[LoadedImage]:
+    async with loader.loaded(urls) as images:
+        return images
+
+
 async def refusal(loader: ImageLoader, urls: Sequence[str]) -> str:
     with pytest.raises(Invalid) as refused:
-        await loader.load(urls)
+        await loaded(loader, urls)
     assert refused.value.param == "messages"
     return refused.value.message
 
@@ -38,7 +43,7 @@ async def refusal(loader: ImageLoader, urls: Sequence[str]) -> str:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 async def test_an_image_is_decoded(kind: str) -> None:
     data = encoded(kind=kind)
-    (image,) = await ImageLoader(ImageSettings()).load([data_url(data, kind.lower())])
+    (image,) = await loaded(ImageLoader(ImageSettings()), [data_url(data, kind.lower())])
     assert image.picture.size == (8, 4)
     assert image.picture.mode == "RGB"
     assert image.digest == hashlib.sha256(data).digest()
@@ -46,7 +51,7 @@ async def test_an_image_is_decoded(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "I;16"])
 async def test_it_becomes_rgb_and_what_is_transparent_white(mode: str) -> None:
-    (image,) = await ImageLoader(ImageSettings()).load([data_url(encoded(mode=mode))])
+    (image,) = await loaded(ImageLoader(ImageSettings()), [data_url(encoded(mode=mode))])
     assert image.picture.mode == "RGB"
     white = mode in ("RGBA", "LA")
     assert image.picture.getpixel((0, 0)) == ((255, 255, 255) if white else (0, 0, 0))
@@ -57,7 +62,7 @@ async def test_a_photograph_is_turned_as_its_camera_says() -> None:
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation: a quarter turn
     Image.new("RGB", (8, 4)).save(file, "JPEG", exif=turned)
-    (image,) = await ImageLoader(ImageSettings()).load([data_url(file.getvalue(), "jpeg")])
+    (image,) = await loaded(ImageLoader(ImageSettings()), [data_url(file.getvalue(), "jpeg")])
     assert image.picture.size == (4, 8)
 
 
@@ -87,10 +92,46 @@ async def test_a_small_file_with_many_pixels_is_not_decoded() -> None:
     assert "pixels" in await refusal(ImageLoader(ImageSettings()), [data_url(data)])
 
 
+async def test_a_jpeg_of_many_scans_is_not_decoded() -> None:
+    """Each takes a pass over all pixels and few bytes: 5,000 in 200 KB took 72 s."""
+    data = encoded(kind="JPEG") + b"\xff\xda" * 100
+    assert "scans" in await refusal(ImageLoader(ImageSettings()), [data_url(data, "jpeg")])
+
+
+async def test_only_some_calls_have_pictures_at_once() -> None:
+    """A file of 700 bytes can be a picture of 48 MiB."""
+    loader, have, most = ImageLoader(ImageSettings()), 0, 0
+
+    async def call() -> None:
+        nonlocal have, most
+        async with loader.loaded([data_url(encoded())] * 3) as images:
+            have += len(images)
+            most = max(most, have)
+            await asyncio.sleep(0.001)
+            have -= len(images)
+
+    await asyncio.gather(*(call() for _ in range(20)))
+    assert most <= 3 * DECODING_AT_ONCE
+
+
+async def test_a_slow_host_keeps_no_data_urls_waiting(host: str) -> None:
+    loader = fetching(fetch_timeout_s=20)
+    slow = [
+        asyncio.create_task(loaded(loader, [f"http://{host}/slow"]))
+        for _ in range(2 * DECODING_AT_ONCE)
+    ]
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        assert await loaded(loader, [data_url(encoded())])
+    for each in slow:
+        each.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+
+
 async def test_a_request_has_a_number_of_images() -> None:
     loader = ImageLoader(ImageSettings(max_images=2))
     url = data_url(encoded())
-    assert len(await loader.load([url, url])) == 2
+    assert len(await loaded(loader, [url, url])) == 2
     assert "3 images, and this server takes 2" in await refusal(loader, [url] * 3)
 
 
@@ -99,7 +140,7 @@ async def test_a_request_has_a_number_of_images() -> None:
     [
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0",
         "100.64.0.1", "224.0.0.1", "::1", "::", "fe80::1", "fd00::1", "::ffff:127.0.0.1",
-        "2002:7f00:1::", "ff02::1",
+        "2002:7f00:1::", "ff02::1", "64:ff9b::a00:1", "::127.0.0.1", "fec0::1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
@@ -155,7 +196,7 @@ def fetching(**settings: object) -> ImageLoader:
 async def test_an_image_is_fetched_from_an_allowed_host(host: str) -> None:
     port = host.partition(":")[2]
     urls = [f"http://{host}/image", f"http://localhost:{port}/image?secret=1"]
-    for image in await fetching(fetch_timeout_s=10).load(urls):
+    for image in await loaded(fetching(fetch_timeout_s=10), urls):
         assert image.picture.size == (8, 4)
 
 

@@ -53,6 +53,17 @@ async def test_who_holds_most_loses_its_oldest() -> None:
         await kept.close()
 
 
+async def test_small_ones_of_one_tenant_push_out_no_large_ones_of_another() -> None:
+    kept, _ = memory(entries=10)
+    for number in range(3):
+        kept.put("few", str(number), BODY)
+    for number in range(50):
+        kept.put("many", str(number), b"x")
+    assert held(kept, "few", 3) == [0, 1, 2]
+    assert len(held(kept, "many", 50)) == 7
+    await kept.close()
+
+
 async def test_a_response_is_one_tenants() -> None:
     kept, _ = memory()
     kept.put("a", "1", b"of a")
