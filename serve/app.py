@@ -193,7 +193,6 @@ class App:
         settings = self.settings.batches
         return Batches(
             self._batch_store,
-            self._gate,
             max_window_s=settings.max_completion_window_s,
             max_file_bytes=settings.max_file_bytes,
         )
@@ -356,7 +355,7 @@ def build_gate(settings: Settings, admission: Admission) -> Gate:
         )
 
     return Gate(
-        lambda: admission.in_flight,
+        lambda: admission.in_flight_for_engine,
         share=settings.batches.share_beside_live,
         quiet_s=settings.batches.quiet_s,
         max_step_s=settings.batches.max_step_s,

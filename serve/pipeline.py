@@ -77,14 +77,14 @@ class Pipeline:
         """
         return self.models.first.admission
 
-    def enter(self, caller: Caller) -> InFlightPermit:
+    def enter(self, caller: Caller, *, uses_engine: bool = True) -> InFlightPermit:
         """Count a call in, before its body is read: middleware and gRPC do so for every endpoint.
-        Release the permit when the call has ended.
+        Release the permit when the call has ended. `uses_engine`: batches make room for it.
 
         Raises Unavailable while draining, Overloaded above the limits on calls at once.
         """
         self._check_open()
-        return self.admission.enter(caller)
+        return self.admission.enter(caller, uses_engine=uses_engine)
 
     async def start(self, request: GenerateRequest) -> Stream:
         """Do everything that can still be refused; return once the first chunk is in hand.

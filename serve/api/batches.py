@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 from pydantic import Field, field_validator
 
 from packhorse.serve.api.validation import LenientBody, Unsupported
-from packhorse.serve.batches.gate import Gate
 from packhorse.serve.batches.records import ENDPOINTS, BatchRecord, FileRecord
 from packhorse.serve.batches.store import BatchStore, Upload
 from packhorse.serve.errors import Invalid, NotFound
@@ -79,17 +77,12 @@ class Batches:
     """The files and batches of a server."""
 
     def __init__(
-        self, store: BatchStore, gate: Gate, *, max_window_s: int, max_file_bytes: int
+        self, store: BatchStore, *, max_window_s: int, max_file_bytes: int
     ) -> None:
         """`max_window_s` bounds completion_window."""
         self._store = store
-        self._gate = gate
         self._max_window_s = max_window_s
         self.max_file_bytes = max_file_bytes
-
-    def set_aside(self) -> AbstractContextManager[None]:
-        """A context around a call that uses no engine: batches need not make room for it."""
-        return self._gate.set_aside()
 
     def begin_upload(self, caller: Caller) -> Upload:
         """Raises Overloaded, Conflict."""

@@ -40,8 +40,8 @@ class Gate:
         has_room: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`calls` counts all calls in flight, lines among them; `has_room` says whether lines leave
-        the engine room for live calls.
+        """`calls` counts the calls in flight that use the engine, lines among them; `has_room` says
+        whether lines leave the engine room for live calls.
         """
         self._calls = calls
         self._has_room = has_room
@@ -56,8 +56,6 @@ class Gate:
         self._lines: dict[asyncio.Task[None], float] = {}
         self._entered: set[asyncio.Task[Any] | None] = set()
         """Lines whose call is counted among those in flight."""
-        self._aside = 0
-        """Calls in flight that are no line, and use no engine."""
         self._live_s = clock()
         """When a live call was seen last."""
         self._beside: asyncio.Task[None] | None = None
@@ -73,7 +71,7 @@ class Gate:
     @property
     def live(self) -> int:
         """Live calls in flight."""
-        return max(0, self._calls() - len(self._entered) - self._aside)
+        return max(0, self._calls() - len(self._entered))
 
     def allows(self) -> bool:
         """Whether one more line may start now."""
@@ -133,27 +131,10 @@ class Gate:
         else:
             self._most = min(self._most + MORE, float(max(self.limit, 1)))
 
-    def set_aside(self) -> Aside:
-        """A context around a call that uses no engine: lines need not make room for it."""
-        return Aside(self)
-
     def stop(self) -> None:
         """End all lines."""
         for work in self._lines:
             work.cancel()
-
-
-class Aside:
-    """See Gate.set_aside."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        self._gate._aside += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._gate._aside -= 1
 
 
 def as_batch() -> None:

@@ -35,6 +35,7 @@ class Journal:
         OSError; then nothing of them is left in the file.
         """
         group = memoryview(b"".join(lines))
+        os.ftruncate(self._file, self.size)  # a write before may have failed, and so its repair
         try:
             written = 0
             while written < len(group):

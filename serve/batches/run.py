@@ -253,7 +253,13 @@ async def run_all(
     """
 
     async def work() -> None:
-        while (position := run.take()) is not None:
+        while True:
+            blocked_s = run.blocked_until_s - time.monotonic()
+            if blocked_s > 0:  # what is answered meanwhile would only wait in memory
+                await asyncio.sleep(blocked_s)
+                continue
+            if (position := run.take()) is None:
+                return
             wait_s = await run.attempt(position, caller, answer)
             if wait_s is not None:
                 await asyncio.sleep(wait_s)

@@ -347,6 +347,9 @@ class Runner:
         except OSError as error:
             self._rest(record, error)
             written = False
+        except Exception:  # the edge: the batch must not be held for ever
+            logger.exception("%s could not be ended", record.id)
+            written = False
         await run.close()
         if not written:  # it is opened again, and what could not be written runs again
             self._rests_until_s[record.id] = time.monotonic() + AFTER_FAILURE_S
@@ -362,6 +365,10 @@ class Runner:
             await self._store.finalize(record, outcome)
         except OSError as error:
             self._rest(record, error)
+            return
+        except Exception:
+            logger.exception("%s could not be ended", record.id)
+            self._rest(record, OSError("unexpected"))
             return
         logger.info(
             "%s of %s has ended: %s, %d lines, %d answered, %d failed",

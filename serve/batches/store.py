@@ -398,9 +398,9 @@ class BatchStore:
     async def sweep(self) -> None:
         """Delete what is too old: files, and batches that have ended. Raises OSError."""
         now = self._clock()
-        in_use = {batch.input_file_id for batch in self.unfinished()}
-        for file in list(self._files.values()):
-            if file.expires_at <= now and file.id not in in_use:
+        for file in [file for file in self._files.values() if file.expires_at <= now]:
+            # Looked at each time, because a batch may be created while another file is deleted.
+            if all(batch.input_file_id != file.id for batch in self.unfinished()):
                 await self._remove_file(file)
         kept: dict[str, int] = {}
         ended = [batch for batch in self._batches.values() if batch.has_ended]

@@ -47,15 +47,17 @@ class Cost:
 class InFlightPermit:
     """The right of one call to be handled. `leave` gives it back, and may be called twice."""
 
-    __slots__ = ("_account", "_admission")
+    __slots__ = ("_account", "_admission", "_uses_engine")
 
-    def __init__(self, admission: Admission, account: _Account) -> None:
+    def __init__(self, admission: Admission, account: _Account, *, uses_engine: bool) -> None:
         self._admission: Admission | None = admission
         self._account = account
+        self._uses_engine = uses_engine
 
     def leave(self) -> None:
         if self._admission is not None:
             self._admission.in_flight -= 1
+            self._admission.in_flight_for_engine -= self._uses_engine
             self._admission.calls_rate.fresh += 1
             self._admission = None
             self._account.concurrent -= 1
@@ -119,8 +121,9 @@ class Admission:
             self._settings.max_bodies_bytes, metrics=server_metrics, model_metrics=self._metrics
         )
         self.in_flight = 0
+        self.in_flight_for_engine = 0
         self.entered: Callable[[], None] | None = None
-        """Told of each call that is let in, by the task that runs."""
+        """Told of each call for the engine that is let in, by the task that runs."""
         self.running = 0
         self.waiting = 0
         self.queued_tokens = 0
@@ -142,7 +145,7 @@ class Admission:
         if kv_cache_tokens and self._settings.max_queued_tokens is None:
             self.max_queued_tokens = math.ceil(kv_cache_tokens * share)
 
-    def enter(self, caller: Caller) -> InFlightPermit:
+    def enter(self, caller: Caller, *, uses_engine: bool = True) -> InFlightPermit:
         """Admit a call to be read. Raises Overloaded. Costs two comparisons."""
         if self.in_flight >= self._settings.max_in_flight:
             raise self._refused(
@@ -162,9 +165,11 @@ class Admission:
             self.calls_rate.restart()
         self.in_flight += 1
         account.concurrent += 1
-        if self.entered is not None:
-            self.entered()
-        return InFlightPermit(self, account)
+        if uses_engine:
+            self.in_flight_for_engine += 1
+            if self.entered is not None:
+                self.entered()
+        return InFlightPermit(self, account, uses_engine=uses_engine)
 
     def admit(
         self, caller: Caller, costs: Sequence[Cost], *, counts: bool = True

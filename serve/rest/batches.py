@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing
 from functools import partial
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -74,9 +74,6 @@ def routes(pipeline: Pipeline, settings: HttpSettings, batches: Batches | None) 
     def counted(request: Request) -> RefusalsCounted:
         return RefusalsCounted(pipeline, request.state.request_id, request.state.caller)
 
-    def aside() -> Any:
-        return nullcontext() if batches is None else batches.set_aside()
-
     def page(request: Request, highest: int, default: int) -> Page:
         asked = request.query_params
         return page_of(
@@ -86,7 +83,7 @@ def routes(pipeline: Pipeline, settings: HttpSettings, batches: Batches | None) 
 
     @router.post("/v1/files", responses=documented("File"), openapi_extra=UPLOAD)
     async def upload_file(request: Request) -> Response:
-        with counted(request), aside():
+        with counted(request):
             return json_response(await _upload(request, known(), settings.stalled_client_timeout_s))
 
     @router.get(
@@ -122,7 +119,7 @@ def routes(pipeline: Pipeline, settings: HttpSettings, batches: Batches | None) 
         "/v1/batches", responses=documented("Batch"), openapi_extra=body_document(BatchBody)
     )
     async def create_batch(request: Request) -> Response:
-        with counted(request), aside():
+        with counted(request):
             body = await read_body(request, BatchBody, limits, settings.unknown_fields)
             document = await known().create(request.state.caller, body)
         headers = {"x-packhorse-ignored": ", ".join(body.ignored)} if body.ignored else None
@@ -140,7 +137,7 @@ def routes(pipeline: Pipeline, settings: HttpSettings, batches: Batches | None) 
 
     @router.post("/v1/batches/{batch_id}/cancel", responses=documented("Batch"))
     async def cancel_batch(request: Request, batch_id: str) -> Response:
-        with counted(request), aside():
+        with counted(request):
             return json_response(await known().cancel(request.state.caller, batch_id))
 
     return router

@@ -201,7 +201,9 @@ class Access:
             # What ends work must not wait for the work's own place.
             is_counted = scope["method"] == "POST" and not path.endswith("/cancel")
             if needed == "inference" and is_counted:
-                permit = self._pipeline.enter(caller)
+                permit = self._pipeline.enter(
+                    caller, uses_engine=not path.startswith(("/v1/files", "/v1/batches"))
+                )
         except ServeError as error:
             self._pipeline.refused(state.get("request_id", "-"), error, caller)
             await error_response(error, scope)(scope, receive, send)

@@ -388,6 +388,17 @@ async def test_live_calls_end_lines_and_these_run_again(tmp_path: Path) -> None:
         assert set(await answers(client, done.output_file_id)) == {f"line-{n}" for n in range(60)}
 
 
+async def test_uploads_and_new_batches_end_no_line(tmp_path: Path) -> None:
+    async with batching(tmp_path / "kept", delay_s=0.02, concurrency=16, quiet_s=0.05) as server:
+        client = server.client()
+        batch = await submit(client, [chat_line(n, " ".join(["word"] * 20)) for n in range(30)])
+        await until(lambda: running(server.app) >= 8)
+        before = server.app._gate.preempted
+        await client.batches.cancel((await submit(client, [chat_line(0)])).id)
+        assert server.app._gate.preempted == before
+        await client.batches.cancel(batch.id)
+
+
 FORMS: list[tuple[dict[str, str], bytes]] = [
     ({"content-type": "application/json"}, b"{}"),
     ({"content-type": "multipart/form-data"}, b"--x--"),

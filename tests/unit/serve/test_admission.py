@@ -52,6 +52,23 @@ def test_calls_at_once_are_limited_and_a_permit_is_left_once() -> None:
     refusal(lambda: admission.enter(ANONYMOUS))
 
 
+def test_calls_without_the_engine_are_calls_but_nobody_makes_room_for_them() -> None:
+    admission = make(max_in_flight=2)
+    made_room = 0
+
+    def entered() -> None:
+        nonlocal made_room
+        made_room += 1
+
+    admission.entered = entered
+    upload, chat = admission.enter(ANONYMOUS, uses_engine=False), admission.enter(ANONYMOUS)
+    assert (admission.in_flight, admission.in_flight_for_engine, made_room) == (2, 1, 1)
+    refusal(lambda: admission.enter(ANONYMOUS, uses_engine=False))
+    for permit in (upload, chat, upload):
+        permit.leave()
+    assert (admission.in_flight, admission.in_flight_for_engine) == (0, 0)
+
+
 def test_one_keys_limit_is_not_anothers() -> None:
     admission = make()
     limited = replace(BATCH, max_concurrent=1)

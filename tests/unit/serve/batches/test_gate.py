@@ -140,15 +140,6 @@ async def test_calls_of_lines_are_not_live() -> None:
         assert len(now.running) == 64
 
 
-async def test_calls_that_use_no_engine_are_set_aside() -> None:
-    async with world() as now:
-        now.live = 1
-        assert now.gate.live == 1
-        with now.gate.set_aside():
-            assert now.gate.live == 0
-        assert now.gate.live == 1
-
-
 async def test_without_room_no_line_starts() -> None:
     async with world() as now:
         now.now_s += 10

@@ -59,3 +59,28 @@ def test_what_the_disk_refuses_leaves_nothing(
     journal.write([b"two\n"])
     assert lines_of(journal) == [b"one\n", b"two\n"]
     journal.close()
+
+
+def test_a_repair_that_failed_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.write([b"one\n"])
+
+    def torn(file: int) -> None:  # the write has got so far, and cannot be taken back either
+        with (tmp_path / "journal").open("ab") as half:
+            half.write(b"tw")
+        monkeypatch.setattr(journals.os, "ftruncate", refuse)
+        raise OSError(5, "Input/output error")
+
+    def refuse(file: int, size: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context():
+        monkeypatch.setattr(journals.os, "fsync", torn)
+        with pytest.raises(OSError, match="Input/output"):
+            journal.write([b"two\n"])
+    monkeypatch.undo()
+    journal.write([b"three\n"])
+    assert lines_of(journal) == [b"one\n", b"three\n"]
+    journal.close()

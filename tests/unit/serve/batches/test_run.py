@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,31 @@ async def test_a_disk_that_refuses_is_tried_again(
     assert failures < 0
     await run.close()
     assert len(found(tmp_path / "out")) == 5
+
+
+async def test_no_line_runs_while_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that cannot be written would fill the memory."""
+    (tmp_path / "in").write_bytes(jsonl([chat_line(n) for n in range(5)]))
+    run = opened(tmp_path)
+    endpoint = Endpoint()
+    run.blocked_until_s = time.monotonic() + 3600
+    slept: list[float] = []
+    really = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if seconds > 1:
+            slept.append(seconds)
+            assert endpoint.calls == 0
+            run.blocked_until_s = 0.0
+        await really(0)
+
+    monkeypatch.setattr(runs.asyncio, "sleep", sleep)
+    await run_all(run, ANONYMOUS, endpoint, at_once=1, moved=lambda: None)
+    assert 3590 < slept[0] <= 3600
+    assert endpoint.calls == 5
+    await run.close()
 
 
 async def test_lines_that_never_ran_are_told(tmp_path: Path) -> None:

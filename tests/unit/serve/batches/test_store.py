@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from packhorse.serve.batches import store as stores
-from packhorse.serve.batches.records import BatchRecord
+from packhorse.serve.batches.records import BatchRecord, FileRecord
 from packhorse.serve.batches.store import BatchStore
 from packhorse.serve.errors import NotFound, StartupError
 from packhorse.serve.messages import ANONYMOUS, Caller
@@ -135,6 +135,36 @@ async def test_what_is_old_is_deleted_but_not_what_is_in_use(
     await store.sweep()
     assert [batch.id for batch in store.batches(ANONYMOUS)] == [running.id]
     assert [file.id for file in store.files(ANONYMOUS)] == [running.input_file_id]
+    await store.close()
+
+
+async def test_a_batch_may_be_created_while_old_files_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    store = opened(tmp_path, clock)
+    first, second = await uploaded(store), await uploaded(store)
+    clock.now_s += 31 * DAY_S
+    removed = store._remove_file
+    batches = []
+
+    async def remove(file: FileRecord) -> None:
+        if not batches:
+            left = second if file.id == first else first
+            batches.append(
+                await store.create(
+                    ANONYMOUS,
+                    input_file_id=left,
+                    endpoint="/v1/completions",
+                    completion_window="24h",
+                    window_s=DAY_S,
+                )
+            )
+        await removed(file)
+
+    monkeypatch.setattr(store, "_remove_file", remove)
+    await store.sweep()
+    assert [file.id for file in store.files(ANONYMOUS)] == [batches[0].input_file_id]
     await store.close()
 
 
