@@ -133,7 +133,7 @@ class Pipeline:
         try:
             self._check_open()
             self.models.check_loaded()
-            timeout_s = self._timeout_s(request)
+            timeout_s = self.timeout_s(request)
             resolved = self.models.resolve(request)
             model, lease = resolved.model, resolved.lease
             metrics = model.metrics
@@ -199,7 +199,7 @@ class Pipeline:
         for stream, permit in zip(open_ones, permits, strict=True):
             stream.lookup.generate(stream.work(stream.context.prompt, permit))
 
-    def _timeout_s(self, request: GenerateRequest) -> float:
+    def timeout_s(self, request: GenerateRequest) -> float:
         """How long the request may take. Raises Invalid when it asks for too much."""
         asked_s = request.timeout_s
         if asked_s is None:

@@ -99,7 +99,7 @@ class MessageResponder:
     @property
     def open_text(self) -> int | None:
         """The index of the block that more text goes to; None: it takes another step first."""
-        return self._next_index - 1 if self._open == "text" else None
+        return self._newest if self._open == "text" else None
 
     def whole(
         self, request_id: str, streams: Sequence[Stream], choice: CollectedChoice
@@ -124,25 +124,37 @@ class MessageResponder:
     def steps(self, chunk: Chunk) -> list[Step]:
         """The steps that stream this chunk."""
         found: list[Step] = []
+        calls = list(chunk.tool_calls)
+        # The rest of a call that is open: text of the same chunk would close it.
+        while calls and self._open == "input" and self._calls.get(calls[0].index) == self._newest:
+            found += self._input(calls.pop(0))
         if chunk.reasoning:
             if self._open != "thinking":
                 found += self._start("thinking", Thought("", ""))
             self._digest.update(_bytes(chunk.reasoning))
-            found.append(Step("thinking", self._next_index - 1, chunk.reasoning))
+            found.append(Step("thinking", self._newest, chunk.reasoning))
         if chunk.text:
             if self._open != "text":
                 found += self._start("text", Text(""))
-            found.append(Step("text", self._next_index - 1, chunk.text))
-        for call in chunk.tool_calls:
+            found.append(Step("text", self._newest, chunk.text))
+        for call in calls:
             if call.index not in self._calls:
                 found += self._start("input", ToolUse(call.id or "", call.name or "", {}))
-                self._calls[call.index] = self._next_index - 1
-            if call.arguments:
-                found.append(Step("input", self._calls[call.index], call.arguments))
+                self._calls[call.index] = self._newest
+            found += self._input(call)
         if chunk.finish_reason is not None:
             self.stop = stop_of(chunk.finish_reason, chunk.stop_reason, calls=bool(self._calls))
             found += self._close()
         return found
+
+    @property
+    def _newest(self) -> int:
+        """The index of the block that was started last."""
+        return self._next_index - 1
+
+    def _input(self, call: ToolCall) -> list[Step]:
+        """More of a call whose block there is."""
+        return [Step("input", self._calls[call.index], call.arguments)] if call.arguments else []
 
     def _start(
         self, kind: Literal["text", "thinking", "input"], block: AnswerBlock
@@ -151,13 +163,13 @@ class MessageResponder:
         self._open = kind
         self._digest = _digest()
         self._next_index += 1
-        yield Step("start", self._next_index - 1, block=block)
+        yield Step("start", self._newest, block=block)
 
     def _close(self) -> Iterator[Step]:
         """End the open block. A call that has no arguments so far has the empty object."""
         if self._open is None:
             return
-        index = self._next_index - 1
+        index = self._newest
         if self._open == "thinking":
             yield Step("signature", index, self._digest.hexdigest())
         self._open = None
@@ -175,7 +187,9 @@ def _bytes(text: str) -> bytes:
 def _tool_use(call: ToolCall) -> ToolUse:
     """A call's arguments as an object, which they are not yet where the answer was cut."""
     try:
-        found = pydantic_core.from_json(call.arguments or "{}", allow_partial=True)
+        found = pydantic_core.from_json(
+            call.arguments or "{}", allow_partial=True, allow_inf_nan=False
+        )
     except ValueError:
         found = call.arguments
     if not isinstance(found, dict):

@@ -76,9 +76,7 @@ class Page(NamedTuple):
 class Batches:
     """The files and batches of a server."""
 
-    def __init__(
-        self, store: BatchStore, *, max_window_s: int, max_file_bytes: int
-    ) -> None:
+    def __init__(self, store: BatchStore, *, max_window_s: int, max_file_bytes: int) -> None:
         """`max_window_s` bounds completion_window."""
         self._store = store
         self._max_window_s = max_window_s

@@ -157,15 +157,17 @@ def nothing_left(server: Served) -> Callable[[], bool]:
 
 
 class Held(EchoEngine):
-    """Says nothing before `go` is set; `held` are the requests that wait for it."""
+    """Says nothing before `go` is set; `held` counts the requests that have come."""
 
     def __init__(self) -> None:
         super().__init__(EngineSettings(kind="echo"))
         self.go = asyncio.Event()
         self.held = 0
+        self.timeouts_s: list[float | None] = []
 
     async def generate(self, prompt: Any, request: Any, route: Any) -> Any:
         self.held += 1
+        self.timeouts_s.append(request.timeout_s)
         await self.go.wait()
         async for chunk in super().generate(prompt, request, route):
             yield chunk

@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from packhorse.serve.app import create
 from packhorse.serve.cache.response_store import MemoryResponses
 from packhorse.serve.engines.echo import EchoEngine
-from packhorse.serve.errors import EngineDied
-from packhorse.serve.messages import Chunk
+from packhorse.serve.errors import EngineDied, Overloaded
+from packhorse.serve.messages import Caller, Chunk
 from packhorse.serve.settings import Settings
 from packhorse.serve.settings.engine import EngineSettings
 from packhorse.serve.settings.responses import ResponsesSettings
@@ -548,6 +548,30 @@ async def test_the_background_waits_for_a_place(tmp_path: Path) -> None:
                 await asyncio.sleep(0.05)
             assert await status(one.id) == "completed"
         assert not served.responses.in_background
+
+
+async def test_the_backgrounds_time_is_for_waiting_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Held()
+    engine.go.set()
+    async with serving(engine=engine) as served:
+        too_long = await served.http.post(URL, json=hello(background=True, timeout_s=999_999))
+        assert too_long.status_code == 400
+        enter = served.pipeline.enter
+        calls = 0
+
+        def busy(caller: Caller, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:  # the first is the call itself
+                raise Overloaded("No place.", retry_after_s=0.5)
+            return enter(caller, **options)
+
+        monkeypatch.setattr(served.pipeline, "enter", busy)
+        await created(served, hello(background=True, timeout_s=3))
+        await until(lambda: not served.responses.in_background)
+        (left_s,) = engine.timeouts_s
+        assert left_s is not None
+        assert 0 < left_s <= 2.5
 
 
 async def test_the_background_is_bounded_and_each_tenant_has_half(tmp_path: Path) -> None:

@@ -101,6 +101,10 @@ class Answer:
         events: list[Event] = []
         if self._has_logprobs and chunk.logprobs is not None:
             self._logprobs += self._options.reported(chunk.logprobs)
+        calls = list(chunk.tool_calls)
+        # The rest of a call that is open: text of the same chunk would close it.
+        while calls and self._open is not None and self._open is self._of_call.get(calls[0].index):
+            self._add_call(calls.pop(0), events)
         if chunk.reasoning:
             item = self._current("reasoning", events)
             item.texts.append(chunk.reasoning)
@@ -111,7 +115,7 @@ class Answer:
             told = self._taken_logprobs(item)
             kind, fields = self._delta("response.output_text.delta", item, chunk.text)
             events.append((kind, {**fields, "logprobs": _short(told)}))
-        for piece in chunk.tool_calls:
+        for piece in calls:
             self._add_call(piece, events)
         if chunk.finish_reason is not None:
             self._end(chunk.finish_reason, events)

@@ -201,8 +201,8 @@ class Responses:
     # In the background
 
     def submit(self, call: Call) -> dict[str, Any]:
-        """Generate the answer after this call has been answered. Raises Overloaded, and Unavailable
-        while the engine loads.
+        """Generate the answer after this call has been answered. Raises Overloaded, Invalid for a
+        time that is too long, and Unavailable while the engine loads.
         """
         self._pipeline.models.check_loaded()
         answer = call.answer
@@ -219,13 +219,19 @@ class Responses:
             )
         # Those that share its connection's state have ended before it begins.
         call.requests = [replace(request, trace=None) for request in call.requests]
+        each_s = self._pipeline.timeout_s(call.requests[0])
         job = Job(
             answer.id,
             call.context.caller,
             call.context.timeout_s or self._pipeline.max_request_timeout_s,
         )
+        requests = call.requests
 
         async def work() -> None:
+            left_s = max(job.ends_by_s - time.time(), 0.001)  # what it has waited is gone
+            call.requests = [
+                replace(request, timeout_s=min(each_s, left_s)) for request in requests
+            ]
             await self.whole(call)
 
         def changed() -> None:

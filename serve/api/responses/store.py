@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 
 class ResponseStore(Protocol):
     """Keeps bytes by tenant and id, within limits of its own and for a time of its own."""
@@ -50,5 +52,5 @@ class Kept:
 
     @classmethod
     def decoded(cls, content: bytes) -> Kept:
-        found = json.loads(content)
+        found = msgspec.json.decode(content)  # megabytes, in the event loop: five times as fast
         return cls(found["response"], found["items"], found["ends_by_s"])

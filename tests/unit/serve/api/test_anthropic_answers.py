@@ -107,6 +107,23 @@ def test_a_stream_opens_and_closes_each_block() -> None:
     ]
 
 
+def test_the_rest_of_a_call_comes_before_text_of_the_same_chunk() -> None:
+    """Chunks of a slow reader are joined."""
+    responder = MessageResponder()
+    responder.steps(Chunk("", [1], tool_calls=(ToolCall(0, '{"a": ', "call_0", "f"),)))
+    pieces = (ToolCall(0, "1}"), ToolCall(1, "{}", "call_1", "g"))
+    steps = responder.steps(Chunk("Then.", [2, 3], tool_calls=pieces))
+    assert [(step.kind, step.index, step.value) for step in steps] == [
+        ("input", 0, "1}"),
+        ("stop", 0, ""),
+        ("start", 1, ""),
+        ("text", 1, "Then."),
+        ("stop", 1, ""),
+        ("start", 2, ""),
+        ("input", 2, "{}"),
+    ]
+
+
 def test_an_answer_that_is_not_parsed_is_one_text_even_an_empty_one() -> None:
     responder = MessageResponder()
     stream: Any = Ended(is_parsed=False)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from packhorse.serve.api.chat import ChatBody
+from packhorse.serve.api.responses.answer import Answer
 from packhorse.serve.api.responses.body import ResponseBody
 from packhorse.serve.api.responses.items import InputItem, kept_ids, messages_of
 from packhorse.serve.api.responses.store import Kept
@@ -19,7 +20,7 @@ from packhorse.serve.api.responses.tools import custom_input
 from packhorse.serve.api.responses.truncation import fitting
 from packhorse.serve.api.validation import validated
 from packhorse.serve.errors import Invalid
-from packhorse.serve.messages import Constraint, GenerateRequest
+from packhorse.serve.messages import Chunk, Constraint, GenerateRequest, ToolCall
 from tests.e2e.same_requests import SAME, Same, as_response
 
 FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object"}}
@@ -296,6 +297,18 @@ def test_vllms_fields_are_taken() -> None:
 )
 def test_free_text_is_read_out_of_arguments(arguments: str, expected: str) -> None:
     assert custom_input(arguments) == expected
+
+
+def test_the_rest_of_a_call_comes_before_text_of_the_same_chunk() -> None:
+    """Chunks of a slow reader are joined."""
+    body = validated({"input": "hi", "tools": [FUNCTION]}, ResponseBody)
+    answer = Answer(body, body.plan(), "0" * 32)
+    answer.add(Chunk("", [1], tool_calls=(ToolCall(0, '{"a": ', "call_0", "f"),)))
+    events = answer.add(Chunk("Then.", [2], "stop", tool_calls=(ToolCall(0, "1}"),)))
+    done = dict(events)["response.function_call_arguments.done"]
+    assert done["arguments"] == '{"a": 1}'
+    call, message = answer.document()["output"]
+    assert (call["arguments"], message["content"][0]["text"]) == ('{"a": 1}', "Then.")
 
 
 def test_half_a_character_is_kept_as_a_question_mark() -> None:
