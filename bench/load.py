@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 CLIENT = Path(__file__).resolve().parent / "load_client.py"
 RPC_CLIENT = CLIENT.with_name("grpc_client.py")
-Kind = Literal["ids", "text", "chat"]
+Kind = Literal["ids", "text", "chat", "responses", "messages"]
 
 
 class LoadError(Exception):
@@ -83,8 +83,9 @@ def token_prompts(load: Load) -> list[list[int]]:
 def bodies(load: Load, model: str) -> list[dict[str, Any]]:
     """The requests' JSON. As text and in chats a prompt is that many words, not tokens."""
     models = load.models or (model,)
+    most = "max_output_tokens" if load.kind == "responses" else "max_tokens"
     common: dict[str, Any] = {
-        "max_tokens": load.output_tokens,
+        most: load.output_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": load.stream,
@@ -98,13 +99,20 @@ def bodies(load: Load, model: str) -> list[dict[str, Any]]:
                 found.append({**common, "prompt": ids})
             case "text":
                 found.append({**common, "prompt": words})
-            case "chat":
+            case "chat" | "messages":
                 found.append({**common, "messages": [{"role": "user", "content": words}]})
+            case "responses":
+                found.append({**common, "input": words, "store": False})
     return found
 
 
 def path_of(kind: Kind) -> str:
-    return "/v1/chat/completions" if kind == "chat" else "/v1/completions"
+    paths = {
+        "chat": "/v1/chat/completions",
+        "responses": "/v1/responses",
+        "messages": "/v1/messages",
+    }
+    return paths.get(kind, "/v1/completions")
 
 
 def run_cell(

@@ -37,6 +37,14 @@ from load import Load, LoadError, Target, bodies, path_of
 
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 LAST_CHUNK = b"0\r\n\r\n"
+# What a stream has that was cut at as many tokens as were asked for, and its last event. Plain vLLM
+# may call a cut response completed: its tokens are counted once, by whoever runs the cells.
+ENDINGS = {
+    "responses": (re.compile(rb"\ndata: .*response\.(?:incomplete|completed)"),) * 2,
+    "messages": (re.compile(rb'"max_tokens"'), re.compile(rb"\ndata: .*message_stop")),
+}
+OTHER_ENDING = (re.compile(rb'"length"'), re.compile(rb"\ndata: \[DONE\]"))
+ERROR = re.compile(rb'"error"(?!: ?null)')
 # Some tenths of a millisecond of what servers do too: objects made, read, turned into text.
 PROBE_DOCUMENT = {f"name {number}": [number, str(number), None] for number in range(150)}
 PROBE_EVERY_S = 0.1
@@ -48,6 +56,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, run: Run) -> None:
         self._run = run
         self._stream = run.load.stream
+        self._cut, self._last = ENDINGS.get(run.load.kind, OTHER_ENDING)
         self._busy = False
         self._transport: asyncio.Transport
 
@@ -123,13 +132,13 @@ class Connection(asyncio.Protocol):
                 return
             data, self._rest = data[:cut], data[cut:]
         count = data.count(b"\ndata: ")
-        if b'"error"' in data:
+        if b'"error"' in data and ERROR.search(data):
             # Within the text the quotes would be escaped, so this is a name or a finish reason.
             self._run.fail(f"an error inside a stream: {data[:4000]!r}")
             return
-        if b'"length"' in data:
+        if not self._ending and self._cut.search(data):
             self._ending = True
-        if b"\ndata: [DONE]" in data:
+        if self._last.search(data):
             self._done = True
             count -= 1
         if count == 1:
@@ -139,8 +148,8 @@ class Connection(asyncio.Protocol):
         if ended:
             if not (self._done and self._ending and self._events):
                 self._run.fail(
-                    "a stream without [DONE] or without finish_reason length (fewer tokens than "
-                    f"asked for?); it ended with {data[-2000:]!r}"
+                    "a stream without [DONE] (or its API's last event) or without finish_reason "
+                    f"length (fewer tokens than asked for?); it ended with {data[-2000:]!r}"
                 )
                 return
             self._run.streamed(self._sent_s, self._events)
