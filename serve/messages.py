@@ -6,7 +6,7 @@ engines pass these on, `rest` turns Chunks back into bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -288,7 +288,8 @@ class Prompt:
     is streamed. `is_lasting`: the same request renders to the same at any other time; a template
     that writes today's date does not. `images` are the SHA-256 digests of its images, for which the
     token ids only keep places. `ignored` are fields of the request that have no effect on this
-    model.
+    model. `when_read` is called by the engine once it has read the prompt, where the first chunk
+    would tell so too late: a whole answer has only one.
     """
 
     token_ids: Sequence[int]
@@ -300,6 +301,7 @@ class Prompt:
     is_lasting: bool = False
     images: tuple[bytes, ...] = ()
     ignored: tuple[str, ...] = ()
+    when_read: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -412,8 +413,11 @@ class EngineSource:
         self._request, self._route = context.request, context.route
         self._timings = context.timings
         self._prompt = prompt
+        if not self._request.stream:
+            self._prompt = replace(prompt, when_read=self.begun)
         self._permit = permit
         self._lease = lease
+        self._is_read = False
         self._is_over = False
 
     @property
@@ -431,6 +435,9 @@ class EngineSource:
         return self._engine.generate(self._prompt, self._request, self._route)
 
     def begun(self) -> None:
+        if self._is_read or self._is_over:
+            return
+        self._is_read = True
         self._permit.begun()
         self._metrics.prompt_tokens.inc(len(self._prompt.token_ids))
 

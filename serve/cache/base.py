@@ -72,7 +72,7 @@ class Work(Protocol):
         ...
 
     def begun(self) -> None:
-        """The first chunk is there."""
+        """The engine has read the prompt, or the first chunk is there. Safe to call twice."""
         ...
 
     def ended(self, completion_tokens: int, outcome: str) -> None:

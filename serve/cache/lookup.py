@@ -48,8 +48,8 @@ class Tiers(Protocol):
         """The generation of an equal request that is on its way."""
         ...
 
-    def lead(self, key: Key) -> Flight:
-        """A new flight. Others join it, unless this key has a flight already."""
+    def lead(self, key: Key, *, streams: bool) -> Flight:
+        """A new flight. Others join it, unless this key has one already that is as good."""
         ...
 
     def recall(self, key: Key, request: GenerateRequest) -> Result | None:
@@ -136,6 +136,8 @@ class CacheLookup:
         tiers, request = self._tiers, self._request
         anew = request.cache.mode == "refresh"
         flight = None if anew else tiers.flight(key)
+        if flight is not None and request.stream and not flight.streams:
+            flight = None  # a stream that joined would say nothing until the end
         # A flight that is not launched may still find a kept result, too old for this caller.
         if flight is not None and (flight.is_launched or request.cache.max_age_s is None):
             self.status = "coalesced"
@@ -144,7 +146,7 @@ class CacheLookup:
             return
         result = None if anew else tiers.recall(key, request)
         if result is None:
-            flight = self._leading = tiers.lead(key)
+            flight = self._leading = tiers.lead(key, streams=request.stream)
             if tiers.has_store and not anew:
                 result = await tiers.fetch(key, request)
                 if result is not None:

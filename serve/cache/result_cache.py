@@ -119,8 +119,9 @@ class ResultCache:
     def flight(self, key: Key) -> Flight | None:
         return self._flights.get(key.digest)
 
-    def lead(self, key: Key) -> Flight:
-        return self._flights.lead(key.digest, partial(self._keep, key, self.fingerprint))
+    def lead(self, key: Key, *, streams: bool) -> Flight:
+        keep = partial(self._keep, key, self.fingerprint)
+        return self._flights.lead(key.digest, keep, streams=streams)
 
     def recall(self, key: Key, request: GenerateRequest) -> Result | None:
         if not self._knows_flushes():

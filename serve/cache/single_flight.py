@@ -4,8 +4,11 @@ The first of them leads: it makes a Flight, finds a result or a place in the eng
 The others join, and read the chunks from the first one on, each at its own pace. The generation
 belongs to none of them: it goes on while anybody reads, and is aborted when the last has left.
 
-    flight = flights.lead(key)                  # before the first await, so that nobody else does
-    ... flight.settle(result) | flight.fail(error) | flight.launch(work)
+A stream that nobody shares is read by its only reader itself, which costs a token next to nothing.
+Where there are several, a task reads it at the engine's pace.
+
+    flight = flights.lead(key, streams=True)    # before the first await, so that nobody else does
+    ... flight.settle(result) | flight.fail(error) | flight.launch(work, choices)
     reader = flight.join()
     async for chunk in reader.chunks(): ...
     reader.leave()
@@ -17,7 +20,6 @@ import asyncio
 import copy
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 
 from packhorse.serve.cache.base import Work
 from packhorse.serve.cache.codec import joined
@@ -32,24 +34,41 @@ _LEFT = Cancelled("Nobody waited for this any more.")
 class Flight:
     """See above. Every flight must be settled, failed or launched."""
 
-    def __init__(self, on_end: Callable[[Flight, tuple[Chunk, ...] | None], None]) -> None:
+    def __init__(
+        self,
+        on_end: Callable[[Flight, tuple[Chunk, ...] | None], None],
+        *,
+        streams: bool = True,
+    ) -> None:
         """`on_end` gets the whole answer, one chunk a choice; or None when there is none."""
+        self.streams = streams
+        """Whether the chunks come while they are generated, or all at the end."""
         self._on_end = on_end
         self._chunks: list[Chunk] = []
         self._readers = 0
+        self._unfinished = 0
+        """Choices whose last chunk has not come."""
         self._is_over = False
         self._error: ServeError | None = None
         self._waiting: list[asyncio.Future[None]] = []
+        self._work: Work | None = None
+        self._source: AsyncGenerator[Chunk, None] | None = None
         self._running: asyncio.Task[None] | None = None
+        self._is_lent = False
+        """Whether the only reader is to read the source, since no task does."""
+        self._is_pulled = False
+        """Whether the only reader waits for the source at this moment."""
 
     @property
     def is_launched(self) -> bool:
         """Whether it generates; before that, it may still find an old result."""
-        return self._running is not None
+        return self._work is not None
 
     def join(self) -> Reader:
         self._readers += 1
-        return Reader(self)
+        if self._is_lent:
+            self._run()
+        return Reader(self, waits=self._is_pulled)
 
     def settle(self, chunks: Sequence[Chunk]) -> None:
         """The answer is there already."""
@@ -61,48 +80,114 @@ class Flight:
         self._end(error, None)
 
     def launch(self, work: Work, choices: int) -> None:
-        running = self._running = asyncio.create_task(self._run(work, choices))
-        # A task that is cancelled before its first step never runs.
-        running.add_done_callback(lambda _: self._land(work, _LEFT))
+        self._work, self._unfinished = work, choices
+        self._run()
 
-    async def _run(self, work: Work, choices: int) -> None:
-        """Read the generation to its end. What goes wrong is told to the readers."""
-        unfinished, read = choices, self._chunks
+    def _run(self) -> None:
+        """Have a task read the source."""
+        self._is_lent = False
+        self._running = asyncio.create_task(self._read())
+        self._running.add_done_callback(self._has_run)
+
+    def _has_run(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # before its first step, perhaps: then it never ran
+            self._abandon()
+
+    async def _read(self) -> None:
+        """Read the generation to its end, or until its only reader can. What goes wrong is told to
+        the readers.
+        """
+        work = self._work
+        assert work is not None
         error: ServeError | None = _LEFT
         try:
-            await work.ready()
-            async with aclosing(work.chunks()) as chunks:
-                async for chunk in chunks:
-                    if not read:
-                        work.begun()
-                    read.append(chunk)
-                    if chunk.finish_reason is not None:
-                        unfinished -= 1
-                    # The last is told with the end, when the result is kept.
-                    if self._waiting and unfinished:
-                        self._tell()
-            if unfinished:
-                raise RuntimeError("the engine ended a generation without a reason")
-            error = None
-        except ServeError as failure:
-            error = failure
-        except Exception:
-            logger.exception(
-                "request_id=%s failed unexpectedly; equal requests may share it",
-                work.request_id,
-            )
-            error = Internal(
-                "The server failed on this request; its log says more under request id "
-                f"{work.request_id}."
-            )
+            if self._source is None:
+                await work.ready()
+                self._source = work.chunks()
+            async for chunk in self._source:
+                self._took(chunk)
+                if self._readers == 1 and self.streams and self._unfinished > 0:
+                    self._lend()
+                    return
+            error = self._error_at_end()
+        except Exception as failure:  # noqa: BLE001 `_error_of` logs it
+            error = self._error_of(failure)
         finally:
-            self._land(work, error)
+            if not self._is_lent:
+                if self._source is not None:
+                    await self._source.aclose()
+                self._land(error)
 
-    def _land(self, work: Work, error: ServeError | None) -> None:
+    def _lend(self) -> None:
+        """From now on the only reader reads the source."""
+        self._is_lent = True
+        self._tell()
+
+    async def pull(self) -> None:
+        """Read one chunk, by the only reader and in its task. What goes wrong is told as ever."""
+        source = self._source
+        assert source is not None
+        self._is_lent, self._is_pulled = False, True
+        try:
+            chunk = await anext(source)
+            self._took(chunk)
+            if self._unfinished <= 0:
+                async for chunk in source:
+                    self._took(chunk)
+                self._land(self._error_at_end())
+        except StopAsyncIteration:
+            self._land(self._error_at_end())
+        except Exception as failure:  # noqa: BLE001 `_error_of` logs it
+            self._land(self._error_of(failure))
+        except BaseException:  # the reader's request has ended; who has joined since may try again
+            self._land(_LEFT)
+            raise
+        finally:
+            self._is_pulled = False
+        if self._is_over:
+            await source.aclose()
+        elif self._readers == 1:
+            self._is_lent = True
+        else:
+            self._run()
+
+    def _took(self, chunk: Chunk) -> None:
+        if not self._chunks:
+            assert self._work is not None
+            self._work.begun()
+        self._chunks.append(chunk)
+        if chunk.finish_reason is not None:
+            self._unfinished -= 1
+        # The last is told with the end, when the result is kept.
+        if self._waiting and self._unfinished > 0:
+            self._tell()
+
+    def _error_at_end(self) -> ServeError | None:
+        """The source has ended."""
+        if self._unfinished > 0:
+            return self._error_of(RuntimeError("the engine ended a generation without a reason"))
+        return None
+
+    def _error_of(self, failure: Exception) -> ServeError:
+        if isinstance(failure, ServeError):
+            return failure
+        assert self._work is not None
+        logger.error(
+            "request_id=%s failed unexpectedly; equal requests may share it",
+            self._work.request_id,
+            exc_info=failure,
+        )
+        return Internal(
+            "The server failed on this request; its log says more under request id "
+            f"{self._work.request_id}."
+        )
+
+    def _land(self, error: ServeError | None) -> None:
         if self._is_over:
             return
+        assert self._work is not None
         tokens = sum(len(chunk.token_ids) for chunk in self._chunks)
-        work.ended(tokens, "ok" if error is None else error.kind)
+        self._work.ended(tokens, "ok" if error is None else error.kind)
         self._end(error, None if error else joined(self._chunks))
 
     def _end(self, error: ServeError | None, whole: tuple[Chunk, ...] | None) -> None:
@@ -128,17 +213,39 @@ class Flight:
 
     def _left(self) -> None:
         self._readers -= 1
-        if not self._readers and self._running is not None and not self._is_over:
-            self._running.cancel()
+        if not self._readers and self._work is not None and not self._is_over:
+            if self._is_lent:
+                self._is_lent = False
+                self._abandon()
+                return
+            if self._running is not None:
+                self._running.cancel()
             # Nobody may join what is being aborted.
             self._on_end(self, None)
+
+    def _abandon(self) -> None:
+        """Nobody reads the source any more."""
+        self._land(_LEFT)
+        if self._source is not None:
+            self._running = asyncio.create_task(self._close(self._source))
+
+    async def _close(self, source: AsyncGenerator[Chunk, None]) -> None:
+        """Abort the generation in the engine, if it has not ended."""
+        try:
+            await source.aclose()
+        except Exception as failure:  # noqa: BLE001 `_error_of` logs it
+            self._error_of(failure)
 
 
 class Reader:
     """One request's way through a flight."""
 
-    def __init__(self, flight: Flight) -> None:
+    def __init__(self, flight: Flight, *, waits: bool) -> None:
+        """`waits`: first of all for news. Until then the flight hangs on another reader, and one
+        that has read nothing may begin again if that reader leaves.
+        """
         self._flight: Flight | None = flight
+        self._waits = waits
 
     async def chunks(self, *, whole: bool) -> AsyncGenerator[Chunk, None]:
         """As they come; `whole`: one a choice, at the end. Raises ServeError."""
@@ -146,13 +253,20 @@ class Reader:
         if flight is None:
             raise RuntimeError("a reader that has left cannot read")
         chunks = flight._chunks
+        if self._waits and flight._is_pulled:
+            await flight._news()
+            if flight._error is not None:
+                raise copy.copy(flight._error)
         while True:
             while not whole and read < len(chunks):
                 yield chunks[read]
                 read += 1
             if flight._is_over:
                 break
-            await flight._news()
+            if flight._is_lent:
+                await flight.pull()
+            else:
+                await flight._news()
         if flight._error is not None:
             # Of its own: a traceback grows with each that raises it.
             raise copy.copy(flight._error)
@@ -176,14 +290,24 @@ class Flights:
     def get(self, digest: bytes) -> Flight | None:
         return self._flying.get(digest)
 
-    def lead(self, digest: bytes, on_end: Callable[[tuple[Chunk, ...] | None], None]) -> Flight:
-        """A flight that others can join, unless they have one for this digest already."""
+    def lead(
+        self,
+        digest: bytes,
+        on_end: Callable[[tuple[Chunk, ...] | None], None],
+        *,
+        streams: bool = True,
+    ) -> Flight:
+        """A flight that others can join, unless they have one for this digest already that is as
+        good: streams cannot join one that does not stream.
+        """
 
         def ended(flight: Flight, whole: tuple[Chunk, ...] | None) -> None:
             if self._flying.get(digest) is flight:
                 del self._flying[digest]
             on_end(whole)
 
-        flight = Flight(ended)
-        self._flying.setdefault(digest, flight)
+        flight = Flight(ended, streams=streams)
+        known = self._flying.get(digest)
+        if known is None or (streams and not known.streams):
+            self._flying[digest] = flight
         return flight

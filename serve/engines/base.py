@@ -81,8 +81,9 @@ class Engine(Protocol):
         self, prompt: Prompt, request: GenerateRequest, route: Route
     ) -> AsyncGenerator[Chunk, None]:
         """The answer, chunk by chunk; closing the generator aborts the request. A request with
-        `pooling` has one chunk, with its vectors. Raises Invalid on the first step, EngineDied when
-        the engine is gone.
+        `pooling` has one chunk, with its vectors. Calls `prompt.when_read`, if there is one and the
+        engine knows the moment. Raises Invalid on the first step, EngineDied when the engine is
+        gone.
         """
         ...
 

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -312,7 +313,7 @@ class Supervisor:
         self._refuse_poison(tracked, request)
         engine, generation = self._engine, self._generation
         if engine is None or self._detector.is_isolating or tracked.engines:
-            engine, generation, prompt = await self._next_turn(tracked, request, route)
+            engine, generation, prompt = await self._next_turn(tracked, request, route, prompt)
         try:
             for _ in range(MAX_REPLAYS + 1):
                 tracked.enters(generation)
@@ -339,7 +340,7 @@ class Supervisor:
                         ) from error
                     if tracked.is_culprit:
                         raise self._poisonous(request) from error
-                engine, generation, prompt = await self._next_turn(tracked, request, route)
+                engine, generation, prompt = await self._next_turn(tracked, request, route, prompt)
                 self._metrics.replays.inc()
             raise EngineDied("The engine keeps stopping; send the request again later.")
         finally:
@@ -360,7 +361,7 @@ class Supervisor:
         return Invalid(message, param=request.prompt_param)
 
     async def _next_turn(
-        self, tracked: TrackedRequest, request: GenerateRequest, route: Route
+        self, tracked: TrackedRequest, request: GenerateRequest, route: Route, prompt: Prompt
     ) -> tuple[Engine, int, Prompt]:
         """An engine that lives, its number, and the prompt as it renders it, at the request's turn.
         Raises Unavailable if there will be none, Invalid for poison.
@@ -373,7 +374,9 @@ class Supervisor:
                 engine = self._now()
                 try:
                     await engine.check()
-                    return engine, self._generation, await engine.render(request, route)
+                    anew = await engine.render(request, route)
+                    anew = replace(anew, when_read=prompt.when_read)
+                    return engine, self._generation, anew
                 except EngineDied:  # in this moment, and not of this request
                     self._lost.set()
                     self._detector.engine_lost(self._generation)

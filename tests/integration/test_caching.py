@@ -134,6 +134,7 @@ async def test_a_client_that_leaves_ends_nothing_for_the_others() -> None:
             await anext(parts)
             follower = asyncio.create_task(served.http.post(CHAT, json=greedy(text)))
             await until(lambda: served.pipeline._in_flight == 2)
+            await anext(parts)  # until then the leader reads for both
         assert (await follower).json()["choices"][0]["message"]["content"] == text
         assert served.engine.aborted == 0
         other = greedy(text + " k", stream=True)

@@ -95,7 +95,7 @@ async def keep(cache: ResultCache, text: str = "one", tenant: str = "acme") -> N
     request = ask(text, tenant=tenant)
     made = key_of(cache, request, text)
     assert made is not None
-    flight = cache.lead(made)
+    flight = cache.lead(made, streams=True)
     assert isinstance(flight, Flight)
     flight._end(None, ANSWER)
     await asyncio.gather(*cache._puts)

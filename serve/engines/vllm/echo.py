@@ -90,6 +90,8 @@ class VllmEchoEngine(VllmEngine):
         reason: Any = "stop" if len(said) >= len(tokens) else "length"
         for index in range(request.sampling.n):
             if not request.stream:
+                if prompt.when_read is not None:
+                    prompt.when_read()
                 await asyncio.sleep(self._delay_s * len(said))
                 text = "".join(part for _, part in said)
                 whole = Chunk(text, [token for token, _ in said], reason, index)

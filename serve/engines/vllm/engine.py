@@ -12,7 +12,7 @@ import copy
 import itertools
 import logging
 import threading
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,14 +158,14 @@ class VllmEngine:
             self._health = Health(self._watch, self._heartbeat, settings)
         self._loras = Loras(self._llm, loaded)
         self._by_priority = scheduler.policy == "priority"
-        self._every_token = scheduler.stream_interval == 1
         cache = self._llm.vllm_config.cache_config
         lora = self._llm.vllm_config.lora_config
         kv_cache_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         if self.pooler is not None and kv_cache_tokens < self.max_model_len:
             kv_cache_tokens = 0  # an encoder, which has none
+        ranks = self._llm.vllm_config.parallel_config.data_parallel_size
         self.capacity = Capacity(
-            scheduler.max_num_seqs,
+            scheduler.max_num_seqs * ranks,  # of each; blocks of the KV cache are summed by vLLM
             kv_cache_tokens,
             lora.max_loras if lora else 0,
             max_active_loras(settings) if lora else 0,
@@ -342,7 +342,7 @@ class VllmEngine:
                     prompt.engine_input, request, lora, self._when_closing(), priority=priority
                 )
                 return
-            outputs = await self._submit(rendered, request, lora)
+            outputs = await self._submit(rendered, request, lora, prompt.when_read)
             reader = rendered.reader
             while not finished:
                 output = await outputs.get()
@@ -385,9 +385,15 @@ class VllmEngine:
                 await self._abort(outputs)
 
     async def _submit(
-        self, rendered: Rendered, request: GenerateRequest, lora: LoRARequest | None
+        self,
+        rendered: Rendered,
+        request: GenerateRequest,
+        lora: LoRARequest | None,
+        when_read: Callable[[], None] | None,
     ) -> PlainOutputs | ChunkCollector:
-        """Hand the request to the engine; returns what its outputs come out of."""
+        """Hand the request to the engine; returns what its outputs come out of. Only the fast path
+        knows when the prompt is read.
+        """
         params, reader = rendered.params, rendered.reader
         plain = params.n == 1 and params.logprobs is None and params.prompt_logprobs is None
         priority = request.priority if self._by_priority else 0
@@ -395,7 +401,7 @@ class VllmEngine:
         if reader is not None:
             reasoning["reasoning_ended"] = reader.reasoning_ended
             reasoning["reasoning_parser_kwargs"] = reader.reasoning_kwargs
-        if self._fast is not None and plain and self._every_token:
+        if self._fast is not None and plain:
             return await self._fast.submit(
                 request.request_id,
                 rendered.engine_input,
@@ -403,6 +409,7 @@ class VllmEngine:
                 lora=lora,
                 priority=priority,
                 reasoning=reasoning,
+                when_read=when_read,
             )
         # Of its own, because an abort by this id ends all requests that have it.
         external_id = f"{request.request_id}-{next(self._numbers)}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from packhorse.serve.cache.result_cache import ResultCache
 from packhorse.serve.engines.echo import EchoEngine
 from packhorse.serve.errors import (
     DeadlineExceeded,
@@ -22,7 +23,7 @@ from packhorse.serve.errors import (
     UnknownModel,
 )
 from packhorse.serve.limits.admission import Admission
-from packhorse.serve.messages import Caller, GenerateRequest, Sampling
+from packhorse.serve.messages import Caller, GenerateRequest, Prompt, Sampling
 from packhorse.serve.models import Model, Models
 from packhorse.serve.pipeline import Pipeline, merged
 from packhorse.serve.settings.admission import AdmissionSettings
@@ -374,3 +375,46 @@ async def test_while_the_engine_loads_no_name_is_judged(name: str) -> None:
     with pytest.raises(Unavailable, match="still loading"):
         await pipeline.start(ask("hi", model=name))
     assert await pipeline.drain(10)
+
+
+class Reads(EchoEngine):
+    """Says when it has read a prompt, and answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(EngineSettings(kind="echo"))
+        self.may_read, self.may_answer = asyncio.Event(), asyncio.Event()
+
+    async def generate(self, prompt: Prompt, request: Any, route: Any) -> Any:
+        await self.may_read.wait()
+        if prompt.when_read is not None:
+            prompt.when_read()
+            prompt.when_read()
+        await self.may_answer.wait()
+        async for chunk in super().generate(prompt, request, route):
+            yield chunk
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+async def test_a_whole_answer_waits_only_until_its_prompt_is_read(has_cache: bool) -> None:
+    engine = Reads()
+    pipeline = over(engine)
+    if has_cache:
+        pipeline.models.first.cache = ResultCache(
+            b"secret", memory_bytes=10**6, max_entry_bytes=10**5, ttl_s=60
+        )
+    admission = pipeline.models.first.admission
+    request = replace(ask("a b c"), stream=False, sampling=Sampling(temperature=0.0))
+    starting = asyncio.create_task(pipeline.start(request))
+    while not admission.running:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert (admission.waiting, admission.queued_tokens) == (1, 3)
+    engine.may_read.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert (admission.running, admission.waiting, admission.queued_tokens) == (1, 0, 0)
+    engine.may_answer.set()
+    stream = await starting
+    assert [chunk.text async for chunk in stream]
+    assert (admission.running, admission.waiting, admission.queued_tokens) == (0, 0, 0)
+    metrics = pipeline.models.first.metrics
+    assert metrics.prompt_tokens._value.get() == 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -190,6 +191,29 @@ async def test_a_request_that_was_rendered_in_time_waits_for_the_next_engine() -
     await soon(lambda: supervisor._engine is not works.engines[0])
     chunks = [chunk.text async for chunk in supervisor.generate(prompt, request, ROUTE)]
     assert "".join(chunks) == words(3)
+    await supervisor.close()
+
+
+async def test_the_next_engine_tells_when_it_has_read_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    works = Works()
+    supervisor = await works.supervisor()
+    request = ask(words(30))
+    prompt = replace(await supervisor.render(request, ROUTE), when_read=lambda: None)
+    given: list[Prompt] = []
+    generate = Mortal.generate
+
+    def watched(self: Mortal, prompt: Prompt, request: GenerateRequest, route: Route) -> Any:
+        given.append(prompt)
+        return generate(self, prompt, request, route)
+
+    monkeypatch.setattr(Mortal, "generate", watched)
+    chunks = asyncio.create_task(anext(supervisor.generate(prompt, request, ROUTE)))
+    await soon(lambda: works.engines[0].running == 1)
+    works.engines[0].die()
+    await chunks
+    assert [one.when_read is prompt.when_read for one in given] == [True, True]
     await supervisor.close()
 
 

@@ -8,7 +8,7 @@ instead. All else that vLLM does for a token (detokenizing, stop strings, statis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ APPLIES_TO = {
     },
     "vllm.v1.engine.detokenizer": {
         "BaseIncrementalDetokenizer.get_next_output_text": "call(finished, delta)",
+        "IncrementalDetokenizer.num_output_tokens": "call()",
     },
     "vllm.envs": {
         "enable_envs_cache": "call()",
@@ -83,9 +84,11 @@ class FastOutputs:
         lora: LoRARequest | None,
         priority: int,
         reasoning: Mapping[str, Any],
+        when_read: Callable[[], None] | None = None,
     ) -> ChunkCollector:
         """Hand a request to the engine: the same steps as AsyncLLM.add_request's, but with a
-        collector of our own. `reasoning` are fields of vLLM's request.
+        collector of our own. `reasoning` are fields of vLLM's request; `when_read` is called when
+        the engine has read the prompt of a whole answer.
         """
         llm = self._llm
         if llm.errored:
@@ -105,7 +108,7 @@ class FastOutputs:
             setattr(made, name, value)
         llm.input_processor.assign_request_id(made)
         llm._run_output_handler()
-        collector = ChunkCollector(made.request_id)
+        collector = ChunkCollector(made.request_id, when_read)
         try:
             await llm._add_request(made, None, None, 0, collector)
         except BaseException:  # a caller that leaves now may leave it half handed over
@@ -125,14 +128,16 @@ class FastOutputs:
 
 
 class ChunkCollector:
-    """Hands the chunks of one request to the task that reads them, and merges those that wait.
+    """Hands the chunks of one request to the task that reads them, those that wait as one.
 
-    Takes the place of vLLM's RequestOutputCollector: one reader, one waiting item.
+    Takes the place of vLLM's RequestOutputCollector, for one reader.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, when_read: Callable[[], None] | None = None) -> None:
+        """`when_read` is called when the engine has read the prompt of a whole answer."""
         self.request_id = request_id
-        self._waiting: Chunk | None = None
+        self.when_read = when_read
+        self._waiting: list[Chunk] = []
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
 
@@ -140,10 +145,8 @@ class ChunkCollector:
         """Called by vLLM's output handler, on the event loop."""
         if isinstance(item, Exception):
             self._error = item
-        elif self._waiting is None:
-            self._waiting = item
         else:
-            self._waiting = joined(self._waiting, item)
+            self._waiting.append(item)
         reader = self._reader
         if reader is not None:
             self._reader = None
@@ -152,24 +155,27 @@ class ChunkCollector:
 
     async def get(self) -> Chunk:
         """The next chunk. Raises the error that ended the request."""
-        while (chunk := self._waiting) is None:
+        while not self._waiting:
             if self._error is not None:
                 raise self._error
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
-        self._waiting = None
-        return chunk
+        if len(self._waiting) == 1:
+            return self._waiting.pop()
+        chunks, self._waiting = self._waiting, []
+        return joined(chunks)
 
 
-def joined(first: Chunk, second: Chunk) -> Chunk:
-    """Two consecutive plain chunks as one."""
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Consecutive plain chunks as one."""
+    first, last = chunks[0], chunks[-1]
     return Chunk(
-        first.text + second.text,
-        [*first.token_ids, *second.token_ids],
-        second.finish_reason,
-        stop_reason=second.stop_reason,
+        "".join(chunk.text for chunk in chunks),
+        [token for chunk in chunks for token in chunk.token_ids],
+        last.finish_reason,
+        stop_reason=last.stop_reason,
         cached_tokens=first.cached_tokens,
-        times=second.times,
+        times=last.times,
     )
 
 
@@ -187,8 +193,18 @@ class PlainRequestState(RequestState):
     ) -> Chunk | None:
         detokenizer = self.detokenizer
         if self.output_kind is RequestOutputKind.DELTA:
+            if self.stream_interval > 1:
+                sent: int = self.sent_tokens_offset  # type: ignore[has-type]
+                count = detokenizer.num_output_tokens()
+                if finish_reason is None and sent and count - sent < self.stream_interval:
+                    return None
+                new_token_ids = detokenizer.output_token_ids[sent:]
+                self.sent_tokens_offset = count
             text = detokenizer.get_next_output_text(finish_reason is not None, True)
         elif finish_reason is None:
+            if (when_read := self.queue.when_read) is not None:
+                self.queue.when_read = None
+                when_read()
             return None
         else:
             text = detokenizer.get_next_output_text(True, False)

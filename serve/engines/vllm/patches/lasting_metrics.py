@@ -114,7 +114,7 @@ class LastingStats(PrometheusStatLogger):
             model = str(vllm_config.model_config.served_model_name)
             series.adapters = _AdapterInfo(model, self.max_lora, series)
             registry.register(series.adapters)
-        for gauge in self.gauge_scheduler_waiting.values():
+        for gauge in list(self.gauge_scheduler_waiting.values())[:1]:
             _add_what_waits_here(gauge, series)
         registry.register(_OldNames(self))
         series.attributes = dict(self.__dict__)
@@ -248,6 +248,8 @@ def _public(engine_names: Iterable[str]) -> str:
 
 
 def _add_what_waits_here(gauge: Gauge, series: _ModelSeries) -> None:
-    """Requests that the supervisor holds back wait too, for autoscalers that read this gauge."""
+    """Requests that are held back in front of the engine wait too, for autoscalers that read this
+    gauge; of several ranks, the first has them.
+    """
     own = gauge._value
     gauge.set_function(lambda: own.get() + series.engine.metrics.requests_waiting_for_engine())

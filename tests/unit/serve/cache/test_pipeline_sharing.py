@@ -42,7 +42,7 @@ async def test_64_sampled_requests_make_64() -> None:
 
 async def test_a_leader_that_leaves_leaves_it_to_the_others() -> None:
     pipeline, engine = make(0.02)
-    leading = asyncio.create_task(pipeline.start(ask("a b c d e f")))
+    leading = asyncio.create_task(pipeline.start(ask("a b c d e f", stream=True)))
     await settled()
     followers = [
         asyncio.create_task(answer(pipeline, ask("a b c d e f", stream=number > 2)))
@@ -57,6 +57,48 @@ async def test_a_leader_that_leaves_leaves_it_to_the_others() -> None:
     assert (engine.generations, engine.aborted) == (1, 0)
     assert await pipeline.drain(10)
     assert pipeline.models.first.admission.running == 0
+
+
+async def test_a_stream_does_not_wait_for_the_end_of_a_whole_answer() -> None:
+    pipeline, engine = make(0.02)
+    whole = asyncio.create_task(answer(pipeline, ask("a b c d e f")))
+    await settled()
+    stream = await pipeline.start(ask("a b c d e f", stream=True))
+    assert not whole.done()
+    assert stream.context.cache_status == "miss"
+    late = asyncio.create_task(answer(pipeline, ask("a b c d e f")))
+    assert await read(stream) == "a b c d e f"
+    assert await whole == ("miss", "a b c d e f")
+    assert await late == ("coalesced", "a b c d e f"), "whole ones may wait for either"
+    assert engine.generations == 2
+    assert await pipeline.drain(10)
+
+
+async def test_a_leader_that_leaves_before_a_follower_has_read_anything() -> None:
+    """The leader reads the engine itself, and takes that along; the follower begins again."""
+    pipeline, engine = make(0.05)
+    leader = await pipeline.start(ask("a b c d", stream=True))
+    reading = asyncio.create_task(read(leader))
+    await settled()
+    follower = asyncio.create_task(answer(pipeline, ask("a b c d", stream=True)))
+    await settled()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert await follower == ("miss", "a b c d")
+    assert (engine.generations, engine.aborted) == (2, 1)
+    assert await pipeline.drain(10)
+    assert pipeline.models.first.admission.running == 0
+
+
+async def test_a_slow_leader_holds_nobody_back() -> None:
+    pipeline, engine = make()
+    leader = await pipeline.start(ask("a b c d", stream=True))
+    chunks = aiter(leader)
+    await anext(chunks)  # and reads no more
+    assert await answer(pipeline, ask("a b c d", stream=True)) == ("coalesced", "a b c d")
+    assert [chunk.text async for chunk in chunks] == [" b", " c", " d"]
+    assert engine.generations == 1
 
 
 async def test_the_last_to_leave_aborts() -> None:

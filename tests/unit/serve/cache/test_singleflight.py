@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from random import Random
 
 import pytest
 
+from packhorse.serve.cache.codec import joined
 from packhorse.serve.cache.single_flight import Flight, Flights
 from packhorse.serve.errors import Cancelled, EngineDied, Internal, ServeError
 from packhorse.serve.messages import Chunk
@@ -215,3 +217,61 @@ async def test_a_second_leader_flies_alone() -> None:
     one.settle([END])
     assert flights.get(b"key") is None
     assert isinstance(one, Flight)
+
+
+@pytest.mark.parametrize("seeds", [range(500), range(500, 1000)])
+async def test_whatever_readers_do_they_read_all_of_it_and_nothing_is_left(seeds: range) -> None:
+    """Readers join, stop reading for a while, and leave, at any moment: those that stay read every
+    chunk once, unless another left who read for both before they had anything; and the generation
+    ends with the last.
+    """
+
+    async def reads(flying: Flying, chooser: Random, *, leaves: bool) -> list[Chunk] | None:
+        flight = flying.flights.get(b"key")
+        if flight is None:
+            return None
+        reader = flight.join()
+        whole = chooser.random() < 0.2
+        found = []
+        try:
+            async for chunk in reader.chunks(whole=whole):
+                found.append(chunk)
+                for _ in range(chooser.choice([0, 0, 1, 5])):
+                    await asyncio.sleep(0)
+                if leaves and chooser.random() < 0.3:
+                    return None
+            return list(joined(found))
+        except Cancelled:
+            assert not found
+            return None
+        finally:
+            reader.leave()
+
+    for seed in seeds:
+        chooser = Random(seed)
+        flying = Flying()
+        chunks = [A, B] * chooser.randrange(4) + [END]
+        whole = list(joined(chunks))
+        readers = [asyncio.create_task(reads(flying, chooser, leaves=chooser.random() < 0.5))]
+        await asyncio.sleep(0)
+        flying.leader.leave()
+        for chunk in chunks:
+            for _ in range(chooser.choice([0, 1, 3])):
+                await asyncio.sleep(0)
+            if chooser.random() < 0.4 and not flying.flight._is_over:
+                leaves = chooser.random() < 0.7
+                readers.append(asyncio.create_task(reads(flying, chooser, leaves=leaves)))
+            if chooser.random() < 0.2:
+                chooser.choice(readers).cancel()
+            flying.feed(chunk)
+        async with asyncio.timeout(10):
+            ends = await asyncio.gather(*readers, return_exceptions=True)
+        await settled()
+        for end in ends:
+            assert end is None or end == whole or isinstance(end, asyncio.CancelledError)
+        assert len(flying.steps.ends) >= 1
+        assert flying.flights.get(b"key") is None
+        assert flying.flight._readers == 0
+        assert flying.flight._is_over
+        source = flying.flight._source
+        assert source is None or source.ag_frame is None, "closed"
