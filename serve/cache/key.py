@@ -77,6 +77,12 @@ def may_be_repeatable(request: GenerateRequest) -> bool:
     return not sampling.temperature or sampling.seed is not None
 
 
+def leaves_sampling_open(request: GenerateRequest) -> bool:
+    """Whether the model's defaults alone decide if the answer is repeatable."""
+    sampling = request.sampling
+    return request.pooling is None and sampling.temperature is None and sampling.seed is None
+
+
 def is_repeatable(request: GenerateRequest, prompt: Prompt) -> bool:
     """Whether the model says the same each time: greedy, or from a seed of the request's own that
     the engine honours (some values mean "random" to it).

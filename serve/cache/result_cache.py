@@ -54,6 +54,8 @@ class ResultCache:
         """`clock` gives Unix time in seconds."""
         self.fingerprint = b""
         """The model's and its engine's; set when there is an engine, again with each new one."""
+        self._samples: bytes | None = None
+        """The fingerprint of the engine that is known to sample where a request says nothing."""
         self.metrics = metrics or ModelMetrics()
         self._secret = secret
         self._clock = clock
@@ -91,7 +93,11 @@ class ResultCache:
 
     def concerns(self, request: GenerateRequest) -> bool:
         mode = request.cache.mode
-        return mode != "off" and (mode == "always" or keys.may_be_repeatable(request))
+        if mode == "always":
+            return True
+        if keys.leaves_sampling_open(request) and self._samples == self.fingerprint:
+            return False  # without the price of a key, which most clients' requests would pay
+        return mode != "off" and keys.may_be_repeatable(request)
 
     def known(self, request: GenerateRequest) -> Known | None:
         return self._prompts.get(request, self.fingerprint)
@@ -101,6 +107,8 @@ class ResultCache:
 
     def key(self, request: GenerateRequest, route: Route, known: Known) -> Key | None:
         if request.cache.mode != "always" and not keys.is_repeatable(request, known.prompt):
+            if keys.leaves_sampling_open(request):
+                self._samples = self.fingerprint
             return None
         tenant = request.caller.tenant
         scopes = keys.scopes_of(route, self._tenancy.mark(tenant))

@@ -31,12 +31,17 @@ DEFAULT_QUEUED_TOKENS = 256 * 1024
 # This share of what the engine runs at once may wait in addition.
 WAITING_SHARE = 0.5
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+# What a key's next answer is expected to have, of token quotas: at first, and how much of each
+# answer goes into the mean of those before.
+FIRST_ANSWER_TOKENS = 256.0
+NEWEST_SHARE = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one request may cost the engine. `answer_tokens` is the most that all its choices
-    together may have.
+    together may have; a quota is charged with what they are expected to have, and settled at the
+    end.
     """
 
     prompt_tokens: int
@@ -68,12 +73,16 @@ class EnginePermit:
     end; both may be called twice.
     """
 
-    __slots__ = ("_account", "_admission", "_cost", "_waits")
+    __slots__ = ("_account", "_admission", "_cost", "_reserved", "_waits")
 
-    def __init__(self, admission: Admission, account: _Account | None, cost: Cost) -> None:
+    def __init__(
+        self, admission: Admission, account: _Account | None, cost: Cost, reserved: int
+    ) -> None:
+        """`reserved` are the tokens that its key's quota was charged with."""
         self._admission: Admission | None = admission
         self._account = account
         self._cost = cost
+        self._reserved = reserved
         self._waits = True
 
     def begun(self) -> None:
@@ -85,8 +94,8 @@ class EnginePermit:
             self._admission.tokens_rate.fresh += self._cost.prompt_tokens
 
     def ended(self, used_tokens: int) -> None:
-        """The request has ended, in any way. The tokens that were reserved and not used go back to
-        its key's quota.
+        """The request has ended, in any way. Its key's quota is charged with what was used instead
+        of what was reserved, which may leave a debt.
         """
         if self._admission is None:
             return
@@ -95,8 +104,10 @@ class EnginePermit:
         self._admission.answers_rate.fresh += self._cost.choices
         self._admission = None
         if self._account is not None:
-            reserved = self._cost.prompt_tokens + self._cost.answer_tokens
-            self._account.tokens.give_back(reserved - used_tokens)
+            self._account.tokens.give_back(self._reserved - used_tokens)
+            if used_tokens:
+                answered = max(0, used_tokens - self._cost.prompt_tokens)
+                self._account.learn(answered / self._cost.choices)
 
 
 class Admission:
@@ -182,13 +193,16 @@ class Admission:
         A call above a whole limit is admitted when the engine has nothing else; else it could never
         run.
         """
-        tokens = answer_tokens = choices = 0
+        tokens = choices = 0
         for cost in costs:
             tokens += cost.prompt_tokens
-            answer_tokens += cost.answer_tokens
             choices += cost.choices
         requests = 1 if counts else 0
-        account = self._check_quotas(caller, requests, tokens + answer_tokens)
+        account = self._quotas_of(caller)
+        reserved = [0] * len(costs)
+        if account is not None:
+            reserved = [cost.prompt_tokens + account.expected(cost) for cost in costs]
+            self._check_quotas(caller, account, requests, sum(reserved))
         if not costs:
             if account is not None:
                 account.requests.take(requests)
@@ -209,14 +223,17 @@ class Admission:
             )
         if account is not None:
             account.requests.take(requests)
-            account.tokens.take(tokens + answer_tokens)
+            account.tokens.take(sum(reserved))
         if not self.running:
             self.answers_rate.restart()
             self.tokens_rate.restart()
         self.running += choices
         self.waiting += len(costs)
         self.queued_tokens += tokens
-        return [EnginePermit(self, account, cost) for cost in costs]
+        return [
+            EnginePermit(self, account, cost, of_cost)
+            for cost, of_cost in zip(costs, reserved, strict=True)
+        ]
 
     def _account(self, caller: Caller) -> _Account:
         account = self._accounts.get(caller.name)
@@ -224,16 +241,18 @@ class Admission:
             account = self._accounts[caller.name] = _Account(self._clock())
         return account
 
-    def _check_quotas(self, caller: Caller, requests: int, tokens: int) -> _Account | None:
-        """The account to charge; None for a key without quotas. Raises Overloaded with the time to
-        wait.
-        """
+    def _quotas_of(self, caller: Caller) -> _Account | None:
+        """The account to charge, up to date; None for a key without quotas."""
         if caller.tokens_per_minute is None and caller.requests_per_minute is None:
             return None
         now_s = self._clock()
         account = self._account(caller)
         account.requests.refill(caller.requests_per_minute, now_s)
         account.tokens.refill(caller.tokens_per_minute, now_s)
+        return account
+
+    def _check_quotas(self, caller: Caller, account: _Account, requests: int, tokens: int) -> None:
+        """Raises QuotaSpent with the time to wait."""
         wait_s = account.requests.seconds_until(1) if requests else 0.0
         if wait_s:
             raise self._refused(
@@ -247,13 +266,12 @@ class Admission:
         if wait_s:
             raise self._refused(
                 "key_tokens",
-                f"This call may take {tokens} tokens, prompt and answer, and the key "
+                f"This call is expected to take {tokens} tokens, prompt and answer, and the key "
                 f"{caller.name!r} has {max(0, int(account.tokens.level))} left of its "
                 f"{caller.tokens_per_minute} per minute; wait {wait_s:.1f} s, or lower max_tokens.",
                 wait_s,
                 clamp=False,
             )
-        return account
 
     def _refused(
         self, reason: str, message: str, retry_after_s: float, *, clamp: bool = True
@@ -269,14 +287,23 @@ class Admission:
 
 
 class _Account:
-    """One key's concurrent calls and the quotas that it has left."""
+    """One key's concurrent calls, the quotas that it has left, and how long its answers are."""
 
-    __slots__ = ("concurrent", "requests", "tokens")
+    __slots__ = ("_answer_tokens", "concurrent", "requests", "tokens")
 
     def __init__(self, now_s: float) -> None:
         self.concurrent = 0
         self.requests = _Bucket(now_s)
         self.tokens = _Bucket(now_s)
+        self._answer_tokens = FIRST_ANSWER_TOKENS
+
+    def expected(self, cost: Cost) -> int:
+        """Tokens that all choices together are likely to have: most requests allow many more."""
+        return min(cost.answer_tokens, math.ceil(self._answer_tokens * cost.choices))
+
+    def learn(self, answer_tokens: float) -> None:
+        """A choice has had so many."""
+        self._answer_tokens += (answer_tokens - self._answer_tokens) * NEWEST_SHARE
 
 
 class _Bucket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -157,6 +158,66 @@ def test_a_quota_does_not_pile_up_and_a_larger_call_leaves_a_debt() -> None:
     assert refusal(lambda: admission.admit(limited, [Cost(1, 0)])).retry_after_s == (
         pytest.approx(61)  # the 60 that it owes, and the one that it wants
     )
+
+
+@pytest.mark.parametrize("sends_max_tokens", [False, True])
+def test_ordinary_clients_get_what_their_quota_allows(sends_max_tokens: bool) -> None:
+    """16 clients, answers of 10 to 200 tokens where 8,000 are allowed, each of which takes 2 s; in
+    the clock's time. They may together use 12,000 tokens a minute.
+    """
+    chooser = Random(1)
+    clock = Clock()
+    admission = make(clock)
+    limited = replace(BATCH, tokens_per_minute=12_000)
+    began_s, minutes, used = clock.now_s, 10, 0
+    running: list[tuple[float, int, EnginePermit]] = []
+    waits_until_s = [clock.now_s] * 16
+    while clock.now_s < began_s + minutes * 60:
+        for ends_s, tokens, permit in [one for one in running if one[0] <= clock.now_s]:
+            running.remove((ends_s, tokens, permit))
+            permit.ended(tokens)
+            used += tokens
+        for client, until_s in enumerate(waits_until_s):
+            if until_s > clock.now_s:
+                continue
+            answer = 4096 if sends_max_tokens else 8000
+            try:
+                (permit,) = admission.admit(limited, [Cost(50, answer)])
+            except Overloaded as error:
+                waits_until_s[client] = clock.now_s + error.retry_after_s
+                continue
+            tokens = 50 + chooser.randrange(10, 200)
+            running.append((clock.now_s + 2, tokens, permit))
+            waits_until_s[client] = clock.now_s + 2
+        clock.now_s += 0.05
+    allowed = 12_000 * (minutes + 1)  # a bucket starts full
+    assert 0.9 * allowed <= used <= allowed + 16 * 250
+
+
+def test_an_estimate_that_was_too_low_leaves_a_debt() -> None:
+    clock = Clock()
+    admission = make(clock)
+    limited = replace(BATCH, tokens_per_minute=6000)
+    for _ in range(40):
+        admission.admit(limited, [Cost(10, 8000)])[0].ended(11)
+    clock.now_s += 60
+    permits = [admission.admit(limited, [Cost(10, 8000)])[0] for _ in range(10)]
+    for permit in permits:
+        permit.ended(1010)
+    error = refusal(lambda: admission.admit(limited, [Cost(10, 8000)]))
+    assert 40 < error.retry_after_s < 60, "4,100 that it owes, and what it wants"
+    clock.now_s += error.retry_after_s
+    admission.admit(limited, [Cost(10, 8000)])
+
+
+def test_what_comes_to_nothing_teaches_nothing() -> None:
+    admission = make()
+    limited = replace(BATCH, tokens_per_minute=1000)
+    for _ in range(50):
+        admission.admit(limited, [Cost(10, 8000)])[0].ended(0)
+    admission.admit(limited, [Cost(900, 0)])
+    error = refusal(lambda: admission.admit(limited, [Cost(10, 8000)]))
+    assert "expected to take 266 tokens" in error.message
 
 
 def test_calls_per_minute() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from packhorse.serve.cache import render_cache
 from packhorse.serve.errors import ServeError
 from tests.unit.serve.cache.caching_pipeline import Clock, answer, make, read
 from tests.unit.serve.cache.making import ask
@@ -115,3 +116,30 @@ async def test_what_two_engines_answered_is_not_kept() -> None:
     pipeline.models.first.cache.fingerprint = b"model"  # type: ignore[attr-defined]
     assert (await answer(pipeline, ask("a b c")))[0] == "miss"
     assert engine.generations == 2
+
+
+async def test_requests_that_the_models_defaults_sample_pay_for_no_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of them tells that the defaults sample; greedy and seeded ones are looked up as ever."""
+    digests = 0
+    content_of = render_cache.content_of
+
+    def counted(*arguments: Any) -> bytes:
+        nonlocal digests
+        digests += 1
+        return content_of(*arguments)
+
+    monkeypatch.setattr(render_cache, "content_of", counted)
+    pipeline, engine = make()
+    for _ in range(5):
+        assert await answer(pipeline, ask("a b", temperature=None)) == ("bypass", "a b")
+    assert (digests, engine.generations) == (1, 5)
+    for fields in ({"temperature": 0.0}, {"temperature": None, "seed": 7}):
+        marks = [(await answer(pipeline, ask("a b", **fields)))[0] for _ in range(2)]
+        assert marks == ["miss", "hit"]
+    pipeline.models.first.cache.fingerprint = b"another engine"  # type: ignore[attr-defined]
+    before = digests
+    for _ in range(5):
+        assert await answer(pipeline, ask("a b", temperature=None)) == ("bypass", "a b")
+    assert digests == before + 1
