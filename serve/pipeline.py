@@ -171,7 +171,9 @@ class Pipeline:
         """
         context = stream.context
 
-        async def render() -> Prompt:
+        async def render(*, for_engine: bool) -> Prompt:
+            if for_engine:
+                stream.model.admission.check_room(context.request.caller)
             context.timings.render_s = time.monotonic()
             context.prompt = await stream.engine.render(context.request, context.route)
             context.timings.rendered_s = time.monotonic()

@@ -10,7 +10,13 @@ from packhorse.serve.cache.key import Key
 from packhorse.serve.messages import CacheStatus, Chunk, Prompt
 from packhorse.serve.request_context import RequestContext
 
-Render = Callable[[], Awaitable[Prompt]]
+
+class Render(Protocol):
+    """Renders a request's prompt. `for_engine`: it is to be generated, so a request that has no
+    place in the engine is refused first; otherwise its answer may be kept already.
+    """
+
+    def __call__(self, *, for_engine: bool) -> Awaitable[Prompt]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,4 +198,4 @@ class NoResults:
     """Where there is no result cache. Satisfies the Lookups protocol."""
 
     async def look_up(self, context: RequestContext, render: Render) -> Lookup:
-        return DirectLookup(await render())
+        return DirectLookup(await render(for_engine=True))

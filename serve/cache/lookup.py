@@ -117,11 +117,11 @@ class CacheLookup:
             known = tiers.known(request)
             is_rendered = known is None
             if known is None:
-                self._prompt = await self._render()
+                self._prompt = await self._render(for_engine=False)
                 known = tiers.learn(request, self._prompt)
         except Unkeyable:
             if self._prompt is None:
-                self._prompt = await self._render()
+                self._prompt = await self._render(for_engine=True)
             return
         self._prompt = known.prompt
         timings.lookup_s = time.monotonic()
@@ -130,7 +130,7 @@ class CacheLookup:
             await self._look(key)
         timings.looked_up_s = time.monotonic()
         if self.needs_engine and not is_rendered:
-            self._prompt = await self._render()
+            self._prompt = await self._render(for_engine=True)
 
     async def _look(self, key: Key) -> None:
         tiers, request = self._tiers, self._request
@@ -191,7 +191,7 @@ class CacheLookup:
             raise error
         self._reader, self._leads = None, False
         if is_left_alone:  # by one leader after the other: by itself, then
-            self._prompt = await self._render()
+            self._prompt = await self._render(for_engine=True)
         else:
             await self.find()
 

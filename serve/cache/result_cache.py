@@ -84,7 +84,7 @@ class ResultCache:
 
     async def look_up(self, context: RequestContext, render: Render) -> Lookup:
         if not self.concerns(context.request):
-            return DirectLookup(await render())
+            return DirectLookup(await render(for_engine=True))
         lookup = CacheLookup(self, context, render)
         await lookup.find()
         return lookup

@@ -208,19 +208,9 @@ class Admission:
                 account.requests.take(requests)
             return []
         if self.running and self.running + choices > self.max_in_engine:
-            raise self._refused(
-                "running",
-                f"The engine has {self.running} answers to write and this call asks for {choices}, "
-                f"above the limit of {self.max_in_engine}; try again soon.",
-                self.answers_rate.seconds_for(self.running + choices - self.max_in_engine),
-            )
+            raise self._full(choices)
         if self.queued_tokens and self.queued_tokens + tokens > self.max_queued_tokens:
-            raise self._refused(
-                "queued_tokens",
-                f"{self.queued_tokens} prompt tokens wait for the engine and this call has "
-                f"{tokens}, above the limit of {self.max_queued_tokens}; try again soon.",
-                self.tokens_rate.seconds_for(self.queued_tokens + tokens - self.max_queued_tokens),
-            )
+            raise self._queue_full(tokens)
         if account is not None:
             account.requests.take(requests)
             account.tokens.take(sum(reserved))
@@ -234,6 +224,18 @@ class Admission:
             EnginePermit(self, account, cost, of_cost)
             for cost, of_cost in zip(costs, reserved, strict=True)
         ]
+
+    def check_room(self, caller: Caller) -> None:
+        """Whether one more request would be admitted at all: asked before its prompt is rendered,
+        so that what a full server refuses costs it little. Raises what `admit` would, and takes
+        nothing.
+        """
+        if self.running and self.running + 1 > self.max_in_engine:
+            raise self._full(1)
+        if self.queued_tokens and self.queued_tokens + 1 > self.max_queued_tokens:
+            raise self._queue_full(1)
+        if (account := self._quotas_of(caller)) is not None:
+            self._check_quotas(caller, account, 1, 1)
 
     def _account(self, caller: Caller) -> _Account:
         account = self._accounts.get(caller.name)
@@ -272,6 +274,22 @@ class Admission:
                 wait_s,
                 clamp=False,
             )
+
+    def _full(self, choices: int) -> Overloaded:
+        return self._refused(
+            "running",
+            f"The engine has {self.running} answers to write and this call asks for {choices}, "
+            f"above the limit of {self.max_in_engine}; try again soon.",
+            self.answers_rate.seconds_for(self.running + choices - self.max_in_engine),
+        )
+
+    def _queue_full(self, tokens: int) -> Overloaded:
+        return self._refused(
+            "queued_tokens",
+            f"{self.queued_tokens} prompt tokens wait for the engine and this call has {tokens} or "
+            f"more, above the limit of {self.max_queued_tokens}; try again soon.",
+            self.tokens_rate.seconds_for(self.queued_tokens + tokens - self.max_queued_tokens),
+        )
 
     def _refused(
         self, reason: str, message: str, retry_after_s: float, *, clamp: bool = True

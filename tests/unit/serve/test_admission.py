@@ -70,6 +70,22 @@ def test_calls_without_the_engine_are_calls_but_nobody_makes_room_for_them() -> 
     assert (admission.in_flight, admission.in_flight_for_engine) == (0, 0)
 
 
+def test_a_full_server_refuses_before_it_renders() -> None:
+    admission = make(max_in_engine=1, max_queued_tokens=10)
+    limited = replace(BATCH, requests_per_minute=1)
+    admission.check_room(ANONYMOUS)
+    (permit,) = admission.admit(ANONYMOUS, [Cost(10, 5)])
+    assert "answers to write" in refusal(lambda: admission.check_room(ANONYMOUS)).message
+    permit.ended(15)
+    admission.check_room(limited)
+    admission.check_room(limited)  # takes nothing
+    admission.admit(limited, [])
+    assert "requests per minute" in refusal(lambda: admission.check_room(limited)).message
+    admission.max_in_engine = 2
+    admission.admit(ANONYMOUS, [Cost(10, 5)])
+    assert "tokens wait" in refusal(lambda: admission.check_room(ANONYMOUS)).message
+
+
 def test_one_keys_limit_is_not_anothers() -> None:
     admission = make()
     limited = replace(BATCH, max_concurrent=1)

@@ -143,3 +143,22 @@ async def test_requests_that_the_models_defaults_sample_pay_for_no_key(
     for _ in range(5):
         assert await answer(pipeline, ask("a b", temperature=None)) == ("bypass", "a b")
     assert digests == before + 1
+
+
+async def test_a_full_server_answers_from_the_cache_and_renders_nothing() -> None:
+    pipeline, engine = make(limits={"max_in_engine": 1})
+    assert await answer(pipeline, ask("a b")) == ("miss", "a b")
+    busy = await pipeline.start(ask("c d", stream=True))
+    rendered = len(engine.salts)
+    for text in ("e f", "g h"):
+        with pytest.raises(ServeError, match="answers to write"):
+            await pipeline.start(ask(text, temperature=0.5))
+    assert len(engine.salts) == rendered
+    for _ in range(3):  # its answer might be kept, which takes a prompt to find out, once
+        with pytest.raises(ServeError, match="answers to write"):
+            await pipeline.start(ask("e f"))
+    assert len(engine.salts) == rendered + 1
+    assert await answer(pipeline, ask("a b")) == ("hit", "a b")
+    assert await read(busy) == "c d"
+    assert await answer(pipeline, ask("e f")) == ("miss", "e f")
+    assert await pipeline.drain(10)
