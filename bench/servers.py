@@ -119,9 +119,10 @@ def descendants(pid: int) -> list[int]:
 
 
 @contextmanager
-def packhorse(folder: Path, work_folder: Path) -> Iterator[Server]:
-    """`packhorse serve FOLDER`."""
-    with packhorse_with(folder, work_folder, {"engine": ENGINE}) as server:
+def packhorse(folder: Path, work_folder: Path, *, has_cache: bool = True) -> Iterator[Server]:
+    """`packhorse serve FOLDER` with its defaults, the result cache among them."""
+    settings = {"engine": {**ENGINE, "dtype": DTYPE}, "cache": {"enabled": has_cache}}
+    with packhorse_with(folder, work_folder, settings) as server:
         yield server
 
 
