@@ -79,7 +79,7 @@ def end_unclaimed_children() -> None:
 
 
 class Activity:
-    """How much CPU some processes use, from one call to the next.
+    """How much CPU some processes use, from `begin` on, and then from one look to the next.
 
     Their child processes count when they do nothing themselves: torch compiles some kernels when
     they are first needed, and waits for the compiler.
@@ -87,6 +87,10 @@ class Activity:
 
     def __init__(self, processes: Iterable[psutil.Process]) -> None:
         self._processes = list(processes)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was used so far."""
         self._used_s = self._cpu_s()
         self._helpers_s = self._helpers_cpu_s()
 

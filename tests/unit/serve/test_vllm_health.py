@@ -25,6 +25,7 @@ class Engine:
         self.now_s = 0.0
         self.waiting = False
         self.cpu_s = 0.0  # since the last look
+        self.cpu_reads = 0
         self.heartbeat = Heartbeat()
         manager = SimpleNamespace(processes=[SimpleNamespace(pid=pid)])
         self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.waiting)
@@ -32,7 +33,11 @@ class Engine:
             resources=SimpleNamespace(engine_manager=manager), utility_results={}
         )
 
+    def begin(self) -> None:
+        self.cpu_reads += 1
+
     def since_last_look(self) -> float:
+        self.cpu_reads += 1
         return self.cpu_s
 
     def looks(self, count: int, every_s: float = 0.5) -> None:
@@ -62,7 +67,7 @@ def test_no_work_no_hang(engine: Engine) -> None:
 
 def test_work_and_nothing_done(engine: Engine) -> None:
     engine.waiting = True
-    engine.looks(10)
+    engine.looks(11)
     with pytest.raises(EngineHung, match="done nothing for 6 s"):
         engine.looks(1)
 
@@ -70,7 +75,19 @@ def test_work_and_nothing_done(engine: Engine) -> None:
 def test_a_question_without_reply(engine: Engine) -> None:
     engine.engine_core.utility_results[1] = object()
     with pytest.raises(EngineHung, match="done nothing"):
-        engine.looks(11)
+        engine.looks(12)
+
+
+def test_cpu_is_read_only_while_no_step_ends(engine: Engine) -> None:
+    """Reading it takes milliseconds, which a server that serves, or has nothing to do, has not."""
+    engine.looks(100)
+    engine.waiting = True
+    for _ in range(100):
+        engine.heartbeat.step()
+        engine.looks(1)
+    assert engine.cpu_reads == 0
+    engine.looks(5)
+    assert engine.cpu_reads == 5
 
 
 def test_steps_and_cpu_are_progress(engine: Engine) -> None:
