@@ -19,6 +19,6 @@ class AdmissionSettings(Section):
     max_num_seqs.
     """
     max_queued_tokens: int | None = Field(None, ge=1)
-    """Prompt tokens of requests without a first token. Unset: 1.5 times the tokens of the KV cache.
+    """Prompt tokens that the engine has not read. Unset: 1.5 times the tokens of the KV cache.
     One request is always admitted, however long its prompt is.
     """
