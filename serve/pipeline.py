@@ -170,9 +170,10 @@ class Pipeline:
         ServeError.
         """
         context = stream.context
+        is_admitted = False
 
         async def render(*, for_engine: bool) -> Prompt:
-            if for_engine:
+            if for_engine and not is_admitted:
                 stream.model.admission.check_room(context.request.caller)
             context.timings.render_s = time.monotonic()
             context.prompt = await stream.engine.render(context.request, context.route)
@@ -180,6 +181,7 @@ class Pipeline:
             return context.prompt
 
         lookup = await stream.model.cache.look_up(context, render)
+        is_admitted = True  # if not here, then before anything is rendered again
         context.prompt, context.cache_status = lookup.prompt, lookup.status
         stream.lookup = lookup
         stream.stack.push(stream.leave_lookup)

@@ -114,9 +114,9 @@ class Flight:
             error = self._error_of(failure)
         finally:
             if not self._is_lent:
-                if self._source is not None:
-                    await self._source.aclose()
                 self._land(error)
+                if self._source is not None:
+                    await self._close(self._source)
 
     def _lend(self) -> None:
         """From now on the only reader reads the source."""
@@ -145,7 +145,9 @@ class Flight:
         finally:
             self._is_pulled = False
         if self._is_over:
-            await source.aclose()
+            await self._close(source)
+        elif not self._readers:
+            self._abandon()
         elif self._readers == 1:
             self._is_lent = True
         else:

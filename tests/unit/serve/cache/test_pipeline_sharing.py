@@ -14,7 +14,7 @@ import pytest
 from packhorse.serve.cache.codec import Result, encode, seal
 from packhorse.serve.cache.key import Key
 from packhorse.serve.cache.result_cache import ResultCache
-from packhorse.serve.errors import EngineDied, Invalid, Overloaded, ServeError
+from packhorse.serve.errors import Cancelled, EngineDied, Invalid, Overloaded, ServeError
 from packhorse.serve.messages import Chunk
 from tests.client import request_lines
 from tests.unit.serve.cache.caching_pipeline import Clock, answer, make, read
@@ -366,3 +366,20 @@ async def test_the_log_says_it_and_no_prompt(caplog: pytest.LogCaptureFixture) -
     # Who joins has no time in the engine's queue; that is its leader's.
     assert [("before_engine_s" in line) for line in lines] == [True, False, True, False]
     assert "words" not in str(lines) + caplog.text
+
+
+async def test_a_follower_that_begins_again_is_not_counted_twice() -> None:
+    """It was let in with its quota's last request."""
+    pipeline, _ = make(0.05)
+    one_a_minute = caller("acme", requests_per_minute=1)
+    leading = asyncio.create_task(
+        answer(pipeline, replace(ask("a b c", stream=True), caller=caller("acme")))
+    )
+    await settled()
+    follower = asyncio.create_task(answer(pipeline, replace(ask("a b c"), caller=one_a_minute)))
+    await settled()
+    flight = next(iter(pipeline.models.first.cache._flights._flying.values()))  # type: ignore[attr-defined]
+    leading.cancel()
+    flight._land(Cancelled("The leader is gone."))
+    assert (await follower)[1] == "a b c"
+    assert await pipeline.drain(10)
