@@ -25,7 +25,7 @@ from typing import Any
 from bench_models import random_llama
 from ladder import progress
 from load import Kind, Load, LoadError, bodies, path_of, run_cell
-from servers import DTYPE, ENGINE, Server, packhorse_with, plain_vllm
+from servers import DTYPE, Server, packhorse, plain_vllm
 
 APIS: tuple[Kind, ...] = ("chat", "responses", "messages")
 OF_CHAT, OF_VLLM = 1.4, 0.5
@@ -72,9 +72,7 @@ def costs(server: Server, seed: str, rounds: int, requests: int) -> dict[str, li
 def measure(model: Path, work_folder: Path, pairs: int, rounds: int, requests: int) -> Any:
     """Raises LoadError."""
     starts = {
-        "packhorse": lambda: packhorse_with(
-            model, work_folder, {"engine": {**ENGINE, "dtype": DTYPE}, "cache": {"enabled": True}}
-        ),
+        "packhorse": lambda: packhorse(model, work_folder),
         "vllm": lambda: plain_vllm(model, work_folder, ("--dtype", DTYPE)),
     }
     all_costs: dict[str, list[dict[str, list[float]]]] = {name: [] for name in starts}

@@ -79,7 +79,7 @@ def end_unclaimed_children() -> None:
 
 
 class Activity:
-    """How much CPU some processes use, from `begin` on, and then from one look to the next.
+    """How much CPU some processes use, from one call to the next.
 
     Their child processes count when they do nothing themselves: torch compiles some kernels when
     they are first needed, and waits for the compiler.
@@ -87,10 +87,6 @@ class Activity:
 
     def __init__(self, processes: Iterable[psutil.Process]) -> None:
         self._processes = list(processes)
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget what was used so far."""
         self._used_s = self._cpu_s()
         self._helpers_s = self._helpers_cpu_s()
 
@@ -114,13 +110,17 @@ class Activity:
                         total += sum(helper.cpu_times()[:4])
         return total
 
-    def since_last_look(self) -> float:
-        """CPU seconds used since the last call; 0 while one of the processes is stopped or gone."""
+    def since_last_look(self, *, with_helpers: bool) -> float:
+        """CPU seconds used since the last call; 0 while one of the processes is stopped or gone.
+        `with_helpers`: by child processes too, since they were last looked at.
+        """
         used_s = self._cpu_s()
         spent_s, self._used_s = used_s - self._used_s, used_s
         if any(map(_is_stopped, self._processes)):
             return 0.0
-        if spent_s < IDLE_S:  # looking at all processes of the machine takes milliseconds
+        if (
+            with_helpers and spent_s < IDLE_S
+        ):  # looking at all processes of the machine takes milliseconds
             before_s, self._helpers_s = self._helpers_s, self._helpers_cpu_s()
             # Less than before: another process has reaped one of them.
             spent_s += max(0.0, self._helpers_s - before_s)

@@ -86,8 +86,6 @@ class Health:
         # worker, it may be the core itself.
         workers = [child for child in below if WORKER in " ".join(child.cmdline())]
         self._activity = Activity(workers or cores)
-        self._is_watched = False
-        """Whether CPU is measured: reading it takes milliseconds, so only while no step ends."""
         self._looked_s = time.monotonic()
         self._steps = 0
         self._step_s = self._idle_s = 0.0  # with work to do: since a step ended, since CPU was used
@@ -96,18 +94,18 @@ class Health:
         """Raises EngineHung."""
         now_s = time.monotonic()
         since_s, self._looked_s = now_s - self._looked_s, now_s
+        has_stepped = self._steps != self._heartbeat.steps
+        is_waited_for = not has_stepped and self._watch.has_work()
+        used_s = self._activity.since_last_look(with_helpers=is_waited_for)
+        is_busy = used_s > BUSY_SHARE * since_s
         counted_s = min(since_s, LONGEST_LOOK_S)
-        if self._steps != self._heartbeat.steps:
+        if has_stepped:
             self._steps = self._heartbeat.steps
             self._step_s = self._idle_s = 0.0
-            self._is_watched = False
         # Without work both clocks stand still: clients that leave must not hide a hang.
-        elif self._watch.has_work():
-            is_busy = self._is_busy(since_s)
+        elif is_waited_for:
             self._step_s += counted_s
             self._idle_s = 0.0 if is_busy else self._idle_s + counted_s
-        else:
-            self._is_watched = False
         step_s, idle_s = self._step_s, self._idle_s
         if idle_s > self._settings.stall_timeout_s:
             raise EngineHung(
@@ -119,16 +117,6 @@ class Health:
                 f"The engine has been at one step for {step_s:.0f} s, above the limit of "
                 f"{self._settings.step_timeout_s:.0f} s."
             )
-
-    def _is_busy(self, since_s: float) -> bool:
-        """Whether the engine has used CPU since the last look; at the first of several it is taken
-        to be.
-        """
-        if not self._is_watched:
-            self._is_watched = True
-            self._activity.begin()
-            return True
-        return self._activity.since_last_look() > BUSY_SHARE * since_s
 
     def end_processes(self) -> None:
         """End the engine's processes at once, whatever they do, and free the memory that they
